@@ -1,0 +1,40 @@
+"""Shared fixtures and options."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from w2s_train.models import DiT
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        type=Path,
+        default=Path(__file__).parent / "golden",
+        help="folder with sit_forward.npz, dit_forward.npz, samplers.npz and w2s_loss.npz",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def perturbed(network: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """Add noise to every parameter: an untouched adaLN-Zero network predicts 0 and hides bugs."""
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data += std * torch.randn_like(parameter)
+    return network
+
+
+@pytest.fixture
+def network() -> DiT:
+    """Four blocks of width 32 on 8x8 images with 3 channels and 5 classes."""
+    return perturbed(
+        DiT(input_size=8, in_channels=3, hidden_size=32, depth=4, num_heads=4, num_classes=5)
+    )

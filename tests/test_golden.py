@@ -1,0 +1,285 @@
+"""Reference values of the method authors' code; `tests/golden/README.md` says how they were made.
+
+Everything (seeds, sizes, layers, cases) is read from the files, so that another set of the same
+form can be checked: ``pytest tests/test_golden.py --golden DIR``.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from w2s_train.guidance import ClassifierFree, Guidance, evaluate
+from w2s_train.interpolant import CosineInterpolant, Interpolant, LinearInterpolant, NoisySample
+from w2s_train.models import DiT
+from w2s_train.models.published import architecture
+from w2s_train.objective import Losses, WeakToStrongObjective
+from w2s_train.sampler import Euler, EulerMaruyama, Heun, Sampler
+from w2s_train.segment import Consistency, Extrapolation, Segment
+from w2s_train.timesteps import EDMLogNormal, Uniform
+from w2s_train.weak import IntermediateHead, NullClass
+
+INTERPOLANTS: dict[str, Interpolant] = {
+    "linear": LinearInterpolant(),
+    "cosine": CosineInterpolant(),
+}
+SUPPORTED = ("None", "Uncond", "Segmented", "Branch")
+
+
+class Golden:
+    """One archive: arrays as tensors, JSON, and the parameters regenerated from their seeds."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        path = folder / f"{name}.npz"
+        assert path.is_file(), f"no golden file {path}"
+        self.arrays = np.load(path)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return torch.from_numpy(self.arrays[key])
+
+    def json(self, key: str) -> dict:
+        return json.loads(str(self.arrays[key]))
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        entry = self.json("parameters_json")[prefix]
+        rs, state = np.random.RandomState(entry["seed"]), {}
+        for key in sorted(entry["shapes"]):
+            if key != "pos_embed":
+                std = 0.5 if key == "y_embedder.embedding_table.weight" else 0.15
+                value = rs.normal(0.0, std, size=entry["shapes"][key]).astype(np.float32)
+                state[key] = torch.from_numpy(value)
+        return state
+
+    def network(self, prefix: str) -> DiT:
+        """The network with the golden parameters; the position table is our own."""
+        sizes = dict(self.json("parameters_json")[prefix]["architecture"])
+        sizes.pop("learn_sigma", None)
+        state = {k: v for k, v in self.state(prefix).items() if not k.startswith("mid_layer.")}
+        out = state["final_layer.linear.weight"].shape[0] // sizes["patch_size"] ** 2
+        network = DiT(**sizes, out_channels=out)
+        told = architecture(network.state_dict(), sizes["num_heads"])
+        assert told.items() >= sizes.items()
+        missing, unexpected = network.load_state_dict(state, strict=False)
+        assert missing == ["pos_embed"]
+        assert not unexpected
+        return network
+
+    def head(self, prefix: str, layer: int, network: DiT) -> IntermediateHead:
+        """The intermediate head; the files count layers from 1."""
+        head = IntermediateHead(block=layer - 1)
+        head.bind(network)
+        state = self.state(prefix)
+        head.head.load_state_dict(
+            {k.removeprefix("mid_layer."): v for k, v in state.items() if k.startswith("mid_layer")}
+        )
+        return head
+
+
+@pytest.fixture
+def golden_folder(request: pytest.FixtureRequest) -> Path:
+    return request.config.getoption("--golden")
+
+
+def close(ours: Tensor, golden: Tensor, amplified: float = 1.0) -> None:
+    """Equal within 1e-4, or that times a factor by which a formula amplifies rounding."""
+    torch.testing.assert_close(ours, golden, rtol=1e-4, atol=1e-4 * amplified)
+
+
+@torch.no_grad()
+def test_sit_forward(golden_folder: Path) -> None:
+    golden = Golden(golden_folder, "sit_forward")
+    network = golden.network("param/")
+    x, t, y = golden["x"], golden["t"], golden["y"]
+    layers = golden.json("weak_layers_json")
+    out = network(x, t, y, keep_hidden=range(network.depth))
+    close(network.x_embedder(x), golden["patch_embed"])
+    close(network.t_embedder(t), golden["t_emb"])
+    close(network.y_embedder(y), golden["y_emb"])
+    for block in range(network.depth):
+        close(out.hidden[block], golden[f"block_out.{block}"])
+    for key in ("out", "out_none", "layerskip_strong"):
+        close(out.velocity, golden[key])
+    head = golden.head("param/", layers["Branch"], network)
+    noisy = NoisySample(x, t, x)
+    close(head.predict(network, noisy, y, out), golden["mid"])
+    null = torch.full_like(y, network.null_class)
+    out_null = network(x, t, null, keep_hidden=head.keep_hidden)
+    close(NullClass().predict(network, noisy, y, out), golden["out_null"])
+    close(head.predict(network, noisy, null, out_null), golden["mid_null"])
+    skipped = network(x, t, y, skip_blocks=(layers["LayerSkip"] - 1,))
+    close(skipped.velocity, golden["layerskip_weak"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["plain/", "sigma/"])
+def test_dit_forward(golden_folder: Path, prefix: str) -> None:
+    golden = Golden(golden_folder, "dit_forward")
+    network = golden.network(f"{prefix}param/")
+    x, t, y = golden["x"], golden["t"], golden["y"]
+
+    def whole(t: Tensor, y: Tensor) -> Tensor:
+        out = network(x, t, y)
+        return torch.cat([out.velocity, out.rest], dim=1)
+
+    close(network.t_embedder(t), golden[f"{prefix}t_emb"])
+    close(whole(t, y), golden[f"{prefix}out"])
+    null = torch.full_like(y, network.null_class)
+    close(whole(t, null), golden[f"{prefix}out_null"])
+    close(whole(golden["t_frac"], y), golden[f"{prefix}out_tfrac"])
+    # The guided batch: both halves hold the guided prediction, the rest is left as it was.
+    n = len(x)
+    cond, uncond = network(x, t, y), network(x, t, null)
+    guided = uncond.velocity + 4 * (cond.velocity - uncond.velocity)
+    for half in (slice(0, n), slice(n, 2 * n)):  # 4 cond - 3 uncond: rounding grows by 7
+        close(guided, golden[f"{prefix}out_cfg4"][half, : network.in_channels], amplified=7)
+    rest = torch.cat([cond.rest, uncond.rest])
+    close(rest, golden[f"{prefix}out_cfg4"][:, network.in_channels :])
+
+
+class WeakNetwork(Guidance):
+    """v_weak + scale (v - v_weak) on an interval: the reference's guidance by a second network."""
+
+    def __init__(self, weak: DiT, scale: float, low: float, high: float) -> None:
+        self.weak, self.scale, self.low, self.high = weak, scale, low, high
+
+    def field(self, network: DiT, y: Tensor):  # noqa: ANN201
+        def velocity(x_t: Tensor, t: float, start: float) -> Tensor:
+            strong = evaluate(network, x_t, t, y)
+            if not self.low <= start <= self.high:
+                return strong
+            weak = evaluate(self.weak, x_t, t, y)
+            return weak + self.scale * (strong - weak)
+
+        return velocity
+
+    def describe(self) -> str:
+        return "weak network"
+
+
+def golden_sampler(case: dict) -> Sampler:
+    if case["kind"] == "ode":
+        return (Heun if case["heun"] else Euler)(steps=case["num_steps"])
+    return EulerMaruyama(INTERPOLANTS[case["path_type"]], steps=case["num_steps"])
+
+
+def test_samplers(golden_folder: Path) -> None:
+    golden = Golden(golden_folder, "samplers")
+    network, y = golden.network("param/"), golden["y"]
+    cases = golden.json("cases_json")
+    assert cases
+    for name, case in cases.items():
+        interval = (case["cfg_scale"], case["guidance_low"], case["guidance_high"])
+        guidance = ClassifierFree(*interval)
+        if case["self_guidance"] == "True":
+            guidance = WeakNetwork(golden.network("weak_param/"), *interval)
+        calls: list[tuple[float, bool]] = []
+        hook = network.register_forward_pre_hook(
+            lambda _, args, calls=calls: calls.append((args[1][0].item(), len(args[0]) > len(y)))
+        )
+        sampler = golden_sampler(case)
+        draws = iter(golden["sde_noise"])
+        out = sampler(guidance.field(network, y), golden["latents"], lambda d=draws: next(d))
+        hook.remove()
+        assert out.dtype == torch.float64
+        close(out, golden[f"case/{name}/out"])
+        times, doubled = zip(*calls, strict=True)
+        np.testing.assert_allclose(times, golden[f"case/{name}/eval_t"], rtol=0, atol=1e-7)
+        assert list(doubled) == golden[f"case/{name}/eval_batch_doubled"].tolist(), name
+        grid = golden[f"{case['kind']}_t_grid"]
+        np.testing.assert_allclose(sampler.times(), grid, rtol=0, atol=1e-12)
+
+
+def test_scores(golden_folder: Path) -> None:
+    golden = Golden(golden_folder, "samplers")
+    for name, interpolant in INTERPOLANTS.items():
+        v, x_t = golden["sde_noise"][0], golden["latents"].double()
+        score = interpolant.velocity_to_score(v, x_t, golden["score/t"])
+        torch.testing.assert_close(score, golden[f"score/{name}"], rtol=1e-6, atol=1e-6)
+
+
+def golden_segments(case: dict, layer: int, head: IntermediateHead | None) -> list[Segment]:
+    """The segments that a case of the reference amounts to.
+
+    The reference compares both edges inclusively in float32; our ranges are half-open.
+    """
+    scale = case["w_scale"] * case["training_duration"] ** case["weak_alpha"]
+    low = case["guidance_low"]
+    high = float(np.nextafter(np.float32(case["guidance_high"]), np.float32(2)))
+    if case["weak"] == "Uncond":
+        return [Extrapolation(0.0, 1.0, scale, NullClass())]
+    if case["weak"] == "Branch":
+        ratio = case["weak_loss_ratio"]
+        return [Extrapolation(0.0, 1.0, scale, head, weak_loss_weight=ratio)]
+    if case["weak"] == "Segmented":
+        below = [Consistency(0.0, low, head, weight=case["weak_loss_ratio"])] if low > 0 else []
+        return [*below, Extrapolation(low, min(high, 1.0), scale, NullClass())]
+    return []
+
+
+def check_loss(golden: Golden, name: str, case: dict) -> None:
+    network = golden.network("param/")
+    interpolant = INTERPOLANTS[case["path"]]
+    layer = golden.json("weak_layers_json").get(case["weak"])
+    head = golden.head("param/", layer, network) if layer else None
+    objective = WeakToStrongObjective(interpolant, Uniform(), golden_segments(case, layer, head))
+
+    noisy = golden_noisy(golden, case, interpolant)
+    losses: Losses = objective.evaluate(network, noisy, golden[case["labels"]])
+    torch.testing.assert_close(losses.per_sample, golden[f"case/{name}/loss"], rtol=1e-5, atol=0)
+    mean = golden[f"case/{name}/loss_mean"]
+    torch.testing.assert_close(losses.total.detach(), mean.reshape(()), rtol=1e-5, atol=0)
+
+    losses.total.backward()
+    named = {k: p for k, p in network.named_parameters() if p.requires_grad}
+    if head is not None:
+        named |= {f"mid_layer.{k}": p for k, p in head.head.named_parameters()}
+    gradients = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in named.items()}
+    stored = [k for k in golden.arrays.files if k.startswith(f"case/{name}/grad/")]
+    assert stored
+    for key in stored:
+        ours, theirs = gradients[key.removeprefix(f"case/{name}/grad/")], golden[key]
+        bound = 1e-5 * theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=bound, msg=lambda m, k=key: k + m)
+    names = [str(n) for n in golden.arrays[f"grad_names/{case['weak']}"]]
+    norms = torch.stack([gradients[n].double().norm() for n in names])
+    torch.testing.assert_close(norms, golden[f"case/{name}/grad_norms"], rtol=1e-4, atol=1e-6)
+    total = golden[f"case/{name}/grad_norm"].double().reshape(())
+    torch.testing.assert_close(norms.norm(), total, rtol=1e-5, atol=0)
+
+
+def golden_noisy(golden: Golden, case: dict, interpolant: Interpolant) -> NoisySample:
+    """The pinned draw, through our own formulas, checked against the stored state."""
+    t = golden["t_uniform"].flatten()
+    if case["weighting"] == "lognormal":
+        u = torch.special.ndtr(golden["z_lognormal"].flatten().double())
+        t = EDMLogNormal(mean=0.0, std=1.0).quantile(u, interpolant).float()
+    state = f"state/{case['path']}.{case['weighting']}"
+    torch.testing.assert_close(t, golden[f"{state}/t"], rtol=1e-5, atol=1e-7)
+    # The edges of the segments are compared to the last bit: go on with the stored t.
+    noisy = interpolant.corrupt(golden["images"], golden["noise"], golden[f"{state}/t"])
+    torch.testing.assert_close(noisy.x_t, golden[f"{state}/x_t"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(noisy.v, golden[f"{state}/target"], rtol=1e-5, atol=1e-6)
+    return noisy
+
+
+def supported_cases(golden: Golden) -> Iterator[tuple[str, dict]]:
+    for name, case in golden.json("cases_json").items():
+        if case["weak"] in SUPPORTED:
+            yield name, case
+
+
+def test_losses_and_gradients(golden_folder: Path) -> None:
+    golden = Golden(golden_folder, "w2s_loss")
+    cases = dict(supported_cases(golden))
+    assert {case["weak"] for case in cases.values()} == set(SUPPORTED)
+    failures = []
+    for name, case in cases.items():
+        try:
+            check_loss(golden, name, case)
+        except AssertionError as error:
+            failures.append(f"{name}: {' '.join(str(error).split())}")
+    assert not failures, f"{len(failures)} of {len(cases)} cases: " + "; ".join(failures)

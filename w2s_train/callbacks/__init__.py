@@ -1,0 +1,21 @@
+"""Callbacks and loggers for the Lightning trainer."""
+
+from w2s_train.callbacks.fid import FID
+from w2s_train.callbacks.graceful_stop import GracefulStop
+from w2s_train.callbacks.image_writer import ImageWriter
+from w2s_train.callbacks.metrics_csv import MetricsCSV
+from w2s_train.callbacks.progress import Progress
+from w2s_train.callbacks.run_record import RunRecord
+from w2s_train.callbacks.sample_grid import SampleGrid
+from w2s_train.callbacks.step_seed import StepSeed
+
+__all__ = [
+    "FID",
+    "GracefulStop",
+    "ImageWriter",
+    "MetricsCSV",
+    "Progress",
+    "RunRecord",
+    "SampleGrid",
+    "StepSeed",
+]

@@ -1,0 +1,148 @@
+"""The run folder: what it holds, and that one run owns it."""
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from w2s_train.errors import UserError
+
+PACKAGES = ("w2s_train", "torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
+
+
+def append_scores(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Append to ``scores.json``, a JSON list; the file is replaced whole or not at all."""
+    path = folder / "scores.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(read_scores(folder) + entries, indent=1) + "\n")
+    partial.replace(path)
+
+
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    """The scores of a run, oldest first; none if there is no ``scores.json``."""
+    path = folder / "scores.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of the code, with "-dirty" if files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    command += ["--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def environment(trainer: Trainer) -> dict[str, Any]:
+    """Command, versions, machine and devices of this process."""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": sys.argv,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else [],
+        "processes": trainer.world_size,
+        "precision": str(trainer.precision),
+    }
+
+
+class RunRecord(Callback):
+    """Keeps the run folder (``trainer.default_root_dir``).
+
+    A fresh fit never writes into an earlier run: it moves that run aside, to ``FOLDER.1``,
+    ``FOLDER.2`` and so on. A lock keeps two fits out of one folder. ``environment.json`` gets one
+    element per start; at the end a table of the scores is printed.
+
+    Args:
+        resumed: The fit goes on from a checkpoint of this folder.
+    """
+
+    def __init__(self, resumed: bool = False) -> None:
+        self.resumed = resumed
+        self.lock: Any = None
+
+    def claim(self, folder: Path) -> None:
+        """Make the folder this run's own; called on the first process, before loggers write there.
+
+        Raises:
+            ValueError: Another fit is writing there.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(folder.parent / f".{folder.name}.lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"trainer.default_root_dir={folder}: another fit is writing there; "
+                "choose another folder"
+            ) from None
+        if folder.is_dir() and any(folder.iterdir()) and not self.resumed:
+            aside = next(
+                path
+                for i in range(1, sys.maxsize)
+                if not (path := folder.with_name(f"{folder.name}.{i}")).exists()
+            )
+            folder.rename(aside)
+            print(f"{folder} held an earlier run; it is now {aside}")
+        folder.mkdir(exist_ok=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the environment."""
+        if not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / "environment.json"
+        earlier = json.loads(path.read_text()) if path.is_file() else []
+        path.write_text(json.dumps([*earlier, environment(trainer)], indent=1) + "\n")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print the table of scores and give the folder up."""
+        if stage == "fit" and trainer.is_global_zero:
+            print_scores(Path(trainer.default_root_dir))
+        if self.lock is not None:
+            self.lock.release()
+
+
+@rank_zero_only
+def print_scores(folder: Path) -> None:
+    """Print the scores of a run, oldest first, and where the run is."""
+    table = Table(title="scores")
+    for column in ("step", "metric", "value", "weights", "guidance", "n", "wall-clock"):
+        table.add_column(column, justify="right")
+    for score in read_scores(folder):
+        protocol = score["protocol"]
+        table.add_row(
+            str(score["step"]),
+            score["metric"],
+            f"{score['value']:.4f}",
+            score["weights"],
+            score["guidance"],
+            str(protocol["n"]),
+            f"{protocol['wall_clock_seconds']:.0f} s",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    if table.row_count:
+        console.print(table)
+    print(f"run folder: {folder}")

@@ -1,0 +1,42 @@
+"""Entry point of the ``lightning`` command: answers at once, imports heavy things late."""
+
+import sys
+
+from w2s_train import __version__
+
+HELP = f"""\
+usage: lightning COMMAND -c CONFIG [-c OVERLAY ...] [--KEY VALUE ...]
+
+w2s_train {__version__}: diffusion transformers with weak-to-strong targets.
+
+commands:
+  fit         train, and score unguided samples on the way
+  validate    score a checkpoint:  lightning validate -c CONFIG --ckpt_path FILE
+  test        the same, for a last number
+  predict     write generated images to the run folder
+
+options:
+  -c FILE               a YAML config; later ones override earlier ones, KEY VALUE overrides all
+  --ckpt_path last      go on with the run in the run folder, or start it
+  --print_config        show the whole config, defaults included, and stop
+  -h, --help            this text; `lightning COMMAND --help` lists every key
+  --version             the version
+
+try:  lightning fit -c configs/digits_w2s.yaml
+"""
+COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one command; exits with a non-zero status and one line on a user's error."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+    elif args[0] == "--version":
+        print(__version__)
+    elif args[0] not in COMMANDS:
+        sys.exit(f"error: command={args[0]}: must be one of {', '.join(COMMANDS)}")
+    else:
+        from w2s_train.command import run
+
+        run(None if args == sys.argv[1:] else args)

@@ -1,0 +1,208 @@
+"""What the ``lightning`` command does once it knows that it has work to do."""
+
+import argparse
+import importlib
+import inspect
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from w2s_train.callbacks import GracefulStop, ImageWriter, MetricsCSV, Progress, RunRecord, StepSeed
+from w2s_train.datamodule import ShardDataModule
+from w2s_train.errors import UserError
+from w2s_train.module import DiffusionModule
+
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` when fitting; scoring a checkpoint leaves the run's config alone."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Write it."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class Command(LightningCLI):
+    """fit, validate, test and predict, with a run folder derived from the names of the configs."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """A checkpoint callback with defaults of its own, and one seed for everything."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "step-{step:06d}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.every_n_train_steps": 1000,
+                "checkpoint.save_top_k": -1,
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let the checkpoint's settings override the command line's."""
+
+    def before_instantiate_classes(self) -> None:
+        """Derive the run folder, find the checkpoint, and check what constructors do not see."""
+        subcommand = str(self.subcommand)
+        config = self.config[subcommand]
+        check_numbers(config)
+        folder = run_folder(config)
+        config.trainer.default_root_dir = str(folder)
+        config.checkpoint.dirpath = str(folder / "checkpoints")
+        config.ckpt_path = find_checkpoint(config.ckpt_path, folder, subcommand)
+        if config.trainer.precision in ("bf16-true", "16-true", "transformer-engine"):
+            raise UserError(
+                f"trainer.precision={config.trainer.precision}: must keep float32 weights, such as "
+                "bf16-mixed; averages of half-precision weights stand still"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with loggers and callbacks that every run has."""
+        config = self.config_init[self.subcommand]
+        folder = config.trainer.default_root_dir
+        if config.trainer.logger in (None, True) and self.subcommand != "predict":
+            loggers = [TensorBoardLogger(folder, name="", version=""), MetricsCSV(folder)]
+            kwargs["logger"] = loggers
+        self.record = RunRecord(resumed=self.subcommand == "fit" and bool(config.ckpt_path))
+        self.stop = GracefulStop()
+        seed = int(config.seed_everything or 0)
+        ours = [self.record, StepSeed(seed), self.stop, Progress(), ImageWriter()]
+        kwargs["callbacks"] = [*(config.trainer.callbacks or []), *ours]
+        return super().instantiate_trainer(**kwargs)
+
+    def instantiate_classes(self) -> None:
+        """Instantiate, compare data and network, and let checkpoints carry the model's config."""
+        super().instantiate_classes()
+        data, network = self.datamodule, self.model.network
+        if data.num_classes != network.num_classes:
+            raise UserError(
+                f"data.num_classes={data.num_classes}: must equal the network's num_classes, "
+                f"{network.num_classes}"
+            )
+        self._dump_config()
+        instantiator = "lightning.pytorch.cli.instantiate_module"
+        settings = {**self.config_dump["model"], "_instantiator": instantiator}
+        self.model.save_hyperparameters(settings, logger=False)
+
+    def before_fit(self) -> None:
+        """Own the run folder before a logger writes into it."""
+        if self.trainer.is_global_zero:
+            self.record.claim(Path(self.trainer.default_root_dir))
+
+
+def run(args: list[str] | None) -> None:
+    """Run one command; a user's error ends it with one line and status 1.
+
+    Args:
+        args: Command and options; None for those of this process.
+    """
+    quiet = {"exit_on_error": False, "allow_abbrev": False}
+    try:
+        command = Command(
+            DiffusionModule,
+            ShardDataModule,
+            args=args,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveFitConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={name: quiet for name in ("fit", "validate", "test", "predict")} | quiet,
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+        )
+    except argparse.ArgumentError as error:
+        sys.exit(f"error: {explain(str(error))}")
+    except (UserError, MisconfigurationException) as error:
+        # From a loader's worker process the message is a traceback with the reason last.
+        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
+    if command.stop.stopped:
+        sys.exit(INTERRUPTED)
+
+
+def run_folder(config: Any) -> Path:
+    """Where a run lives: as configured, or with its checkpoint, or ``runs/CONFIG+OVERLAY``."""
+    if config.trainer.default_root_dir:
+        return Path(config.trainer.default_root_dir)
+    if config.ckpt_path and Path(config.ckpt_path).parent.name == "checkpoints":
+        return Path(config.ckpt_path).parent.parent
+    names = [Path(str(path)).stem for path in config.config or []]
+    return Path("runs") / ("+".join(names) or "unnamed")
+
+
+def find_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> str | None:
+    """The checkpoint to start from; says which it is when asked for the last one.
+
+    Raises:
+        UserError: No such file; or nothing to score.
+    """
+    if ckpt_path is None:
+        if subcommand != "fit":
+            raise UserError(f"ckpt_path=null: {subcommand} needs a checkpoint file, or last")
+        return None
+    if ckpt_path == "last":
+        last = folder / "checkpoints" / "last.ckpt"
+        if last.is_file():
+            rank_zero_info(f"going on from {last}")
+            return str(last)
+        if subcommand != "fit":
+            raise UserError(f"ckpt_path=last: there is no {last}")
+        rank_zero_info(f"no {last} yet: starting from the beginning")
+        return None
+    if not Path(ckpt_path).is_file():
+        raise UserError(f"ckpt_path={ckpt_path}: must be an existing file, or last")
+    return ckpt_path
+
+
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """All leaves of a parsed config with their dotted keys."""
+    if hasattr(node, "as_dict"):
+        node = vars(node)
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from walk(value, f"{path}.{key}" if path else key)
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            yield from walk(value, f"{path}[{i}]")
+    else:
+        yield path, node
+
+
+def check_numbers(config: Any) -> None:
+    """Refuse numbers that no setting can mean.
+
+    Raises:
+        UserError: Not a number; or a rate that is negative or infinite.
+    """
+    for key, value in walk(config):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if math.isnan(value):
+            raise UserError(f"{key}={value}: must be a number")
+        if (
+            key.endswith((".lr", ".weight_decay", ".gradient_clip_val"))
+            and not 0 <= value < math.inf
+        ):
+            raise UserError(f"{key}={value}: must be a finite number, at least 0")
+
+
+def explain(message: str) -> str:
+    """An error of the parser as one line, with what would have been accepted."""
+    line = re.sub(r"\s+", " ", message.replace("Parser key ", "")).strip()
+    unknown = re.search(r"class_path '([\w.]+)': (?:Option '([\w.]+)' is not accepted)", line)
+    if unknown:
+        module, _, name = unknown[1].rpartition(".")
+        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        line += f"; {name} accepts {', '.join(parameters)}"
+    return line

@@ -1,0 +1,82 @@
+"""The Fréchet distance between two Gaussians, and the statistics files that hold one of them.
+
+    d = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1^{1/2} S_2 S_1^{1/2})^{1/2})
+
+(Dowson & Landau, 1982; Heusel et al., 2017, for its use on features). All in float64. The product
+under the root is symmetric, so its eigenvalues are real and no general matrix square root, which
+differs between SciPy versions, is needed.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from w2s_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (F,) and covariance (F, F; ddof 1) of ``n`` feature vectors, float64."""
+
+    mu: Tensor
+    sigma: Tensor
+    n: int
+
+    @classmethod
+    def from_sums(cls, total: Tensor, outer: Tensor, n: int) -> "Moments":
+        """From the sum of x (F,), the sum of x x^T (F, F) and the number of vectors, n >= 2."""
+        mu = total / n
+        return cls(mu, (outer - n * torch.outer(mu, mu)) / (n - 1), n)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """The distance, at least 0 up to rounding; symmetric in ``a`` and ``b``."""
+    values, vectors = torch.linalg.eigh(a.sigma)
+    # A covariance of few samples has eigenvalues that are zero, and by rounding below zero.
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    product = root @ b.sigma @ root
+    traces = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
+    squared = (a.mu - b.mu).square().sum()
+    return float(squared + a.sigma.trace() + b.sigma.trace() - 2 * traces)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of a data set, and what they were made from."""
+
+    moments: Moments
+    fingerprint: dict[str, str | int]  # at least "dataset", "split", "n" and "extractor"
+
+    def save(self, path: Path) -> None:
+        """Write an ``.npz`` with mu, sigma, n and fingerprint; whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial.npz")
+        np.savez(
+            partial,
+            mu=self.moments.mu.numpy(),
+            sigma=self.moments.sigma.numpy(),
+            n=self.moments.n,
+            fingerprint=json.dumps(self.fingerprint),
+        )
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Reference":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: No such file, or one without a fingerprint.
+        """
+        if not path.is_file():
+            raise UserError(f"reference={path}: no such file")
+        with np.load(path, allow_pickle=False) as arrays:
+            if missing := {"mu", "sigma", "n", "fingerprint"} - set(arrays.files):
+                raise UserError(f"reference={path}: lacks {', '.join(sorted(missing))}")
+            mu, sigma = torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])
+            moments = Moments(mu.double(), sigma.double(), int(arrays["n"]))
+            return cls(moments, json.loads(str(arrays["fingerprint"])))

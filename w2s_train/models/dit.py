@@ -1,0 +1,272 @@
+"""The diffusion transformer (Peebles & Xie, 2023), with the parameter names of the published DiT
+and SiT checkpoints.
+
+An image or latent (B, C, H, W) is cut into N = (H/p)(W/p) patches; each block attends over them,
+modulated by the condition c = embed(t) + embed(y):
+
+    h <- h + gate_1(c) * Attention((1 + scale_1(c)) * LN(h) + shift_1(c))
+    h <- h + gate_2(c) * MLP((1 + scale_2(c)) * LN(h) + shift_2(c))            "adaLN-Zero"
+
+The gates and the last layer start at zero, so an untrained network predicts zero. Nothing in here
+is random and labels are never dropped: who calls decides what the network sees.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from einops import rearrange
+from timm.layers import Attention, Mlp, PatchEmbed
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from w2s_train.errors import UserError
+
+
+class DiTOutput(NamedTuple):
+    """What one pass of a `DiT` returns."""
+
+    velocity: Tensor  # (B, C, H, W)
+    rest: Tensor  # (B, out_channels - C, H, W): a variance, in published networks; or no channel
+    hidden: dict[int, Tensor]  # block -> its output tokens (B, N, D), only the blocks asked for
+    cond: Tensor  # (B, D)
+
+    def take(self, rows: slice | Tensor) -> "DiTOutput":
+        """The same, for some rows only: a slice (a view) or an index (n,)."""
+        hidden = {block: h[rows] for block, h in self.hidden.items()}
+        return DiTOutput(self.velocity[rows], self.rest[rows], hidden, self.cond[rows])
+
+
+def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) * h + shift, for tokens (B, N, D) and per-sample vectors (B, D)."""
+    return h * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sines and cosines of t, then an MLP to (B, hidden_size)."""
+
+    def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        # Rates from 1 to 1/10,000, as in "Attention is all you need"; float32 whatever the mode.
+        self.rates: Tensor
+        rates = torch.exp(-math.log(10_000) * torch.arange(frequencies // 2) / (frequencies // 2))
+        self.register_buffer("rates", rates, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = t.float().unsqueeze(1) * self.rates
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+class LabelEmbedder(nn.Module):
+    """One vector per class, and one more for the null class."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, both modulated by the condition."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(
+            hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.RMSNorm
+        )
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU("tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond).chunk(6, dim=1)
+        h = h + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(h), shift1, scale1))
+        return h + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(h), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, N, D) and condition (B, D) to an image (B, out_channels, H, W)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.zero()
+
+    def zero(self) -> None:
+        """Predict zero, whatever the tokens are."""
+        zero_parameters(self.linear, self.adaLN_modulation[1])
+
+    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(cond).chunk(2, dim=1)
+        patches = self.linear(modulate(self.norm_final(h), shift, scale))
+        side, p = math.isqrt(h.shape[1]), self.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=p, q=p)
+
+
+class DiT(nn.Module):
+    """A diffusion transformer that predicts a velocity.
+
+    Sizes in the literature (depth, hidden_size, num_heads): S 12, 384, 6; B 12, 768, 12;
+    L 24, 1024, 16; XL 28, 1152, 16; with patch_size 2, 4 or 8.
+
+    Args:
+        input_size: Height and width of the input, in pixels or latent cells.
+        patch_size: Side of a patch; divides ``input_size``.
+        in_channels: Channels C of the input.
+        hidden_size: Width D of a token; a multiple of 4 and of ``num_heads``.
+        depth: Number of blocks.
+        num_heads: Attention heads per block.
+        mlp_ratio: Width of the MLPs over ``hidden_size``.
+        num_classes: Labels are 0 ... num_classes - 1; ``null_class`` = num_classes.
+        out_channels: Channels of the last layer, at least C; what exceeds C is `DiTOutput.rest`.
+        qk_norm: RMS-normalize queries and keys (Dehghani et al., 2023); steadier in bf16.
+        gradient_checkpointing: Recompute blocks in the backward pass: less memory, more time.
+        time_scale: The network embeds time_scale * t + time_shift: 1 and 0 here and in REPA;
+            -1 and 1 in SiT, whose time runs the other way.
+        time_shift: See ``time_scale``.
+
+    Raises:
+        UserError: A size that does not divide another, or is not positive.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        out_channels: int | None = None,
+        qk_norm: bool = False,
+        gradient_checkpointing: bool = False,
+        time_scale: float = 1.0,
+        time_shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        sizes = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels)
+        sizes |= dict(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+        _check_sizes(sizes | dict(num_classes=num_classes), mlp_ratio, out_channels)
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.hidden_size, self.depth, self.num_classes = hidden_size, depth, num_classes
+        self.gradient_checkpointing = gradient_checkpointing
+        self.time_scale, self.time_shift = time_scale, time_shift
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        table = position_table(hidden_size, input_size // patch_size)
+        self.pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
+        self.blocks: Sequence[DiTBlock] = nn.ModuleList(  # type: ignore[assignment]
+            DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+        self._initialize()
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class"."""
+        return self.num_classes
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        y: Tensor,
+        *,
+        skip_blocks: Collection[int] = (),
+        keep_hidden: Collection[int] = (),
+    ) -> DiTOutput:
+        """Predict the velocity at noisy samples.
+
+        Args:
+            x_t: (B, C, H, W).
+            t: (B,), in [0, 1].
+            y: (B,) int64, in [0, num_classes].
+            skip_blocks: Blocks to leave out, counted from 0.
+            keep_hidden: Blocks whose output tokens to return, counted from 0.
+        """
+        h = self.x_embedder(x_t) + self.pos_embed
+        cond = self.t_embedder(self.time_scale * t + self.time_shift) + self.y_embedder(y)
+        hidden = {}
+        for i, block in enumerate(self.blocks):
+            if i not in skip_blocks:
+                h = self._run(block, h, cond)
+            if i in keep_hidden:
+                hidden[i] = h
+        out = self.final_layer(h, cond)
+        velocity, rest = out[:, : self.in_channels], out[:, self.in_channels :]
+        return DiTOutput(velocity, rest, hidden, cond)
+
+    def _run(self, block: nn.Module, h: Tensor, cond: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, h, cond, use_reentrant=False)
+        return block(h, cond)
+
+    def _initialize(self) -> None:
+        """As published: Xavier for linear layers, 0.02 for embeddings, zero for gates."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(self.hidden_size, -1))
+        nn.init.zeros_(cast(Tensor, projection.bias))
+        for weight in (self.y_embedder.embedding_table.weight, *self.t_embedder.mlp.parameters()):
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=0.02)
+        for block in self.blocks:
+            zero_parameters(block.adaLN_modulation[1])
+        self.final_layer.zero()
+
+
+def zero_parameters(*layers: nn.Module) -> None:
+    """Set all parameters of the layers to zero."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+
+
+def position_table(dim: int, side: int) -> Tensor:
+    """Sines and cosines of a token's place, (side * side, dim), row by row.
+
+    The first half of the channels encodes the column, the second half the row, as in MAE.
+    """
+    rates = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(side, dtype=torch.float64).unsqueeze(1) * rates
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    column, row = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
+    return torch.cat([column, row], dim=1).float()
+
+
+def _check_sizes(sizes: dict[str, int], mlp_ratio: float, out_channels: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{name}={value}: must be at least 1")
+    patch_size, input_size = sizes["patch_size"], sizes["input_size"]
+    hidden_size, num_heads = sizes["hidden_size"], sizes["num_heads"]
+    if input_size % patch_size:
+        raise UserError(f"patch_size={patch_size}: must divide input_size={input_size}")
+    if hidden_size % num_heads:
+        raise UserError(f"num_heads={num_heads}: must divide hidden_size={hidden_size}")
+    if hidden_size % 4:
+        raise UserError(f"hidden_size={hidden_size}: must be a multiple of 4")
+    if not 0 < mlp_ratio < math.inf:
+        raise UserError(f"mlp_ratio={mlp_ratio}: must be a finite number above 0")
+    if out_channels < sizes["in_channels"]:
+        raise UserError(
+            f"out_channels={out_channels}: must be at least in_channels={sizes['in_channels']}"
+        )

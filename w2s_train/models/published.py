@@ -1,0 +1,140 @@
+"""Published DiT and SiT weights, converted to the conventions of this project.
+
+| weights | time | predicts | what changes here |
+|---|---|---|---|
+| REPA and the SGG release | t = 0 is data | velocity | nothing |
+| SiT (original) | t = 1 is data | velocity of the reversed path | v(x, t) = -v_SiT(x, 1 - t) |
+| DiT | steps 0 ... 999, 0 is clean | noise, variance-preserving path | `NoisePredictionField` |
+
+The sign and the time of SiT are absorbed when loading: the last layer is negated and the network
+embeds 1 - t. Channels that predict a variance (``learn_sigma``) are dropped from the last layer.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w2s_train.errors import UserError
+from w2s_train.interpolant import Interpolant
+from w2s_train.models.dit import DiT
+
+PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+
+
+def architecture(state: dict[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
+    """The arguments of `DiT` that a state dict with the published keys was made with.
+
+    Args:
+        state: The state dict.
+        num_heads: Heads cannot be told from shapes; None for the published S, B, L and XL.
+
+    Raises:
+        UserError: Neither given nor a published width.
+    """
+    tokens, hidden_size = state["pos_embed"].shape[1:]
+    _, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    if num_heads is None and hidden_size not in PUBLISHED_HEADS:
+        raise UserError(f"num_heads=None: must be given for hidden_size={hidden_size}")
+    return dict(
+        input_size=math.isqrt(tokens) * patch_size,
+        patch_size=patch_size,
+        in_channels=in_channels,
+        hidden_size=hidden_size,
+        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        num_heads=num_heads or PUBLISHED_HEADS[hidden_size],
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+        num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        out_channels=state["final_layer.linear.weight"].shape[0] // patch_size**2,
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
+    )
+
+
+def published_sit(path: str, num_heads: int | None = None, reversed_time: bool = True) -> DiT:
+    """A `DiT` with the weights of a published SiT, predicting velocities in our convention.
+
+    Args:
+        path: A ``.pt`` file with a state dict, alone or under the key "ema".
+        num_heads: Attention heads; None for the published S, B, L and XL.
+        reversed_time: True for the original SiT (t = 1 is data), False for REPA and SGG.
+    """
+    state = _read(path)
+    sizes = architecture(state, num_heads)
+    channels, sign = int(sizes["in_channels"]), -1 if reversed_time else 1
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        # Rows are ordered (p, q, channel); keep the velocity, drop the variance.
+        rows = state[key].unflatten(0, (-1, int(sizes["out_channels"])))
+        state[key] = sign * rows[:, :channels].flatten(0, 1)
+    sizes["out_channels"] = channels
+    if reversed_time:
+        sizes |= dict(time_scale=-1.0, time_shift=1.0)
+    network = DiT(**sizes)
+    network.load_state_dict(state)
+    return network
+
+
+def published_dit(path: str, num_heads: int | None = None) -> DiT:
+    """A `DiT` with the weights of a published DiT: its "velocity" is the noise of a DDPM step.
+
+    Its t counts steps, 0 ... 999; sample it through `NoisePredictionField`.
+
+    Args:
+        path: A ``.pt`` file with a state dict, alone or under the key "ema".
+        num_heads: Attention heads; None for the published S, B, L and XL.
+    """
+    state = _read(path)
+    network = DiT(**architecture(state, num_heads))
+    network.load_state_dict(state)
+    return network
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise UserError(f"path={path}: no such file")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = state.get("ema", state)
+    keep = ("x_embedder.", "t_embedder.", "y_embedder.", "blocks.", "final_layer.", "pos_embed")
+    return {key: value for key, value in state.items() if key.startswith(keep)}
+
+
+class NoisePredictionField:
+    """The velocity of ``interpolant`` according to a network that predicts the noise of DDPM steps.
+
+    DDPM mixes z = sqrt(a_k) x + sqrt(1 - a_k) e with a_k the product of 1 - beta up to step k and
+    beta linear from 1e-4 to 0.02 (Ho et al., 2020). At equal noise level sigma / alpha the two
+    differ by a factor only: z = x_t sqrt(a_k) / alpha(t), at a fractional step k. Then
+    x = (x_t - sigma e) / alpha and v = alpha' x + sigma' e.
+
+    Args:
+        network: A network from `published_dit`.
+        y: Labels (B,) int64.
+        interpolant: Whose velocity to return.
+    """
+
+    def __init__(self, network: DiT, y: Tensor, interpolant: Interpolant) -> None:
+        self.network, self.y, self.interpolant = network, y, interpolant
+        self.a = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0)
+        self.log_level = ((1 - self.a) / self.a).log() / 2
+
+    def step_of(self, log_level: float) -> float:
+        """The fractional DDPM step, in [0, 999], at a noise level given by its logarithm."""
+        k = int(torch.searchsorted(self.log_level, log_level).clamp(1, 999))
+        low, high = self.log_level[k - 1].item(), self.log_level[k].item()
+        return min(max(k - 1 + (log_level - low) / (high - low), 0.0), 999.0)
+
+    def __call__(self, x_t: Tensor, t: float, start: float) -> Tensor:
+        """The velocity at (x_t, t), shaped and typed like ``x_t``; ``start`` is not used."""
+        time = torch.tensor(t, dtype=torch.float64)
+        alpha, sigma, alpha_dot, sigma_dot = (float(c) for c in self.interpolant.coefficients(time))
+        # Pure noise has no finite level; DDPM's last step is within 0.6 % of it.
+        top = self.log_level[-1].item()
+        level = math.log(sigma / alpha) if alpha > 1e-9 else top
+        step = self.step_of(min(level, top))
+        # sqrt(a_k) / alpha, by way of the variance: both mixtures are scaled to a unit norm.
+        z = x_t / math.sqrt(alpha**2 + sigma**2)
+        steps = torch.full((len(x_t),), step, device=x_t.device)
+        noise = self.network(z.float(), steps, self.y).velocity.to(x_t.dtype)
+        x = (x_t - sigma * noise) / max(alpha, math.exp(-top) * sigma)
+        return alpha_dot * x + sigma_dot * noise

@@ -1,0 +1,209 @@
+"""The Lightning module: wires network, objective, sampler, optimizer and weight average."""
+
+import math
+import time
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from w2s_train.autoencoder import Autoencoder, PixelSpace
+from w2s_train.errors import UserError
+from w2s_train.guidance import Guidance, Unguided
+from w2s_train.models import DiT, WeightAverage
+from w2s_train.objective import WeakToStrongObjective
+from w2s_train.sampler import Sampler
+from w2s_train.statistics import RunningStatistics
+
+
+class DiffusionModule(LightningModule):
+    """Trains a network towards weak-to-strong targets and samples it for validation.
+
+    Args:
+        network: The network.
+        objective: What it is trained towards.
+        sampler: The solver for validation.
+        optimizer: Called with the trainable parameters.
+        scheduler: Called with the optimizer and stepped once per optimizer step; None is constant.
+        autoencoder: Between stored data, network and images; None is pixel space.
+        guidance: Sampling-time guidance; None is unguided.
+        label_dropout: Probability, in [0, 1], of replacing a training label by the null class.
+        ema_decay: Of the average that is sampled, per optimizer step, in [0, 1).
+        generation_block: Images per network evaluation when sampling. Batches are cut or padded to
+            it, so that an image depends on its seed alone and not on its neighbours' number.
+        compile: Compile the networks with `torch.compile`.
+
+    Raises:
+        UserError: A number out of its range, or an optimizer that refuses its arguments.
+    """
+
+    def __init__(
+        self,
+        network: DiT,
+        objective: WeakToStrongObjective,
+        sampler: Sampler,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        autoencoder: Autoencoder | None = None,
+        guidance: Guidance | None = None,
+        label_dropout: float = 0.1,
+        ema_decay: float = 0.9999,
+        generation_block: int = 125,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_dropout <= 1:
+            raise UserError(f"label_dropout={label_dropout}: must be in [0, 1]")
+        if generation_block < 1:
+            raise UserError(f"generation_block={generation_block}: must be at least 1")
+        self.network, self.objective, self.sampler = network, objective, sampler
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.autoencoder = autoencoder or PixelSpace()
+        self.guidance = guidance or Unguided()
+        self.label_dropout, self.generation_block = label_dropout, generation_block
+        self.compile_networks = compile
+        self.objective.bind(network)
+        self.ema = WeightAverage(network, ema_decay)
+        self.statistics, self.last_metrics = RunningStatistics(), dict[str, float]()
+        self.images_seen, self.seconds_before = 0, 0.0
+        self.fit_began: float | None = None
+        # Optimizers check their arguments when they are built; do it before any work starts.
+        self.optimizer([nn.Parameter(torch.zeros(1))])
+
+    # ---- training --------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Compile in place, which keeps the parameter names."""
+        if self.compile_networks:
+            self.network.compile()
+            self.ema.module.compile()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch of images (B, C, H, W) and labels (B,)."""
+        x = self.autoencoder.encode(batch["image"])
+        losses = self.objective(self.network, x, self.drop_labels(batch["label"]))
+        self.statistics.add(losses.statistics)
+        self.images_seen += len(x) * self.trainer.world_size
+        return losses.total
+
+    def drop_labels(self, y: Tensor) -> Tensor:
+        """Labels (B,), each replaced by the null class with probability ``label_dropout``."""
+        drop = torch.rand(len(y), device=y.device) < self.label_dropout
+        return torch.where(drop, self.network.null_class, y)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One optimizer step; then average and weak sources follow, once per *optimizer* step."""
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update(self.network)
+        self.objective.after_step(self.network)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, and keep the norm before clipping."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        limit = gradient_clip_val if gradient_clip_algorithm in (None, "norm") else None
+        self.gradient_norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf).detach()
+        if gradient_clip_val and limit is None:
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Every ``log_every_n_steps`` optimizer steps, read the statistics and log them."""
+        due = self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if not (due and stepped):
+            return
+        strategy = self.trainer.strategy
+        numbers = self.statistics.compute(lambda x, op: strategy.reduce(x, reduce_op=op))
+        metrics = {f"train/{name}": value for name, value in numbers.items()}
+        metrics["train/gradient_norm"] = float(self.gradient_norm)
+        metrics["train/learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        metrics["train/images_seen"] = self.images_seen
+        self.record(metrics)
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Send metrics to the loggers at the current optimizer step, and to other callbacks."""
+        self.last_metrics |= metrics
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.global_step)
+        self.trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over everything that needs gradients, and the schedule."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_fit_start(self) -> None:
+        """Start the clock."""
+        self.fit_began = time.monotonic()
+
+    def wall_clock(self) -> float:
+        """Seconds of fitting so far, over all restarts, validation included."""
+        running = time.monotonic() - self.fit_began if self.fit_began is not None else 0.0
+        return self.seconds_before + running
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the state dict does not hold."""
+        checkpoint["progress"] = {"images_seen": self.images_seen, "seconds": self.wall_clock()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it."""
+        self.images_seen = checkpoint["progress"]["images_seen"]
+        self.seconds_before = checkpoint["progress"]["seconds"]
+
+    # ---- validation ------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Generate the images (B, C, H, W) uint8 of a batch of seeds and labels."""
+        return self.generate(batch["seed"].tolist(), batch["label"].tolist())
+
+    test_step = validation_step
+    predict_step = validation_step
+
+    @torch.no_grad()
+    def generate(self, seeds: list[int], labels: list[int]) -> Tensor:
+        """Images (B, C, H, W) uint8 from the averaged weights, each fixed by seed and label."""
+        size, images = self.generation_block, []
+        for i in range(0, len(seeds), size):
+            block = slice(i, i + size)
+            padding = size - len(seeds[block])
+            padded = [list_[block] + list_[i : i + 1] * padding for list_ in (seeds, labels)]
+            images.append(self._generate_block(*padded)[: size - padding])
+        return torch.cat(images)
+
+    def _generate_block(self, seeds: list[int], labels: list[int]) -> Tensor:
+        """Images for exactly ``generation_block`` seeds."""
+        # Every image has a generator of its own, on the host: its noise is the same on any device.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        network = self.ema.module
+        shape = (network.in_channels, network.input_size, network.input_size)
+
+        def draw() -> Tensor:
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(
+                self.device
+            )
+
+        velocity = self.guidance.field(network, torch.tensor(labels, device=self.device))
+        return self.autoencoder.decode(self.sampler(velocity, draw(), draw).float())
+
+    def protocol(self) -> dict[str, Any]:
+        """How images are generated, for the record of a score."""
+        return {
+            "sampler": type(self.sampler).__name__,
+            "steps": self.sampler.steps,
+            "guidance": self.guidance.describe(),
+            "weights": "ema",
+            "ema_decay": self.ema.decay,
+            "autoencoder": type(self.autoencoder).__name__,
+            "precision": str(self.trainer.precision),
+            "step": self.global_step,
+            "images_seen": self.images_seen,
+        }

@@ -1,0 +1,37 @@
+"""A second head on an intermediate block."""
+
+from torch import Tensor
+
+from w2s_train.errors import UserError
+from w2s_train.interpolant import NoisySample
+from w2s_train.models import DiT, DiTOutput, FinalLayer
+from w2s_train.weak.base import WeakSource
+
+
+class IntermediateHead(WeakSource):
+    """A copy of the last layer that reads the tokens of an earlier block: the "branch" of SGG.
+
+    Its loss trains the blocks below it as well (deep supervision), as in the reference.
+
+    Args:
+        block: The block whose output the head reads, counted from 0. The SGG release counts from
+            1: its ``weak_layer=4`` is ``block: 3`` here.
+    """
+
+    trainable = True
+
+    def __init__(self, block: int = 3) -> None:
+        super().__init__()
+        self.block = block
+        self.keep_hidden = (block,)
+
+    def bind(self, network: DiT) -> None:
+        if not 0 <= self.block < network.depth - 1:
+            raise UserError(
+                f"block={self.block}: must be in [0, {network.depth - 2}], "
+                f"before the last of the network's {network.depth} blocks"
+            )
+        self.head = FinalLayer(network.hidden_size, network.patch_size, network.in_channels)
+
+    def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
+        return self.head(strong.hidden[self.block], strong.cond)
