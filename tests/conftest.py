@@ -9,6 +9,9 @@ from w2s_train.models import DiT
 
 ROOT = Path(__file__).parent.parent
 
+# Tensors are small here, and threads that wait for a busy core cost far more than they bring.
+torch.set_num_threads(1)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

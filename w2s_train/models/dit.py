@@ -13,7 +13,8 @@ is random and labels are never dropped: who calls decides what the network sees.
 
 import math
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -82,7 +83,8 @@ class DiTBlock(nn.Module):
             hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.RMSNorm
         )
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU("tanh"))
+        gelu: Any = partial(nn.GELU, approximate="tanh")
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, h: Tensor, cond: Tensor) -> Tensor:

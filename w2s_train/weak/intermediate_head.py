@@ -14,24 +14,28 @@ class IntermediateHead(WeakSource):
     Its loss trains the blocks below it as well (deep supervision), as in the reference.
 
     Args:
-        block: The block whose output the head reads, counted from 0. The SGG release counts from
-            1: its ``weak_layer=4`` is ``block: 3`` here.
+        block: The block whose output the head reads, counted from 0; None for the end of the first
+            third, as published (``weak_layer=4`` of 12, counted from 1, is ``block: 3`` here).
+
+    Raises:
+        UserError: There is no such block, or it is the last one.
     """
 
     trainable = True
 
-    def __init__(self, block: int = 3) -> None:
+    def __init__(self, block: int | None = None) -> None:
         super().__init__()
         self.block = block
-        self.keep_hidden = (block,)
 
     def bind(self, network: DiT) -> None:
-        if not 0 <= self.block < network.depth - 1:
+        block = max(network.depth // 3 - 1, 0) if self.block is None else self.block
+        if not 0 <= block < network.depth - 1:
             raise UserError(
-                f"block={self.block}: must be in [0, {network.depth - 2}], "
+                f"block={block}: must be in [0, {network.depth - 2}], "
                 f"before the last of the network's {network.depth} blocks"
             )
+        self.keep_hidden = (block,)
         self.head = FinalLayer(network.hidden_size, network.patch_size, network.in_channels)
 
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
-        return self.head(strong.hidden[self.block], strong.cond)
+        return self.head(strong.hidden[self.keep_hidden[0]], strong.cond)

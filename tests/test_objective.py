@@ -1,0 +1,224 @@
+"""The gradient is that of the written equation, and frozen sources see their segment only."""
+
+import pytest
+import torch
+
+from w2s_train.interpolant import LinearInterpolant, NoisySample
+from w2s_train.models import DiT
+from w2s_train.objective import WeakToStrongObjective
+from w2s_train.segment import Consistency, Extrapolation, Segment
+from w2s_train.timesteps import LogitNormal, Uniform
+from w2s_train.weak import EMA, IntermediateHead, NullClass, WeakSource
+
+LINEAR = LinearInterpolant()
+
+
+def objective(*segments: Segment, timesteps=None) -> WeakToStrongObjective:
+    return WeakToStrongObjective(LINEAR, timesteps or Uniform(), list(segments))
+
+
+def batch(n: int = 12):
+    x, noise = torch.randn(2, n, 3, 8, 8)
+    t = torch.rand(n)
+    y = torch.arange(n) % 6  # some of them the null class, 5
+    return LINEAR.corrupt(x, noise, t), y
+
+
+def gradients(network: DiT, loss: torch.Tensor) -> list[torch.Tensor]:
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return [g.clone() for g in torch.autograd.grad(loss, parameters)]
+
+
+def close(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_no_segments_is_flow_matching(network: DiT):
+    noisy, y = batch()
+    by_hand = (network(noisy.x_t, noisy.t, y).velocity - noisy.v).square().mean()
+    losses = objective().evaluate(network, noisy, y)
+    torch.testing.assert_close(losses.total, by_hand)
+    close(gradients(network, losses.total), gradients(network, by_hand))
+
+
+def test_scale_zero_is_flow_matching(network: DiT):
+    noisy, y = batch()
+    plain = objective().evaluate(network, noisy, y)
+    zero = objective(Extrapolation(0.0, 1.0, 0.0, NullClass())).evaluate(network, noisy, y)
+    close(gradients(network, zero.total), gradients(network, plain.total))
+
+
+def test_extrapolation_is_the_equation(network: DiT):
+    """Target = v + w sg(strong - weak), the null class above 0.3, a trained head below."""
+    noisy, y = batch()
+    head = IntermediateHead(block=1)
+    head.bind(network)
+    head.head.linear.weight.data += 0.1 * torch.randn_like(head.head.linear.weight)
+    ours = objective(
+        Extrapolation(0.3, 1.0, 0.6, NullClass()),
+        Extrapolation(0.0, 0.3, 0.2, head, weak_loss_weight=0.5),
+    )
+    out = network(noisy.x_t, noisy.t, y, keep_hidden=(1,))
+    mid = head.head(out.hidden[1], out.cond)
+    null = network(noisy.x_t, noisy.t, torch.full_like(y, 5)).velocity
+    high = (noisy.t >= 0.3).view(-1, 1, 1, 1)
+    shift = torch.where(high, 0.6 * (out.velocity - null), 0.2 * (out.velocity - mid)).detach()
+    by_hand = (out.velocity - noisy.v - shift).square().mean()
+    by_hand = by_hand + 0.5 * (mid - noisy.v).square().mean()
+    losses = ours.evaluate(network, noisy, y)
+    torch.testing.assert_close(losses.total, by_hand)
+    parameters = [p for p in [*network.parameters(), *head.parameters()] if p.requires_grad]
+    theirs = torch.autograd.grad(by_hand, parameters)
+    close(torch.autograd.grad(losses.total, parameters), theirs)
+
+
+def test_consistency_pulls_both_sides(network: DiT):
+    """Strong + weight |strong - mid|^2 with gradients to both, inside the segment only."""
+    noisy, y = batch()
+    head = IntermediateHead(block=1)
+    head.bind(network)
+    head.head.linear.weight.data += 0.1 * torch.randn_like(head.head.linear.weight)
+    ours = objective(Consistency(0.0, 0.4, head, weight=0.2))
+    out = network(noisy.x_t, noisy.t, y, keep_hidden=(1,))
+    mid = head.head(out.hidden[1], out.cond)
+    inside = (noisy.t < 0.4).float()
+    pull = (out.velocity - mid).square().mean((1, 2, 3)) * inside
+    by_hand = (out.velocity - noisy.v).square().mean() + 0.2 * pull.mean()
+    losses = ours.evaluate(network, noisy, y)
+    parameters = [p for p in [*network.parameters(), *head.parameters()] if p.requires_grad]
+    theirs = torch.autograd.grad(by_hand, parameters)
+    close(torch.autograd.grad(losses.total, parameters), theirs)
+
+
+@pytest.mark.parametrize("timesteps", [Uniform(), LogitNormal()])
+@pytest.mark.parametrize("n", [1, 5, 16])
+def test_slices_equal_lookup(network: DiT, timesteps, n: int):
+    """Static slices of stratified rows give what looking rows up gives, to rounding."""
+    ours = objective(
+        Extrapolation(0.0, 0.23, 0.3, EMA()),
+        Extrapolation(0.23, 0.81, 0.6, NullClass()),
+        timesteps=timesteps,
+    )
+    ours.bind(network)
+    x, noise = torch.randn(2, n, 3, 8, 8)
+    y = torch.arange(n) % 6
+    noisy = LINEAR.corrupt(x, noise, timesteps.draw(n, x.device, LINEAR))
+    rows = [timesteps.rows(s.low, s.high, n, LINEAR) for s in ours.segments]
+    sliced, found = ours.evaluate(network, noisy, y, rows), ours.evaluate(network, noisy, y)
+    torch.testing.assert_close(sliced.per_sample, found.per_sample)
+    close(gradients(network, sliced.total), gradients(network, found.total))
+
+
+class Counting(WeakSource):
+    """Predicts zero, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[torch.Tensor] = []
+        self.graded: list[bool] = []
+
+    def predict(self, network, noisy, y, strong):
+        assert len(noisy.t) == len(y) == len(strong.velocity) == len(noisy.x_t)
+        self.calls.append(noisy.t)
+        self.graded.append(torch.is_grad_enabled())
+        return torch.zeros_like(noisy.v)
+
+
+def test_a_frozen_source_runs_on_its_rows_only(network: DiT):
+    source = Counting()
+    ours = objective(Extrapolation(0.25, 0.75, 0.5, source))
+    for _ in range(5):
+        ours(network, torch.randn(64, 3, 8, 8), torch.zeros(64, dtype=torch.long))
+    assert [len(t) for t in source.calls] == [32] * 5  # half of the batch, the same every time
+    assert not any(source.graded)
+    assert all(((t >= 0.25) & (t < 0.75)).all() for t in source.calls)
+
+
+def test_segments_without_rows_are_not_evaluated(network: DiT):
+    source = Counting()
+    noisy, y = batch()
+    noisy = NoisySample(noisy.x_t, 0.1 + 0.1 * noisy.t, noisy.v)
+    objective(Extrapolation(0.5, 1.0, 0.5, source)).evaluate(network, noisy, y)
+    assert source.calls == []
+
+
+def test_dropped_labels_get_no_guidance(network: DiT):
+    noisy, y = batch()
+    y = torch.full_like(y, network.null_class)
+    guided = objective(Extrapolation(0.0, 1.0, 0.6, NullClass())).evaluate(network, noisy, y)
+    plain = objective().evaluate(network, noisy, y)
+    torch.testing.assert_close(guided.per_sample, plain.per_sample)
+
+
+def test_fixed_point_is_guidance_by_one_over_one_minus_scale():
+    """Regressing a free vector on the moving target ends at weak + (v - weak) / (1 - scale)."""
+    v, weak, scale = torch.tensor(2.0), torch.tensor(0.5), 0.6
+    strong = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.SGD([strong], lr=0.3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (strong - (v + scale * (strong - weak).detach())).square().backward()
+        optimizer.step()
+    torch.testing.assert_close(strong.detach(), weak + (v - weak) / (1 - scale))
+
+
+def test_autocast_keeps_the_gradient(network: DiT):
+    """A weak pass without gradients must not cut the strong one's through cached bf16 weights."""
+    noisy, y = batch()
+    ours = objective(Extrapolation(0.0, 1.0, 0.5, NullClass()))
+    exact = gradients(network, ours.evaluate(network, noisy, y).total)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = ours.evaluate(network, noisy, y)
+    assert losses.per_sample.dtype == torch.float32
+    rounded = gradients(network, losses.total)
+    norm = lambda gs: torch.cat([g.flatten() for g in gs]).norm()  # noqa: E731
+    error = norm([a - b for a, b in zip(exact, rounded, strict=True)])
+    assert error < 0.05 * norm(exact)
+
+
+@pytest.mark.parametrize(
+    "arguments, key",
+    [
+        ((-0.1, 0.5, 0.3), "low"),
+        ((0.5, 0.2, 0.3), "high"),
+        ((0.5, 0.5, 0.3), "high"),
+        ((0.2, 1.1, 0.3), "high"),
+        ((float("nan"), 1.0, 0.3), "low"),
+        ((0.0, float("nan"), 0.3), "high"),
+        ((0.0, 1.0, 1.0), "scale"),
+        ((0.0, 1.0, -0.1), "scale"),
+        ((0.0, 1.0, float("nan")), "scale"),
+    ],
+)
+def test_bad_segments(arguments: tuple, key: str):
+    with pytest.raises(ValueError, match=f"{key}="):
+        Extrapolation(*arguments, NullClass())
+
+
+def test_overlapping_segments():
+    with pytest.raises(ValueError, match=r"\[0.0, 0.5\) and \[0.4, 1.0\): must not overlap"):
+        objective(
+            Extrapolation(0.4, 1.0, 0.3, NullClass()), Extrapolation(0.0, 0.5, 0.3, NullClass())
+        )
+    touching = (Extrapolation(0.0, 0.5, 0.3, NullClass()), Consistency(0.5, 1.0, NullClass()))
+    objective(*touching)
+
+
+def test_statistics(network: DiT):
+    """RMS and maximum are those of the rows inside; the quarters average to the whole."""
+    noisy, y = batch(16)
+    statistics = (
+        objective(Extrapolation(0.2, 1.0, 0.5, NullClass())).evaluate(network, noisy, y).statistics
+    )
+    strong = network(noisy.x_t, noisy.t, y).velocity
+    inside = noisy.t >= 0.2
+    entry = statistics["t_0.2-1/strong_rms"]
+    ours = ((entry.values * entry.mask).sum() / entry.mask.sum()).sqrt()
+    torch.testing.assert_close(ours, strong[inside].square().mean().sqrt())
+    entry = statistics["t_0.2-1/strong_max"]
+    torch.testing.assert_close((entry.values * entry.mask).max(), strong[inside].abs().max())
+    quarters = [v for k, v in statistics.items() if k.startswith("quarter")]
+    assert len(quarters) == 4
+    total = sum((q.values * q.mask).sum() for q in quarters) / 16
+    torch.testing.assert_close(total, statistics["strong_loss"].values.mean())
