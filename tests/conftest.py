@@ -41,3 +41,20 @@ def network() -> DiT:
     return perturbed(
         DiT(input_size=8, in_channels=3, hidden_size=32, depth=4, num_heads=4, num_classes=5)
     )
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run ``lightning COMMAND ...`` in this process, on a tiny config, in ``tmp_path``/run."""
+    from w2s_train.cli import main
+
+    monkeypatch.chdir(ROOT)
+
+    def run(name: str, *options: str, config: str = "digits_w2s", folder: str = "run") -> Path:
+        path = tmp_path / folder
+        files = [f"configs/{config}.yaml", "tests/tiny.yaml"]
+        arguments = [option for file in files for option in ("-c", file)]
+        main([name, *arguments, "--trainer.default_root_dir", str(path), *options])
+        return path
+
+    return run

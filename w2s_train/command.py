@@ -22,6 +22,7 @@ from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError
 from w2s_train.module import DiffusionModule
 
+COMMANDS = ("fit", "validate", "test", "predict")
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
@@ -104,24 +105,41 @@ class Command(LightningCLI):
             self.record.claim(Path(self.trainer.default_root_dir))
 
 
-def run(args: list[str] | None) -> None:
-    """Run one command; a user's error ends it with one line and status 1.
+class Composition(Command):
+    """Everything up to the trainer's start."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+def compose(args: list[str] | None, run: bool = True) -> Command:
+    """Parse, check and instantiate; with ``run``, do what the command says.
 
     Args:
         args: Command and options; None for those of this process.
+        run: False stops before the trainer starts.
+
+    Raises:
+        UserError: A value that cannot be used.
+        argparse.ArgumentError: An unknown key or a wrong type.
     """
     quiet = {"exit_on_error": False, "allow_abbrev": False}
+    return (Command if run else Composition)(
+        DiffusionModule,
+        ShardDataModule,
+        args=args,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveFitConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={name: quiet for name in COMMANDS} | quiet,
+        trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+    )
+
+
+def run(args: list[str] | None) -> None:
+    """Run one command; a user's error ends it with one line and status 1."""
     try:
-        command = Command(
-            DiffusionModule,
-            ShardDataModule,
-            args=args,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={name: quiet for name in ("fit", "validate", "test", "predict")} | quiet,
-            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
-        )
+        command = compose(args)
     except argparse.ArgumentError as error:
         sys.exit(f"error: {explain(str(error))}")
     except (UserError, MisconfigurationException) as error:

@@ -6,6 +6,7 @@ out to the workers of all ranks and read through a bounded shuffle, with generat
 batches that an uninterrupted run would have got.
 """
 
+import glob
 import io
 import itertools
 from collections.abc import Iterator
@@ -34,13 +35,10 @@ def expand_urls(urls: str) -> list[str]:
     """
     found = []
     for pattern in braceexpand(urls):
-        matches = (
-            sorted(str(path) for path in Path().glob(pattern)) if "*" in pattern else [pattern]
-        )
-        found += [path for path in matches if Path(path).is_file()] or [f"missing:{pattern}"]
-    missing = [url.removeprefix("missing:") for url in found if url.startswith("missing:")]
-    if missing:
-        raise FileNotFoundError(f"train_urls={urls}: no such file: {missing[0]}")
+        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        if not matches or not Path(matches[0]).is_file():
+            raise UserError(f"train_urls={urls}: must name existing files; {pattern} does not")
+        found += matches
     return found
 
 

@@ -1,0 +1,100 @@
+"""Every committed config parses and instantiates, and takes steps."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from lightning.pytorch.cli import LightningCLI
+
+from w2s_train.command import Command, compose
+from w2s_train.datamodule import ShardDataModule
+from w2s_train.module import DiffusionModule
+
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+OVERLAYS = sorted(path.name for path in (ROOT / "configs" / "weak").glob("*.yaml"))
+MAIN = ["digits_w2s.yaml", "dit_b_w2s.yaml"]
+
+
+def write_latents(folder: Path, shards: int = 4, rows: int = 4) -> str:
+    """Shards of random posterior moments, as `ImageNet` latents come."""
+    rng = np.random.default_rng(0)
+    for shard in range(shards):
+        with tarfile.open(folder / f"train-{shard:06d}.tar", "w") as tar:
+            for row in range(rows):
+                array = io.BytesIO()
+                np.save(array, rng.normal(size=(8, 32, 32)).astype(np.float16))
+                label = str(rng.integers(1000)).encode()
+                for kind, content in (("npy", array.getvalue()), ("cls", label)):
+                    info = tarfile.TarInfo(f"{shard}{row:05d}.{kind}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return str(folder / "train-*.tar")
+
+
+def instantiate(files: list[str], urls: str, *options: str) -> LightningCLI:
+    arguments = [option for file in files for option in ("-c", str(ROOT / "configs" / file))]
+    return compose(["fit", *arguments, "--data.train_urls", urls, *options], run=False)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_latents(tmp_path_factory.mktemp("latents"))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_configs_instantiate(config: str, latents: str):
+    command = instantiate([config], latents)
+    assert isinstance(command, Command)
+    assert isinstance(command.model, DiffusionModule)
+    assert isinstance(command.datamodule, ShardDataModule)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("config", MAIN)
+def test_overlays_instantiate(config: str, overlay: str, latents: str):
+    small = "--model.network.init_args.hidden_size=48"  # DiT-B/2 with thin blocks
+    command = instantiate([config, f"weak/{overlay}"], latents, small)
+    stated = yaml.safe_load((ROOT / "configs" / "weak" / overlay).read_text())
+    expected = stated["model"]["objective"]["init_args"]["segments"] or []
+    built = command.model.objective.segments
+    assert [type(s).__name__ for s in built] == [s["class_path"].split(".")[-1] for s in expected]
+    ranges = [(s["init_args"]["low"], s["init_args"]["high"]) for s in expected]
+    assert [(s.low, s.high) for s in built] == ranges
+
+
+def test_the_baseline_differs_in_its_segments_only():
+    w2s, baseline = (
+        yaml.safe_load((ROOT / "configs" / f"digits_{name}.yaml").read_text())
+        for name in ("w2s", "baseline")
+    )
+    assert w2s["model"]["objective"]["init_args"].pop("segments")
+    assert baseline["model"]["objective"]["init_args"].pop("segments") is None
+    assert w2s == baseline
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_digits_run_with_every_overlay(command, overlay: str):
+    folder = command("fit", "-c", f"configs/weak/{overlay}", "--trainer.max_steps=3")
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.slow
+def test_dit_b_takes_a_step(tmp_path: Path, latents: str):
+    """One real optimisation step of the reference run, on latents: all weights move."""
+    options = ["--trainer.max_steps=1", "--trainer.devices=1", "--trainer.accelerator=cpu"]
+    options += ["--data.batch_size=4", "--data.num_workers=1", "--model.compile=false"]
+    options += [f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks=null"]
+    command = instantiate(["dit_b_w2s.yaml"], latents, *options)
+    network = command.model.network
+    assert sum(p.numel() for p in network.parameters()) > 125e6
+    before = {name: p.clone() for name, p in network.named_parameters() if p.requires_grad}
+    command.trainer.fit(command.model, command.datamodule)
+    moved = {name for name, p in before.items() if not torch.equal(p, network.get_parameter(name))}
+    # An adaLN-Zero network passes no gradient beyond its zero layers in the first step.
+    assert {"final_layer.linear.weight", "final_layer.linear.bias"} <= moved
+    assert command.trainer.global_step == 1

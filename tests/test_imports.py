@@ -1,0 +1,111 @@
+"""Who may import whom: CONTRIBUTING.md, "Layout"."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "w2s_train"
+# A file may import files of lower levels, and its own folder.
+LEVELS = {
+    "errors": 0,
+    "interpolant": 1,
+    "timesteps": 2,
+    "models": 2,
+    "autoencoder": 2,
+    "frechet": 2,
+    "stream": 2,
+    "features": 3,
+    "guidance": 3,
+    "weak": 3,
+    "sampler": 4,
+    "segment": 4,
+    "objective": 5,
+    "statistics": 5,
+    "module": 6,
+    "datamodule": 6,
+    "callbacks": 6,
+    "command": 7,
+    "cli": 8,
+}
+# Libraries, and the only places where they are imported.
+ONLY_IN = {
+    "lightning": {"command", "module", "datamodule", "callbacks"},
+    "webdataset": {"stream"},
+    "cleanfid": {"features"},
+    "torchmetrics": {"callbacks"},
+    "jsonargparse": {"command"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    """The first part below the package: a folder or a module."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.append(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports(path: Path):
+    here = place(path)
+    if here in ("__init__", "__main__"):
+        return
+    for name in imported(path):
+        library, *rest = name.split(".")
+        if library in ONLY_IN:
+            assert here in ONLY_IN[library], f"{path} imports {library}"
+        if library == "w2s_train" and rest and rest[0] != here:
+            assert LEVELS[rest[0]] < LEVELS[here], f"{path} imports {name}"
+        if here == "weak" and path.stem not in ("__init__", "base"):
+            assert rest[:1] != ["weak"] or rest[1:] == ["base"], f"{path} imports {name}"
+
+
+def test_nothing_happens_at_import():
+    """Module level holds imports, definitions, constants and docstrings."""
+    allowed = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.FunctionDef,
+        ast.ClassDef,
+        ast.Assign,
+        ast.AnnAssign,
+    )
+    for path in FILES:
+        if path.stem == "__main__":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert isinstance(node, allowed) or docstring, f"{path}:{node.lineno}"
+
+
+def test_gradients_stop_in_one_file():
+    for path in FILES:
+        if place(path) in ("segment", "models", "module", "features", "sampler"):
+            continue
+        text = path.read_text()
+        assert "set_grad_enabled" not in text, path
+        # The objective detaches the numbers that it reports, nothing else.
+        assert ".detach()" not in text or place(path) == "objective", path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_sizes(path: Path):
+    """Files stay readable at one sitting, functions on one screen."""
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = node.end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= 50, f"{path}: {node.name} has {lines} lines"
