@@ -1,5 +1,6 @@
 """Entry point of the ``lightning`` command: answers at once, imports heavy things late."""
 
+import os
 import sys
 
 from w2s_train import __version__
@@ -37,6 +38,9 @@ def main(args: list[str] | None = None) -> None:
     elif args[0] not in COMMANDS:
         sys.exit(f"error: command={args[0]}: must be one of {', '.join(COMMANDS)}")
     else:
+        # Read once, when torch loads: threads that wait must sleep. Spinning threads made a small
+        # network 50 times slower on a machine whose cores were shared.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from w2s_train.command import run
 
         run(None if args == sys.argv[1:] else args)

@@ -3,9 +3,11 @@
 import argparse
 import importlib
 import inspect
+import logging
 import math
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,11 +85,17 @@ class Command(LightningCLI):
         seed = int(config.seed_everything or 0)
         ours = [self.record, StepSeed(seed), self.stop, Progress(), ImageWriter()]
         kwargs["callbacks"] = [*(config.trainer.callbacks or []), *ours]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def instantiate_classes(self) -> None:
         """Instantiate, compare data and network, and let checkpoints carry the model's config."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UserError(locate(str(error), self.config[str(self.subcommand)])) from error
         data, network = self.datamodule, self.model.network
         if data.num_classes != network.num_classes:
             raise UserError(
@@ -136,8 +144,19 @@ def compose(args: list[str] | None, run: bool = True) -> Command:
     )
 
 
+def quiet_lightning() -> None:
+    """Drop advertisements and warnings that say nothing about this project."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+    # Averages are in eval mode while the network trains; the other two are Lightning's own affair.
+    for message in (".*in eval mode at the start of training", ".*LeafSpec", ".*val_dataloader.*"):
+        warnings.filterwarnings("ignore", message)
+
+
 def run(args: list[str] | None) -> None:
     """Run one command; a user's error ends it with one line and status 1."""
+    quiet_lightning()
     try:
         command = compose(args)
     except argparse.ArgumentError as error:
@@ -213,6 +232,21 @@ def check_numbers(config: Any) -> None:
             and not 0 <= value < math.inf
         ):
             raise UserError(f"{key}={value}: must be a finite number, at least 0")
+
+
+def locate(message: str, config: Any) -> str:
+    """A constructor's message ``name=value: rule`` with the name's full key, where it is found.
+
+    Where a value may be one of several types, the parser lists an error for each, one a line.
+    """
+    found = re.search(r"^(?:- )?\s*(?:- )?((\w+)=(.*?): .*)$", message, re.MULTILINE)
+    if not found:
+        return " ".join(message.split())
+    line, name, value = found.groups()
+    for key, leaf in walk(config):
+        if key.split(".")[-1] == name and str(leaf) == value:
+            return key.removesuffix(name) + line
+    return line
 
 
 def explain(message: str) -> str:

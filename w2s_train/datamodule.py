@@ -130,7 +130,7 @@ class ShardDataModule(LightningDataModule):
         sampler = UnrepeatedDistributedSampler(
             plan, self.trainer.world_size, self.trainer.global_rank, shuffle=False
         )
-        return DataLoader(plan, self.generation_batch_size, sampler=sampler)
+        return DataLoader(plan, batch_size=self.generation_batch_size, sampler=sampler)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

@@ -13,6 +13,7 @@ from w2s_train.autoencoder import Autoencoder, PixelSpace
 from w2s_train.errors import UserError
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.models import DiT, WeightAverage
+from w2s_train.models.average import check_decay
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.sampler import Sampler
 from w2s_train.statistics import RunningStatistics
@@ -65,12 +66,11 @@ class DiffusionModule(LightningModule):
         self.label_dropout, self.generation_block = label_dropout, generation_block
         self.compile_networks = compile
         self.objective.bind(network)
-        self.ema = WeightAverage(network, ema_decay)
+        self.ema = WeightAverage(network, check_decay("ema_decay", ema_decay))
         self.statistics, self.last_metrics = RunningStatistics(), dict[str, float]()
-        self.images_seen, self.seconds_before = 0, 0.0
+        self.images_seen, self.seconds_before, self.loaded_step = 0, 0.0, 0
         self.fit_began: float | None = None
-        # Optimizers check their arguments when they are built; do it before any work starts.
-        self.optimizer([nn.Parameter(torch.zeros(1))])
+        _check_optimizer(optimizer)
 
     # ---- training --------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class DiffusionModule(LightningModule):
         """Send metrics to the loggers at the current optimizer step, and to other callbacks."""
         self.last_metrics |= metrics
         for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.global_step)
+            logger.log_metrics(metrics, step=self.steps_taken)
         self.trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
 
     def configure_optimizers(self) -> Any:
@@ -150,12 +150,18 @@ class DiffusionModule(LightningModule):
         running = time.monotonic() - self.fit_began if self.fit_began is not None else 0.0
         return self.seconds_before + running
 
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps behind the current weights, also when only scoring a checkpoint."""
+        return self.global_step or self.loaded_step
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the state dict does not hold."""
         checkpoint["progress"] = {"images_seen": self.images_seen, "seconds": self.wall_clock()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
+        self.loaded_step = checkpoint["global_step"]
         self.images_seen = checkpoint["progress"]["images_seen"]
         self.seconds_before = checkpoint["progress"]["seconds"]
 
@@ -204,6 +210,14 @@ class DiffusionModule(LightningModule):
             "ema_decay": self.ema.decay,
             "autoencoder": type(self.autoencoder).__name__,
             "precision": str(self.trainer.precision),
-            "step": self.global_step,
+            "step": self.steps_taken,
             "images_seen": self.images_seen,
         }
+
+
+def _check_optimizer(optimizer: OptimizerCallable) -> None:
+    """Optimizers check their arguments when they are built; do it before any work starts."""
+    try:
+        optimizer([nn.Parameter(torch.zeros(1))])
+    except ValueError as error:
+        raise UserError(f"optimizer: {error}; rates must be finite and at least 0") from error

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a fit at a step boundary, with a checkpoint."""
+"""A fit ends with a checkpoint, and Ctrl-C ends it at a step boundary."""
 
 import signal
 import threading
@@ -16,7 +16,8 @@ class GracefulStop(Callback):
     """The first SIGINT sets a flag; a second one interrupts at once.
 
     All processes look at the flag together, every ``every`` batches, so that they stop at the same
-    step; then ``checkpoints/last.ckpt`` is written. A validation under way is finished first.
+    step. Every end of training writes ``checkpoints/last.ckpt``. A validation under way is finished
+    first.
 
     Args:
         every: Batches between two looks; each look is a collective.
@@ -59,6 +60,9 @@ class GracefulStop(Callback):
             return
         self.stopped = trainer.should_stop = True
         trainer.limit_val_batches = 0  # Lightning would validate before it stops
-        path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        trainer.save_checkpoint(path)
-        rank_zero_info(f"stopped at step {trainer.global_step}; continue with --ckpt_path last")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where training ended, stopped or not: the last step is rarely a round one."""
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        if self.stopped:
+            rank_zero_info(f"stopped at step {trainer.global_step}; continue with --ckpt_path last")

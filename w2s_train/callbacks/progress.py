@@ -101,7 +101,7 @@ class Progress(ProgressBar):
         if self.bar is not None:
             self.bar.remove_task(self.generation)
         if self.enabled:
-            line = f"step {trainer.global_step}: {scores or 'validated'}  ({seconds:.1f} s)"
+            line = f"step {pl_module.steps_taken}: {scores or 'validated'}  ({seconds:.1f} s)"
             (self.bar.console.print if self.bar else print)(line)
         if trainer.state.fn != TrainerFn.FITTING:
             self._close()

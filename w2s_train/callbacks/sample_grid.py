@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torchvision.utils import make_grid, save_image
 
@@ -33,7 +33,7 @@ class SampleGrid(Callback):
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: dict[str, torch.Tensor],
         batch_idx: int,
@@ -44,7 +44,7 @@ class SampleGrid(Callback):
             if seed < self.num_images:
                 self.images[seed] = image.cpu()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Put the shares of all ranks together and write the grid."""
         shares = [self.images]
         if trainer.world_size > 1:
@@ -58,12 +58,12 @@ class SampleGrid(Callback):
         large = images.repeat_interleave(self.scale, 2).repeat_interleave(self.scale, 3)
         folder = Path(trainer.default_root_dir) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{trainer.global_step:06d}.png"
+        path = folder / f"step-{pl_module.steps_taken:06d}.png"
         grid = make_grid(large, nrow=self.columns, padding=2, pad_value=0.5)
         save_image(grid, path)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", grid, trainer.global_step)
+                logger.experiment.add_image("samples", grid, pl_module.steps_taken)
 
     on_test_batch_end = on_validation_batch_end
     on_test_end = on_validation_end

@@ -1,0 +1,176 @@
+"""The command: fast help, and one clear line for every user's error (faults row 18)."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+W = "--model.objective.init_args.segments"
+
+
+def segments(*entries: str) -> str:
+    null = "{class_path: w2s_train.weak.NullClass}"
+    items = [
+        f"{{class_path: w2s_train.segment.Extrapolation, init_args: {{{e}, weak: {null}}}}}"
+        for e in entries
+    ]
+    return f"{W}=[{', '.join(items)}]"
+
+
+# Options, and what the line must contain: the key, the value, what is allowed.
+BAD = {
+    "unknown key": (["--model.label_drop=0.1"], ["label_drop"]),
+    "unknown nested key": (
+        ["--model.network.init_args.hiden_size=3"],
+        ["hiden_size", "accepts", "hidden_size"],
+    ),
+    "abbreviated key": (["--trainer.max_step=3"], ["max_step"]),
+    "wrong type": (["--model.label_dropout=abc"], ["model.label_dropout", "abc", "float"]),
+    "wrong class": (["--model.sampler=w2s_train.weak.NullClass"], ["model.sampler"]),
+    "missing class": (["--model.sampler.class_path=w2s_train.sampler.Foo"], ["Foo"]),
+    "nan": (["--model.ema_decay=.nan"], ["model.ema_decay", "nan", "must be a number"]),
+    "negative rate": (
+        ["--model.optimizer.init_args.lr=-1"],
+        ["model.optimizer.init_args.lr=-1", "at least 0"],
+    ),
+    "infinite rate": (["--model.optimizer.init_args.lr=.inf"], ["lr=inf", "finite"]),
+    "bad betas": (["--model.optimizer.init_args.betas=[0.9, 1.5]"], ["optimizer", "1.5"]),
+    "overlap": (
+        [segments("low: 0.0, high: 0.5, scale: 0.1", "low: 0.4, high: 1.0, scale: 0.1")],
+        ["segments=[0.0, 0.5) and [0.4, 1.0)", "must not overlap"],
+    ),
+    "inverted": (
+        [segments("low: 0.8, high: 0.2, scale: 0.1")],
+        ["segments[0].init_args.high=0.2", "(0.8, 1]"],
+    ),
+    "outside": ([segments("low: -0.2, high: 0.2, scale: 0.1")], ["low=-0.2", "[0, 1)"]),
+    "beyond one": ([segments("low: 0.2, high: 1.2, scale: 0.1")], ["high=1.2", "1]"]),
+    "scale one": ([segments("low: 0.0, high: 1.0, scale: 1.0")], ["scale=1.0", "[0, 1)"]),
+    "scale above one": ([segments("low: 0.0, high: 1.0, scale: 1.5")], ["scale=1.5"]),
+    "patch size": (
+        ["--model.network.init_args.patch_size=3"],
+        ["model.network.init_args.patch_size=3", "must divide input_size=8"],
+    ),
+    "heads": (["--model.network.init_args.num_heads=5"], ["num_heads=5", "hidden_size"]),
+    "classes": (["--data.num_classes=9"], ["data.num_classes=9", "10"]),
+    "dropout": (["--model.label_dropout=1.5"], ["model.label_dropout=1.5", "[0, 1]"]),
+    "decay": (["--model.ema_decay=1.0"], ["model.ema_decay=1.0", "[0, 1)"]),
+    "steps": (["--model.sampler.init_args.steps=0"], ["steps=0", "at least 1"]),
+    "batch size": (["--data.batch_size=0"], ["data.batch_size=0", "at least 1"]),
+    "half weights": (["--trainer.precision=bf16-true"], ["trainer.precision=bf16-true", "mixed"]),
+    "no such script": (["--data.prepare=mnist5"], ["data.prepare=mnist5", "digits"]),
+    "missing shards": (
+        ["--data.prepare=null", "--data.train_urls=none/*.tar"],
+        ["data.train_urls=none/*.tar", "existing"],
+    ),
+    "missing checkpoint": (["--ckpt_path=none.ckpt"], ["ckpt_path=none.ckpt", "existing file"]),
+    "missing config": (["-c", "none.yaml"], ["none.yaml"]),
+    "missing weights": (
+        ["--trainer.callbacks.init_args.features.init_args.weights=none.safetensors"],
+        ["none.safetensors"],
+    ),
+    "devices": (["--trainer.accelerator=tpux"], ["tpux"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, command, capsys, tmp_path: Path):
+    options, expected = BAD[case]
+    with pytest.raises(SystemExit) as stop:
+        command("fit", *options)
+    message = str(stop.value.code)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    for part in expected:
+        assert part in message, message
+    assert not (tmp_path / "run").exists()
+
+
+def test_scoring_needs_a_checkpoint(command):
+    for options, expected in (
+        ([], "ckpt_path=null: validate needs"),
+        (["--ckpt_path=last"], "ckpt_path=last: there is no"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(f"error: {expected}")):
+            command("validate", *options)
+
+
+def test_two_fits_in_one_folder(command):
+    """A lock keeps a second fit out, and goes when the first one ends."""
+    from filelock import FileLock
+
+    folder = command("fit")
+    with FileLock(folder.parent / ".run.lock"):
+        with pytest.raises(SystemExit, match="another fit is writing there"):
+            command("fit")
+    command("fit")
+
+
+def test_help_is_fast():
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "w2s_train", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert time.monotonic() - began < 2
+    assert done.returncode == 0
+    for word in ("fit", "validate", "test", "predict", "configs/digits_w2s.yaml"):
+        assert word in done.stdout
+
+
+def test_unknown_commands():
+    done = subprocess.run(
+        [sys.executable, "-m", "w2s_train", "train"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: command=train: must be one of fit, validate, test, predict\n"
+
+
+def test_test_scores_and_predict_writes(command):
+    folder = command("fit")
+    before = (folder / "config.yaml").read_text()
+    command("test", "--ckpt_path=last")
+    command("predict", "--ckpt_path=last", "--data.num_generated=12")
+    images = sorted(path.name for path in (folder / "samples").iterdir())
+    assert images == [f"{seed:06d}-{seed % 10}.png" for seed in range(12)]
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_the_command_line_wins_over_the_checkpoint(command):
+    """Lightning's own CLI would score with the checkpoint's sampler and guidance."""
+    import json
+
+    folder = command("fit")
+    guidance = "{class_path: w2s_train.guidance.ClassifierFree, init_args: {scale: 2.0}}"
+    command("validate", "--ckpt_path=last", f"--model.guidance={guidance}")
+    last = json.loads((folder / "scores.json").read_text())[-1]
+    assert last["guidance"] == "cfg(2, [0, 1])"
+
+
+def test_the_run_folder_is_named_after_the_configs(tmp_path: Path, monkeypatch):
+    from types import SimpleNamespace
+
+    from w2s_train.command import run_folder
+
+    trainer = SimpleNamespace(default_root_dir=None)
+    configs = ["configs/digits_w2s.yaml", "configs/weak/mg.yaml"]
+    config = SimpleNamespace(trainer=trainer, ckpt_path=None, config=configs)
+    assert run_folder(config) == Path("runs/digits_w2s+mg")
+    config.ckpt_path = "runs/other/checkpoints/last.ckpt"
+    assert run_folder(config) == Path("runs/other")
+
+
+def test_logs_hold_what_people_expect(command):
+    folder = command("fit", "-c", "configs/weak/sgg.yaml")
+    columns = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    expected = {"step", "train/loss", "train/gradient_norm", "train/learning_rate"}
+    expected |= {f"train/quarter_{q}/strong_loss" for q in ("0-0.25", "0.75-1")}
+    for part in ("strong", "weak", "difference"):
+        expected |= {f"train/t_0.2-1/{part}_{kind}" for kind in ("rms", "max")}
+    expected |= {"train/t_0.2-1/effective_scale", "train/t_0-0.2/strong_loss", "val/fd_digits"}
+    assert expected <= set(columns)
+    files = {path.name.split(".")[0] for path in folder.iterdir()}
+    assert {"config", "environment", "scores", "metrics", "events", "grids"} <= files

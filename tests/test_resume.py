@@ -1,0 +1,150 @@
+"""Stopping and going on changes nothing: faults rows 1 and 6, as far as one machine shows them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from w2s_train.module import DiffusionModule
+
+
+def checkpoint(folder: Path, name: str = "last") -> dict:
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def assert_same(one: dict, other: dict) -> None:
+    """Weights, averages, weak networks, optimizer: bitwise."""
+    assert one["global_step"] == other["global_step"]
+    assert one["progress"]["images_seen"] == other["progress"]["images_seen"]
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+    states = [c["optimizer_states"][0]["state"] for c in (one, other)]
+    for number, state in states[0].items():
+        for name, value in state.items():
+            assert torch.equal(value, states[1][number][name]), (number, name)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5])
+@pytest.mark.parametrize("overlay", ["sgg", "ema"])
+def test_resumed_equals_uninterrupted(command, overlay: str, stop: int):
+    """Stop between two evaluations, at one, and after one; with accumulation."""
+    options = ["-c", f"configs/weak/{overlay}.yaml", "--trainer.accumulate_grad_batches=2"]
+    options += ["--trainer.val_check_interval=6", "--data.flip=true"]
+    whole = command("fit", *options, folder="whole")
+    part = command("fit", *options, f"--trainer.max_steps={stop}", folder="part")
+    assert checkpoint(part)["global_step"] == stop
+    command("fit", *options, "--ckpt_path=last", folder="part")
+    assert_same(checkpoint(whole), checkpoint(part))
+    final = [json.loads((f / "scores.json").read_text())[-1] for f in (whole, part)]
+    assert final[0]["value"] == final[1]["value"]
+    assert [s["step"] for s in final] == [6, 6]
+
+
+def test_the_record_survives_a_resume(command):
+    """metrics.csv and scores.json go on; nothing logged before is lost."""
+    folder = command("fit", "--trainer.max_steps=3")
+    before = (folder / "metrics.csv").read_text().splitlines()
+    command("fit", "--ckpt_path=last")
+    after = (folder / "metrics.csv").read_text().splitlines()
+    assert after[: len(before)] == before
+    steps = [line.split(",")[0] for line in after[1:]]
+    assert set(steps) == {"1", "2", "3", "4", "5", "6"}
+    assert [s["step"] for s in json.loads((folder / "scores.json").read_text())] == [3, 6]
+    assert len(json.loads((folder / "environment.json").read_text())) == 2
+
+
+def test_last_says_what_it_found(command, capsys, caplog):
+    caplog.set_level("INFO")
+    folder = command("fit", "--ckpt_path=last")
+    assert f"no {folder}/checkpoints/last.ckpt yet: starting from the beginning" in caplog.text
+    command("fit", "--ckpt_path=last", "--trainer.max_steps=7")
+    assert f"going on from {folder}/checkpoints/last.ckpt" in caplog.text
+
+
+def test_a_fresh_fit_moves_the_earlier_run_aside(command, capsys):
+    folder = command("fit")
+    first = (folder / "scores.json").read_text()
+    command("fit", "--seed_everything=1")
+    assert (folder.with_name("run.1") / "scores.json").read_text() == first
+    assert (folder / "scores.json").read_text() != first
+    assert "it is now" in capsys.readouterr().out
+
+
+def test_checkpoints_rebuild_the_module(command):
+    """`load_from_checkpoint` needs no arguments, and generates the same images."""
+    folder = command("fit")
+    path = folder / "checkpoints" / "last.ckpt"
+    first = DiffusionModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    again = DiffusionModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    state = checkpoint(folder)["state_dict"]
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert torch.equal(first.generate([5], [5]), again.generate([5], [5]))
+
+
+def launch(folder: Path, *options: str, name: str = "fit") -> subprocess.Popen:
+    command = [sys.executable, "-m", "w2s_train", name]
+    for config in ("configs/digits_w2s.yaml", "tests/tiny.yaml"):
+        command += ["-c", config]
+    command += ["--trainer.default_root_dir", str(folder), *options]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that the signal reaches it and its children, as a terminal's
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen, lines: int) -> None:
+    deadline = time.monotonic() + 120
+    while not path.is_file() or len(path.read_text().splitlines()) < lines:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "training did not start"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c(tmp_path: Path, processes: int):
+    """SIGINT: status 130, a loadable checkpoint of the step where it stopped, and it goes on."""
+    options = ["--trainer.max_steps=100000", "--trainer.val_check_interval=50000"]
+    options += [f"--trainer.devices={processes}"]
+    options += ["--trainer.strategy=ddp"] if processes > 1 else []
+    process = launch(tmp_path / "run", *options)
+    wait_for(tmp_path / "run" / "metrics.csv", process, lines=12)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    stopped = checkpoint(tmp_path / "run")["global_step"]
+    assert f"stopped at step {stopped}; continue with --ckpt_path last" in output
+    options[:2] = [f"--trainer.max_steps={stopped + 3}", "--checkpoint.every_n_train_steps=1"]
+    process = launch(tmp_path / "run", *options, "--ckpt_path=last")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert checkpoint(tmp_path / "run")["global_step"] == stopped + 3
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path):
+    """DDP trains on two CPU processes; one and two of them score alike, to the last digit."""
+    folder = tmp_path / "run"
+    ddp = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.generation_batch_size=7")
+    runs = [("fit", *ddp), ("validate", *ddp, "--ckpt_path=last"), ("validate", "--ckpt_path=last")]
+    for name, *options in runs:
+        output, _ = (process := launch(folder, *options, name=name)).communicate(timeout=240)
+        assert process.returncode == 0, output
+    scores = json.loads((folder / "scores.json").read_text())
+    assert [s["step"] for s in scores] == [3, 6, 6, 6]
+    assert len({s["value"] for s in scores[1:]}) == 1
+    assert scores[1]["protocol"]["images_seen"] == 2 * 6 * 16
