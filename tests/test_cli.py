@@ -174,3 +174,25 @@ def test_logs_hold_what_people_expect(command):
     assert expected <= set(columns)
     files = {path.name.split(".")[0] for path in folder.iterdir()}
     assert {"config", "environment", "scores", "metrics", "events", "grids"} <= files
+
+
+def test_checkpoints_run_no_code(command, tmp_path: Path):
+    """Faults row 19: a pickled call in a checkpoint is not made."""
+    import torch
+
+    class Call:
+        def __reduce__(self) -> tuple:
+            return (Path(tmp_path / "sentinel").touch, ())
+
+    folder = command("fit")
+    path = folder / "checkpoints" / "last.ckpt"
+    torch.save(torch.load(path, weights_only=True) | {"evil": Call()}, path)
+    with pytest.raises(SystemExit, match="ckpt_path=.*last.ckpt: cannot be read"):
+        command("validate", "--ckpt_path=last")
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_checkpoints_must_fit(command):
+    command("fit")
+    with pytest.raises(SystemExit, match="ckpt_path=.*: must fit the config; .*size mismatch"):
+        command("validate", "--ckpt_path=last", "--model.network.init_args.hidden_size=24")

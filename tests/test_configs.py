@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, perturbed
 from lightning.pytorch.cli import LightningCLI
 
 from w2s_train.command import Command, compose
 from w2s_train.datamodule import ShardDataModule
+from w2s_train.models import DiT
 from w2s_train.module import DiffusionModule
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -81,6 +82,37 @@ def test_the_baseline_differs_in_its_segments_only():
 def test_digits_run_with_every_overlay(command, overlay: str):
     folder = command("fit", "-c", f"configs/weak/{overlay}", "--trainer.max_steps=3")
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_published_weights_by_config(tmp_path: Path):
+    """A published SiT as ``model.network``, in place of a network's sizes."""
+    sizes = dict(input_size=8, in_channels=1, hidden_size=32, depth=3, num_heads=4, num_classes=10)
+    theirs = perturbed(DiT(**sizes, out_channels=2))
+    torch.save(theirs.state_dict(), tmp_path / "sit.pt")
+    overlay = tmp_path / "sit.yaml"
+    network = {
+        "class_path": "w2s_train.models.published_sit",
+        "init_args": {"path": str(tmp_path / "sit.pt"), "num_heads": 4},
+    }
+    overlay.write_text(yaml.safe_dump({"model": {"network": network}}))
+    urls = "data/digits/train-{000000..000007}.tar"
+    built = instantiate(["digits_w2s.yaml", str(overlay)], urls).model.network
+    x, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.arange(3)
+    torch.testing.assert_close(built(x, t, y).velocity, -theirs(x, 1 - t, y).velocity)
+
+
+@pytest.mark.slow
+def test_compiled_networks_take_steps(command):
+    """`torch.compile` on the CPU: same names in the checkpoint, close to the same losses."""
+    plain = command("fit", "--trainer.max_steps=3", folder="plain")
+    compiled = command("fit", "--trainer.max_steps=3", "--model.compile=true", folder="compiled")
+    states = [
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (plain, compiled)
+    ]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import logging
 import math
+import pickle
 import re
 import sys
 import warnings
@@ -67,6 +68,7 @@ class Command(LightningCLI):
         config.trainer.default_root_dir = str(folder)
         config.checkpoint.dirpath = str(folder / "checkpoints")
         config.ckpt_path = find_checkpoint(config.ckpt_path, folder, subcommand)
+        config.weights_only = True  # of a checkpoint only tensors and plain values are read
         if config.trainer.precision in ("bf16-true", "16-true", "transformer-engine"):
             raise UserError(
                 f"trainer.precision={config.trainer.precision}: must keep float32 weights, such as "
@@ -106,6 +108,20 @@ class Command(LightningCLI):
         instantiator = "lightning.pytorch.cli.instantiate_module"
         settings = {**self.config_dump["model"], "_instantiator": instantiator}
         self.model.save_hyperparameters(settings, logger=False)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; a checkpoint that cannot be read, or is of another network, is a user's error."""
+        path = self.config[subcommand].ckpt_path
+        try:
+            super()._run_subcommand(subcommand)
+        except (pickle.UnpicklingError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"ckpt_path={path}: cannot be read; {reason}") from error
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"ckpt_path={path}: must fit the config; {reason}") from error
 
     def before_fit(self) -> None:
         """Own the run folder before a logger writes into it."""

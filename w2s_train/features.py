@@ -6,9 +6,11 @@ differently (`FeatureExtractor.metric`).
 """
 
 import abc
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +168,17 @@ class ClassifierFeatures(FeatureExtractor):
         return self.network.features(images)
 
 
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """Let torch use one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def train_classifier(
     classifier: ConvClassifier,
     train: tuple[Tensor, Tensor],
@@ -186,7 +199,8 @@ def train_classifier(
         batch_size: Rows per step.
     """
     images, labels = train
-    with torch.random.fork_rng(devices=[]):
+    # Sums over several threads round differently; one thread makes the weights those of the seed.
+    with single_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in classifier.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):

@@ -63,6 +63,7 @@ class GracefulStop(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save where training ended, stopped or not: the last step is rarely a round one."""
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
         if self.stopped:
             rank_zero_info(f"stopped at step {trainer.global_step}; continue with --ckpt_path last")
