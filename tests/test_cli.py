@@ -23,7 +23,8 @@ def segments(*entries: str) -> str:
 
 # Options, and what the line must contain: the key, the value, what is allowed.
 BAD = {
-    "unknown key": (["--model.label_drop=0.1"], ["label_drop"]),
+    "unknown key": (["--model.label_drop=0.1"], ["label_drop", "model accepts", "label_dropout"]),
+    "unknown part": (["--modle.label_dropout=0.1"], ["modle", "keys are trainer, model, data"]),
     "unknown nested key": (
         ["--model.network.init_args.hiden_size=3"],
         ["hiden_size", "accepts", "hidden_size"],
@@ -73,6 +74,16 @@ BAD = {
         ["--trainer.callbacks.init_args.features.init_args.weights=none.safetensors"],
         ["none.safetensors"],
     ),
+    "missing reference": (
+        ["--data.prepare=null", "-c", "tests/missing_reference.yaml"],
+        ["reference=none.npz", "existing file"],
+    ),
+    "no optimizer": (["--model.optimizer=null"], ["model.optimizer", "callable"]),
+    "no interval": (
+        ["--trainer.val_check_interval=0"],
+        ["val_check_interval=0", "least 1"],
+    ),
+    "half an interval": (["--trainer.val_check_interval=0.5"], ["val_check_interval=0.5", "whole"]),
     "devices": (["--trainer.accelerator=tpux"], ["tpux"]),
 }
 
@@ -196,3 +207,34 @@ def test_checkpoints_must_fit(command):
     command("fit")
     with pytest.raises(SystemExit, match="ckpt_path=.*: must fit the config; .*size mismatch"):
         command("validate", "--ckpt_path=last", "--model.network.init_args.hidden_size=24")
+
+
+YAML = {
+    "unknown key": ("data: {batchsize: 3}", ["data.batchsize", "data accepts", "batch_size"]),
+    "wrong type": ("data: {batch_size: many}", ["data.batch_size", "int", "many"]),
+    "key twice": (
+        "trainer:\n  max_steps: 3\n  max_steps: 4\n",
+        ["max_steps: stands twice, again in line 3"],
+    ),
+    "no yaml": ("trainer: [", ["must be YAML", "line"]),
+    "nan": ("model: {label_dropout: .nan}", ["model.label_dropout=nan: must be a number"]),
+}
+
+
+@pytest.mark.parametrize("case", YAML)
+def test_bad_yaml(case: str, command, tmp_path: Path):
+    text, expected = YAML[case]
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        command("fit", "-c", str(tmp_path / "bad.yaml"))
+    message = str(stop.value.code)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    for part in expected:
+        assert part in message, message
+
+
+@pytest.mark.parametrize("key, value", [("in_channels", 3), ("input_size", 16)])
+def test_data_of_another_shape(command, key: str, value: int):
+    with pytest.raises(SystemExit, match=r"must fit the data, whose shape is \(1, 8, 8\)"):
+        command("fit", f"--model.network.init_args.{key}={value}")

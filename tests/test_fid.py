@@ -116,9 +116,9 @@ def test_a_reference_of_another_extractor_is_refused(classifier, tmp_path: Path)
 
 
 def test_missing_files(classifier, tmp_path: Path):
-    with pytest.raises(ValueError, match="reference=.*no such file"):
+    with pytest.raises(ValueError, match="reference=.*must be an existing file"):
         Reference.load(tmp_path / "none.npz")
-    with pytest.raises(ValueError, match="weights=.*no such file"):
+    with pytest.raises(ValueError, match="weights=.*must be an existing file"):
         ClassifierFeatures(str(tmp_path / "none.safetensors")).load()
     np.savez(tmp_path / "clean_fid.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match="lacks fingerprint, n"):

@@ -10,6 +10,7 @@ PACKAGE = ROOT / "w2s_train"
 # A file may import files of lower levels, and its own folder.
 LEVELS = {
     "errors": 0,
+    "checks": 1,
     "interpolant": 1,
     "timesteps": 2,
     "models": 2,

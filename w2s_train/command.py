@@ -1,15 +1,10 @@
 """What the ``lightning`` command does once it knows that it has work to do."""
 
 import argparse
-import importlib
-import inspect
 import logging
-import math
 import pickle
-import re
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +15,27 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from w2s_train.callbacks import GracefulStop, ImageWriter, MetricsCSV, Progress, RunRecord, StepSeed
+from w2s_train.callbacks import (
+    FID,
+    GracefulStop,
+    ImageWriter,
+    MetricsCSV,
+    Progress,
+    RunRecord,
+    StepSeed,
+)
+from w2s_train.checks import check_files, check_numbers, explain, locate
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError
 from w2s_train.module import DiffusionModule
 
 COMMANDS = ("fit", "validate", "test", "predict")
+PARTS = {
+    "trainer": Trainer,
+    "model": DiffusionModule,
+    "data": ShardDataModule,
+    "checkpoint": ModelCheckpoint,
+}
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
@@ -104,6 +114,10 @@ class Command(LightningCLI):
                 f"data.num_classes={data.num_classes}: must equal the network's num_classes, "
                 f"{network.num_classes}"
             )
+        if data.script is None:  # else it may make the files
+            for callback in self.config_init[str(self.subcommand)].trainer.callbacks or []:
+                if isinstance(callback, FID):
+                    callback.check_files()
         self._dump_config()
         instantiator = "lightning.pytorch.cli.instantiate_module"
         settings = {**self.config_dump["model"], "_instantiator": instantiator}
@@ -147,6 +161,7 @@ def compose(args: list[str] | None, run: bool = True) -> Command:
         UserError: A value that cannot be used.
         argparse.ArgumentError: An unknown key or a wrong type.
     """
+    check_files(sys.argv[1:] if args is None else args)
     quiet = {"exit_on_error": False, "allow_abbrev": False}
     return (Command if run else Composition)(
         DiffusionModule,
@@ -176,10 +191,12 @@ def run(args: list[str] | None) -> None:
     try:
         command = compose(args)
     except argparse.ArgumentError as error:
-        sys.exit(f"error: {explain(str(error))}")
+        sys.exit(f"error: {explain(str(error), PARTS)}")
     except (UserError, MisconfigurationException) as error:
         # From a loader's worker process the message is a traceback with the reason last.
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     if command.stop.stopped:
         sys.exit(INTERRUPTED)
 
@@ -216,61 +233,3 @@ def find_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> str
     if not Path(ckpt_path).is_file():
         raise UserError(f"ckpt_path={ckpt_path}: must be an existing file, or last")
     return ckpt_path
-
-
-def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """All leaves of a parsed config with their dotted keys."""
-    if hasattr(node, "as_dict"):
-        node = vars(node)
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from walk(value, f"{path}.{key}" if path else key)
-    elif isinstance(node, list | tuple):
-        for i, value in enumerate(node):
-            yield from walk(value, f"{path}[{i}]")
-    else:
-        yield path, node
-
-
-def check_numbers(config: Any) -> None:
-    """Refuse numbers that no setting can mean.
-
-    Raises:
-        UserError: Not a number; or a rate that is negative or infinite.
-    """
-    for key, value in walk(config):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if math.isnan(value):
-            raise UserError(f"{key}={value}: must be a number")
-        if (
-            key.endswith((".lr", ".weight_decay", ".gradient_clip_val"))
-            and not 0 <= value < math.inf
-        ):
-            raise UserError(f"{key}={value}: must be a finite number, at least 0")
-
-
-def locate(message: str, config: Any) -> str:
-    """A constructor's message ``name=value: rule`` with the name's full key, where it is found.
-
-    Where a value may be one of several types, the parser lists an error for each, one a line.
-    """
-    found = re.search(r"^(?:- )?\s*(?:- )?((\w+)=(.*?): .*)$", message, re.MULTILINE)
-    if not found:
-        return " ".join(message.split())
-    line, name, value = found.groups()
-    for key, leaf in walk(config):
-        if key.split(".")[-1] == name and str(leaf) == value:
-            return key.removesuffix(name) + line
-    return line
-
-
-def explain(message: str) -> str:
-    """An error of the parser as one line, with what would have been accepted."""
-    line = re.sub(r"\s+", " ", message.replace("Parser key ", "")).strip()
-    unknown = re.search(r"class_path '([\w.]+)': (?:Option '([\w.]+)' is not accepted)", line)
-    if unknown:
-        module, _, name = unknown[1].rpartition(".")
-        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-        line += f"; {name} accepts {', '.join(parameters)}"
-    return line

@@ -41,6 +41,14 @@ class FeatureExtractor(nn.Module, abc.ABC):
     metric: str = ""  # name of the Fréchet distance in these features
     num_features: int = 0  # F, known once loaded
 
+    def check_files(self) -> None:
+        """Refuse files that are not there and cannot be fetched, without reading them.
+
+        Raises:
+            UserError: The weights are missing.
+        """
+        return None
+
     @abc.abstractmethod
     def load(self) -> None:
         """Read the weights.
@@ -151,9 +159,12 @@ class ClassifierFeatures(FeatureExtractor):
         self.weights = Path(weights)
         self.metric = f"fd_{self.weights.parent.name}"
 
-    def load(self) -> None:
+    def check_files(self) -> None:
         if not self.weights.is_file():
-            raise UserError(f"weights={self.weights}: no such file")
+            raise UserError(f"weights={self.weights}: must be an existing file")
+
+    def load(self) -> None:
+        self.check_files()
         with safe_open(self.weights, framework="pt") as file:
             spec = json.loads(file.metadata()["spec"])
             self.network = ConvClassifier(**spec).requires_grad_(False).eval()

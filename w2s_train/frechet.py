@@ -73,7 +73,7 @@ class Reference:
             ValueError: No such file, or one without a fingerprint.
         """
         if not path.is_file():
-            raise UserError(f"reference={path}: no such file")
+            raise UserError(f"reference={path}: must be an existing file")
         with np.load(path, allow_pickle=False) as arrays:
             if missing := {"mu", "sigma", "n", "fingerprint"} - set(arrays.files):
                 raise UserError(f"reference={path}: lacks {', '.join(sorted(missing))}")

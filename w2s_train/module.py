@@ -83,10 +83,21 @@ class DiffusionModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch of images (B, C, H, W) and labels (B,)."""
         x = self.autoencoder.encode(batch["image"])
+        if x.shape[1:] != self.input_shape:
+            raise UserError(
+                f"in_channels, input_size={tuple(self.input_shape)[:2]}: must fit the data, whose "
+                f"shape is {tuple(x.shape[1:])}"
+            )
         losses = self.objective(self.network, x, self.drop_labels(batch["label"]))
         self.statistics.add(losses.statistics)
         self.images_seen += len(x) * self.trainer.world_size
         return losses.total
+
+    @property
+    def input_shape(self) -> torch.Size:
+        """(C, H, W) of what the network takes."""
+        network = self.network
+        return torch.Size((network.in_channels, network.input_size, network.input_size))
 
     def drop_labels(self, y: Tensor) -> Tensor:
         """Labels (B,), each replaced by the null class with probability ``label_dropout``."""
@@ -189,8 +200,7 @@ class DiffusionModule(LightningModule):
         """Images for exactly ``generation_block`` seeds."""
         # Every image has a generator of its own, on the host: its noise is the same on any device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        network = self.ema.module
-        shape = (network.in_channels, network.input_size, network.input_size)
+        network, shape = self.ema.module, self.input_shape
 
         def draw() -> Tensor:
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(
@@ -219,5 +229,7 @@ def _check_optimizer(optimizer: OptimizerCallable) -> None:
     """Optimizers check their arguments when they are built; do it before any work starts."""
     try:
         optimizer([nn.Parameter(torch.zeros(1))])
-    except ValueError as error:
-        raise UserError(f"optimizer: {error}; rates must be finite and at least 0") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"optimizer: {error}; it must be callable, and its rates must be finite and at least 0"
+        ) from error

@@ -59,6 +59,16 @@ class FID(Callback):
     def __init__(self, reference: str, features: FeatureExtractor) -> None:
         self.reference_path, self.extractor = Path(reference), features
 
+    def check_files(self) -> None:
+        """Refuse files that are not there, without reading them.
+
+        Raises:
+            UserError: The reference or the extractor's weights are missing.
+        """
+        if not self.reference_path.is_file():
+            raise UserError(f"reference={self.reference_path}: must be an existing file")
+        self.extractor.check_files()
+
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Load extractor and reference, and refuse a pair that does not belong together."""
         if stage == "predict":

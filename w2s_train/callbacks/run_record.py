@@ -121,6 +121,15 @@ class RunRecord(Callback):
         """Print the table of scores and give the folder up."""
         if stage == "fit" and trainer.is_global_zero:
             print_scores(Path(trainer.default_root_dir))
+        self._release()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the folder up."""
+        self._release()
+
+    def _release(self) -> None:
         if self.lock is not None:
             self.lock.release()
 

@@ -1,0 +1,118 @@
+"""Configs that cannot be meant, and what to tell who wrote them."""
+
+import inspect
+import math
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from w2s_train.errors import UserError
+
+COUNTS = ("val_check_interval", "log_every_n_steps", "accumulate_grad_batches")
+RATES = ("lr", "weight_decay", "gradient_clip_val")
+
+
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """All leaves of a parsed config with their dotted keys."""
+    if hasattr(node, "as_dict"):
+        node = vars(node)
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from walk(value, f"{path}.{key}" if path else key)
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            yield from walk(value, f"{path}[{i}]")
+    else:
+        yield path, node
+
+
+def check_numbers(config: Any) -> None:
+    """Refuse numbers that no setting can mean.
+
+    Raises:
+        UserError: Not a number; or a rate that is negative or infinite.
+    """
+    for key, value in walk(config):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if math.isnan(value):
+            raise UserError(f"{key}={value}: must be a number")
+        name = key.split(".")[-1]
+        if name in COUNTS and (value < 1 or value != int(value)):
+            raise UserError(f"{key}={value}: must be a whole number of steps, at least 1")
+        if name in RATES and not 0 <= value < math.inf:
+            raise UserError(f"{key}={value}: must be a finite number, at least 0")
+
+
+def locate(message: str, config: Any) -> str:
+    """A constructor's message ``name=value: rule`` with the name's full key, where it is found.
+
+    Where a value may be one of several types, the parser lists an error for each, one a line.
+    """
+    found = re.search(r"^(?:- )?\s*(?:- )?((\w+)=(.*?): .*)$", message, re.MULTILINE)
+    if not found:
+        return " ".join(message.split())
+    line, name, value = found.groups()
+    for key, leaf in walk(config):
+        if key.split(".")[-1] == name and str(leaf) == value:
+            return key.removesuffix(name) + line
+    return line
+
+
+def explain(message: str, parts: dict[str, Any]) -> str:
+    """An error of the parser as one line, with what would have been accepted.
+
+    Args:
+        message: The error, of any number of lines.
+        parts: The classes behind the top-level keys.
+    """
+    line = " ".join(message.replace("Parser key ", "").split())
+    # Of a value that may have one of several types, the reasons are enough.
+    line = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: ", "", line)
+    line = re.sub(r" - Expected a <class 'NoneType'>| Given value type: <class '[^']*'>", "", line)
+    if unknown := re.search(r"class_path '([\w.]+)': Option '[\w.]+' is not accepted", line):
+        module, _, name = unknown[1].rpartition(".")
+        return f"{line}; {name} accepts {_parameters(getattr(import_module(module), name))}"
+    if unknown := re.search(r"(?:option '|unrecognized arguments: --)([\w.]+)", line):
+        part = unknown[1].split(".")[0]
+        if part in parts:
+            return f"{line}; {part} accepts {_parameters(parts[part])}"
+        return f"{line}; keys are {', '.join(parts)}, seed_everything, ckpt_path"
+    return line
+
+
+def _parameters(function: Any) -> str:
+    return ", ".join(name for name in inspect.signature(function).parameters if name != "kwargs")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping with the same key twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise UserError(f"{key.value}: stands twice, again in line {line}; must stand once")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def check_files(args: list[str]) -> None:
+    """Refuse configs in which a key stands twice.
+
+    Raises:
+        UserError: One does.
+    """
+    for option, value in zip(args, args[1:], strict=False):
+        if option in ("-c", "--config") and Path(value).is_file():
+            try:
+                yaml.load(Path(value).read_text(), _UniqueKeys)
+            except UserError as error:
+                raise UserError(f"{value}: {error}") from error
+            except yaml.YAMLError as error:
+                raise UserError(f"{value}: must be YAML; {' '.join(str(error).split())}") from error
