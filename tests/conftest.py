@@ -1,5 +1,6 @@
 """Shared fixtures and options."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,18 @@ def network() -> DiT:
     )
 
 
+@pytest.fixture(scope="session")
+def digits() -> None:
+    """Make the digits' shards, as the first fit does."""
+    from w2s_train.datamodule import ShardDataModule
+
+    with contextlib.chdir(ROOT):
+        options = dict(num_classes=10, batch_size=1, prepare="digits")
+        ShardDataModule("data/digits/*.tar", **options).prepare_data()
+
+
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def command(digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run ``lightning COMMAND ...`` in this process, on a tiny config, in ``tmp_path``/run."""
     from w2s_train.cli import main
 

@@ -114,10 +114,6 @@ class Command(LightningCLI):
                 f"data.num_classes={data.num_classes}: must equal the network's num_classes, "
                 f"{network.num_classes}"
             )
-        if data.script is None:  # else it may make the files
-            for callback in self.config_init[str(self.subcommand)].trainer.callbacks or []:
-                if isinstance(callback, FID):
-                    callback.check_files()
         self._dump_config()
         instantiator = "lightning.pytorch.cli.instantiate_module"
         settings = {**self.config_dump["model"], "_instantiator": instantiator}
@@ -126,6 +122,10 @@ class Command(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; a checkpoint that cannot be read, or is of another network, is a user's error."""
         path = self.config[subcommand].ckpt_path
+        if self.datamodule.script is None:  # else it may make the files
+            for callback in self.config_init[subcommand].trainer.callbacks or []:
+                if isinstance(callback, FID):
+                    callback.check_files()
         try:
             super()._run_subcommand(subcommand)
         except (pickle.UnpicklingError, EOFError) as error:
