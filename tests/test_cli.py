@@ -148,6 +148,24 @@ def test_test_scores_and_predict_writes(command):
     images = sorted(path.name for path in (folder / "samples").iterdir())
     assert images == [f"{seed:06d}-{seed % 10}.png" for seed in range(12)]
     assert (folder / "config.yaml").read_text() == before
+    assert not (folder / "lightning_logs").exists()
+
+
+def test_the_saved_config_repeats_the_run(command, monkeypatch, tmp_path: Path):
+    import torch
+
+    from w2s_train.cli import main
+
+    folder = command("fit", "-c", "configs/weak/sgg.yaml")
+    again = tmp_path / "again"
+    options = ["--trainer.default_root_dir", str(again)]
+    main(["fit", "-c", str(folder / "config.yaml"), *options])
+    first, second = (
+        torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for f in (folder, again)
+    )
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def test_the_command_line_wins_over_the_checkpoint(command):

@@ -68,6 +68,25 @@ def test_overlays_instantiate(config: str, overlay: str, latents: str):
     assert [(s.low, s.high) for s in built] == ranges
 
 
+# Millions of parameters that the papers state for patch size 2 (DiT, table 1, and SiT).
+PUBLISHED = {"s": 33, "b": 130, "l": 458, "xl": 675}
+
+
+@pytest.mark.parametrize("patch_size", [2, 4, 8])
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_network_sizes(size: str, patch_size: int):
+    """Each size has the published number of parameters; patches hardly change it."""
+    path = ROOT / "configs" / "network" / f"dit_{size}_{patch_size}.yaml"
+    reference = yaml.safe_load((ROOT / "configs" / "dit_b_w2s.yaml").read_text())
+    arguments = reference["model"]["network"]["init_args"]
+    stated = yaml.safe_load(path.read_text())["model"]["network"]["init_args"]
+    assert stated["patch_size"] == patch_size
+    with torch.device("meta"):
+        network = DiT(**(arguments | stated))
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    assert millions == pytest.approx(PUBLISHED[size], rel=0.015)
+
+
 def test_the_baseline_differs_in_its_segments_only():
     w2s, baseline = (
         yaml.safe_load((ROOT / "configs" / f"digits_{name}.yaml").read_text())

@@ -89,7 +89,9 @@ class Command(LightningCLI):
         """The trainer, with loggers and callbacks that every run has."""
         config = self.config_init[self.subcommand]
         folder = config.trainer.default_root_dir
-        if config.trainer.logger in (None, True) and self.subcommand != "predict":
+        if self.subcommand == "predict":
+            kwargs["logger"] = False
+        elif config.trainer.logger in (None, True):
             loggers = [TensorBoardLogger(folder, name="", version=""), MetricsCSV(folder)]
             kwargs["logger"] = loggers
         self.record = RunRecord(resumed=self.subcommand == "fit" and bool(config.ckpt_path))
