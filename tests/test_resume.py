@@ -78,6 +78,16 @@ def test_a_fresh_fit_moves_the_earlier_run_aside(command, capsys):
     assert "it is now" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_another_run_starts_a_new_one(command):
+    """It continues from there, in a folder of its own; an earlier run there is moved aside."""
+    first, second = command("fit", folder="first"), command("fit", folder="second")
+    start = f"--ckpt_path={first}/checkpoints/step-000003.ckpt"
+    command("fit", start, folder="second")
+    assert (second.with_name("second.1") / "scores.json").is_file()
+    assert [s["step"] for s in json.loads((second / "scores.json").read_text())] == [6]
+    assert_same(checkpoint(first), checkpoint(second))
+
+
 def test_checkpoints_rebuild_the_module(command):
     """`load_from_checkpoint` needs no arguments, and generates the same images."""
     folder = command("fit")

@@ -94,7 +94,9 @@ class Command(LightningCLI):
         elif config.trainer.logger in (None, True):
             loggers = [TensorBoardLogger(folder, name="", version=""), MetricsCSV(folder)]
             kwargs["logger"] = loggers
-        self.record = RunRecord(resumed=self.subcommand == "fit" and bool(config.ckpt_path))
+        # A checkpoint of another folder starts a new run in this one.
+        start = Path(config.ckpt_path or "").resolve().parent.parent
+        self.record = RunRecord(resumed=start == Path(folder).resolve())
         self.stop = GracefulStop()
         seed = int(config.seed_everything or 0)
         ours = [self.record, StepSeed(seed), self.stop, Progress(), ImageWriter()]
