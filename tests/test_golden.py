@@ -21,13 +21,13 @@ from w2s_train.objective import Losses, WeakToStrongObjective
 from w2s_train.sampler import Euler, EulerMaruyama, Heun, Sampler
 from w2s_train.segment import Consistency, Extrapolation, Segment
 from w2s_train.timesteps import EDMLogNormal, Uniform
-from w2s_train.weak import IntermediateHead, NullClass
+from w2s_train.weak import IntermediateHead, LayerSkip, NullClass
 
 INTERPOLANTS: dict[str, Interpolant] = {
     "linear": LinearInterpolant(),
     "cosine": CosineInterpolant(),
 }
-SUPPORTED = ("None", "Uncond", "Segmented", "Branch")
+SUPPORTED = ("None", "Uncond", "Segmented", "Branch", "LayerSkip")
 
 
 class Golden:
@@ -211,6 +211,8 @@ def golden_segments(case: dict, layer: int, head: IntermediateHead | None) -> li
     high = float(np.nextafter(np.float32(case["guidance_high"]), np.float32(2)))
     if case["weak"] == "Uncond":
         return [Extrapolation(0.0, 1.0, scale, NullClass())]
+    if case["weak"] == "LayerSkip":
+        return [Extrapolation(0.0, 1.0, scale, LayerSkip([layer - 1]))]
     if case["weak"] == "Branch":
         ratio = case["weak_loss_ratio"]
         return [Extrapolation(0.0, 1.0, scale, head, weak_loss_weight=ratio)]
@@ -224,8 +226,12 @@ def check_loss(golden: Golden, name: str, case: dict) -> None:
     network = golden.network("param/")
     interpolant = INTERPOLANTS[case["path"]]
     layer = golden.json("weak_layers_json").get(case["weak"])
-    head = golden.head("param/", layer, network) if layer else None
-    objective = WeakToStrongObjective(interpolant, Uniform(), golden_segments(case, layer, head))
+    tapped = case["weak"] in ("Segmented", "Branch")
+    head = golden.head("param/", layer, network) if tapped else None
+    segments = golden_segments(case, layer, head)
+    objective = WeakToStrongObjective(interpolant, Uniform(), segments)
+    if case["weak"] == "LayerSkip":
+        objective.bind(network)
 
     noisy = golden_noisy(golden, case, interpolant)
     losses: Losses = objective.evaluate(network, noisy, golden[case["labels"]])

@@ -9,12 +9,14 @@ from w2s_train.models import DiT
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.segment import Extrapolation
 from w2s_train.timesteps import Uniform
-from w2s_train.weak import EMA, IntermediateHead, NullClass, WeakSource
+from w2s_train.weak import EMA, IntermediateHead, LayerSkip, NullClass, WeakSource
 
 SOURCES = {
     "null_class": lambda: NullClass(),
     "ema": lambda: EMA(decay=0.5),
     "intermediate_head": lambda: IntermediateHead(block=1),
+    "layer_skip": lambda: LayerSkip(blocks=[1, 2]),
+    "default_skip": lambda: LayerSkip(),
     "default_head": lambda: IntermediateHead(),
 }
 
@@ -100,3 +102,22 @@ def test_head_needs_an_inner_block(block: int, network: DiT):
 def test_bad_decay(decay: float):
     with pytest.raises(ValueError, match="decay="):
         EMA(decay)
+
+
+def test_skipped_blocks_are_those_named(network: DiT):
+    """What is left is the network of the other blocks."""
+    source = LayerSkip(blocks=[1, 2])
+    source.bind(network)
+    other = DiT(8, 2, 3, 32, 2, 4, num_classes=5)
+    state = {k: v for k, v in network.state_dict().items() if not k.startswith("blocks.")}
+    for here, there in ((0, 0), (3, 1)):
+        block = network.blocks[here].state_dict()
+        state |= {f"blocks.{there}.{k}": v for k, v in block.items()}
+    other.load_state_dict(state)
+    torch.testing.assert_close(predict(source, network), predict(NullClassless(), other))
+
+
+@pytest.mark.parametrize("blocks", [[], [-1], [4], [0, 9]])
+def test_skipping_needs_blocks_that_exist(blocks: list[int], network: DiT):
+    with pytest.raises(ValueError, match="blocks="):
+        LayerSkip(blocks).bind(network)
