@@ -129,7 +129,7 @@ def wait_for(path: Path, process: subprocess.Popen, lines: int) -> None:
 def test_ctrl_c(tmp_path: Path, processes: int):
     """SIGINT: status 130, a loadable checkpoint of the step where it stopped, and it goes on."""
     options = ["--trainer.max_steps=100000", "--trainer.val_check_interval=50000"]
-    options += [f"--trainer.devices={processes}"]
+    options += [f"--trainer.devices={processes}", "--data.num_workers=2"]
     options += ["--trainer.strategy=ddp"] if processes > 1 else []
     process = launch(tmp_path / "run", *options)
     wait_for(tmp_path / "run" / "metrics.csv", process, lines=12)

@@ -1,6 +1,7 @@
 """Training data from webdataset shards, and the plan of what to generate for validation."""
 
 import runpy
+import signal
 from pathlib import Path
 
 import torch
@@ -116,6 +117,7 @@ class ShardDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_ignore_interrupts,
         )
 
     def val_dataloader(self) -> DataLoader:
@@ -134,6 +136,11 @@ class ShardDataModule(LightningDataModule):
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """A terminal's Ctrl-C reaches workers, too; the main process decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _find_script(name: str) -> Path:
