@@ -50,7 +50,7 @@ BAD = {
     ),
     "outside": ([segments("low: -0.2, high: 0.2, scale: 0.1")], ["low=-0.2", "[0, 1)"]),
     "beyond one": ([segments("low: 0.2, high: 1.2, scale: 0.1")], ["high=1.2", "1]"]),
-    "scale one": ([segments("low: 0.0, high: 1.0, scale: 1.0")], ["scale=1.0", "[0, 1)"]),
+    "scale one": ([segments("low: 0.0, high: 1.0, scale: 1.0")], ["scale=1.0", "[0, 0.9)"]),
     "scale above one": ([segments("low: 0.0, high: 1.0, scale: 1.5")], ["scale=1.5"]),
     "patch size": (
         ["--model.network.init_args.patch_size=3"],

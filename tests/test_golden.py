@@ -5,7 +5,6 @@ form can be checked: ``pytest tests/test_golden.py --golden DIR``.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +18,17 @@ from w2s_train.models import DiT
 from w2s_train.models.published import architecture
 from w2s_train.objective import Losses, WeakToStrongObjective
 from w2s_train.sampler import Euler, EulerMaruyama, Heun, Sampler
+from w2s_train.schedule import Schedule
 from w2s_train.segment import Consistency, Extrapolation, Segment
 from w2s_train.timesteps import EDMLogNormal, Uniform
-from w2s_train.weak import IntermediateHead, LayerSkip, NullClass
+from w2s_train.weak import CoTrained, IntermediateHead, LayerSkip, NullClass, Step
 
 INTERPOLANTS: dict[str, Interpolant] = {
     "linear": LinearInterpolant(),
     "cosine": CosineInterpolant(),
 }
-SUPPORTED = ("None", "Uncond", "Segmented", "Branch", "LayerSkip")
+WEAK_TYPES = {"None", "Uncond", "Segmented", "Branch", "LayerSkip", "Separate"}
+TOTAL_STEPS = 10**6  # of the run that the cases are taken from; they give step / total
 
 
 class Golden:
@@ -146,7 +147,7 @@ class WeakNetwork(Guidance):
     def __init__(self, weak: DiT, scale: float, low: float, high: float) -> None:
         self.weak, self.scale, self.low, self.high = weak, scale, low, high
 
-    def field(self, network: DiT, y: Tensor):  # noqa: ANN201
+    def field(self, network: DiT, y: Tensor, times: list[float]):  # noqa: ANN201
         def velocity(x_t: Tensor, t: float, start: float) -> Tensor:
             strong = evaluate(network, x_t, t, y)
             if not self.low <= start <= self.high:
@@ -182,7 +183,8 @@ def test_samplers(golden_folder: Path) -> None:
         )
         sampler = golden_sampler(case)
         draws = iter(golden["sde_noise"])
-        out = sampler(guidance.field(network, y), golden["latents"], lambda d=draws: next(d))
+        field = guidance.field(network, y, sampler.times())
+        out = sampler(field, golden["latents"], lambda d=draws: next(d))
         hook.remove()
         assert out.dtype == torch.float64
         close(out, golden[f"case/{name}/out"])
@@ -201,25 +203,29 @@ def test_scores(golden_folder: Path) -> None:
         torch.testing.assert_close(score, golden[f"score/{name}"], rtol=1e-6, atol=1e-6)
 
 
-def golden_segments(case: dict, layer: int, head: IntermediateHead | None) -> list[Segment]:
+def golden_segments(golden: Golden, case: dict, head: IntermediateHead | None) -> list[Segment]:
     """The segments that a case of the reference amounts to.
 
     The reference compares both edges inclusively in float32; our ranges are half-open.
     """
-    scale = case["w_scale"] * case["training_duration"] ** case["weak_alpha"]
+    scale, ratio = case["w_scale"], case["weak_loss_ratio"]
+    options = dict(schedule=Schedule(alpha=case["weak_alpha"]), allow_unstable=True)
     low = case["guidance_low"]
     high = float(np.nextafter(np.float32(case["guidance_high"]), np.float32(2)))
-    if case["weak"] == "Uncond":
-        return [Extrapolation(0.0, 1.0, scale, NullClass())]
-    if case["weak"] == "LayerSkip":
-        return [Extrapolation(0.0, 1.0, scale, LayerSkip([layer - 1]))]
-    if case["weak"] == "Branch":
-        ratio = case["weak_loss_ratio"]
-        return [Extrapolation(0.0, 1.0, scale, head, weak_loss_weight=ratio)]
+    if case["weak"] == "None":
+        return []
     if case["weak"] == "Segmented":
-        below = [Consistency(0.0, low, head, weight=case["weak_loss_ratio"])] if low > 0 else []
-        return [*below, Extrapolation(low, min(high, 1.0), scale, NullClass())]
-    return []
+        below = [Consistency(0.0, low, head, weight=ratio)] if low > 0 else []
+        return [*below, Extrapolation(low, min(high, 1.0), scale, NullClass(), **options)]
+    if case["weak"] == "Branch":
+        return [Extrapolation(0.0, 1.0, scale, head, weak_loss_weight=ratio, **options)]
+    layer = golden.json("weak_layers_json").get(case["weak"])
+    source = {
+        "Uncond": lambda: NullClass(),
+        "LayerSkip": lambda: LayerSkip([layer - 1]),
+        "Separate": lambda: CoTrained(golden.network("weak_param/")),
+    }[case["weak"]]()
+    return [Extrapolation(0.0, 1.0, scale, source, **options)]
 
 
 def check_loss(golden: Golden, name: str, case: dict) -> None:
@@ -228,13 +234,14 @@ def check_loss(golden: Golden, name: str, case: dict) -> None:
     layer = golden.json("weak_layers_json").get(case["weak"])
     tapped = case["weak"] in ("Segmented", "Branch")
     head = golden.head("param/", layer, network) if tapped else None
-    segments = golden_segments(case, layer, head)
-    objective = WeakToStrongObjective(interpolant, Uniform(), segments)
-    if case["weak"] == "LayerSkip":
+    objective = WeakToStrongObjective(interpolant, Uniform(), golden_segments(golden, case, head))
+    if head is None:
         objective.bind(network)
+    objective.plan(TOTAL_STEPS)
+    step = Step(round(case["training_duration"] * TOTAL_STEPS))
 
     noisy = golden_noisy(golden, case, interpolant)
-    losses: Losses = objective.evaluate(network, noisy, golden[case["labels"]])
+    losses: Losses = objective.evaluate(network, noisy, golden[case["labels"]], step=step)
     torch.testing.assert_close(losses.per_sample, golden[f"case/{name}/loss"], rtol=1e-5, atol=0)
     mean = golden[f"case/{name}/loss_mean"]
     torch.testing.assert_close(losses.total.detach(), mean.reshape(()), rtol=1e-5, atol=0)
@@ -272,16 +279,10 @@ def golden_noisy(golden: Golden, case: dict, interpolant: Interpolant) -> NoisyS
     return noisy
 
 
-def supported_cases(golden: Golden) -> Iterator[tuple[str, dict]]:
-    for name, case in golden.json("cases_json").items():
-        if case["weak"] in SUPPORTED:
-            yield name, case
-
-
 def test_losses_and_gradients(golden_folder: Path) -> None:
     golden = Golden(golden_folder, "w2s_loss")
-    cases = dict(supported_cases(golden))
-    assert {case["weak"] for case in cases.values()} == set(SUPPORTED)
+    cases = golden.json("cases_json")
+    assert {case["weak"] for case in cases.values()} == WEAK_TYPES
     failures = []
     for name, case in cases.items():
         try:

@@ -67,14 +67,14 @@ def test_evaluations(network: DiT):
     """Scale 1 and steps outside the interval cost one pass; inside, both passes share a batch."""
     y, noise = torch.arange(3), torch.randn(3, 3, 8, 8)
     rows = count_rows(network)
-    Euler(steps=4)(Unguided().field(network, y), noise, no_draw)
-    Euler(steps=4)(ClassifierFree(1.0).field(network, y), noise, no_draw)
+    Euler(steps=4)(Unguided().field(network, y, []), noise, no_draw)
+    Euler(steps=4)(ClassifierFree(1.0).field(network, y, []), noise, no_draw)
     assert rows == [3] * 8
     rows.clear()
-    Euler(steps=4)(ClassifierFree(2.0, low=0.5, high=0.75).field(network, y), noise, no_draw)
+    Euler(steps=4)(ClassifierFree(2.0, low=0.5, high=0.75).field(network, y, []), noise, no_draw)
     assert rows == [3, 6, 6, 3]  # steps start at 1, 0.75, 0.5, 0.25
     rows.clear()
-    Heun(steps=4)(ClassifierFree(2.0, low=0.75, high=0.75).field(network, y), noise, no_draw)
+    Heun(steps=4)(ClassifierFree(2.0, low=0.75, high=0.75).field(network, y, []), noise, no_draw)
     assert rows == [3, 3, 6, 6, 3, 3, 3]  # both evaluations of a step alike; the last is Euler
 
 
@@ -83,10 +83,10 @@ def test_guidance_is_the_formula(network: DiT):
     t = torch.full((3,), 0.6)
     v_class = network(x_t.float(), t, y).velocity.double()
     v_null = network(x_t.float(), t, torch.full_like(y, 5)).velocity.double()
-    ours = ClassifierFree(3.0).field(network, y)(x_t, 0.6, 0.6)
+    ours = ClassifierFree(3.0).field(network, y, [])(x_t, 0.6, 0.6)
     torch.testing.assert_close(ours, v_null + 3 * (v_class - v_null), rtol=1e-4, atol=1e-5)
     for scale, same in ((1.0, v_class), (0.0, v_null)):
-        ours = ClassifierFree(scale).field(network, y)(x_t, 0.6, 0.6)
+        ours = ClassifierFree(scale).field(network, y, [])(x_t, 0.6, 0.6)
         torch.testing.assert_close(ours, same, rtol=1e-4, atol=1e-5)
 
 

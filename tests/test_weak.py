@@ -9,7 +9,7 @@ from w2s_train.models import DiT
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.segment import Extrapolation
 from w2s_train.timesteps import Uniform
-from w2s_train.weak import EMA, IntermediateHead, LayerSkip, NullClass, WeakSource
+from w2s_train.weak import EMA, IntermediateHead, LayerSkip, NullClass, Step, WeakSource
 
 SOURCES = {
     "null_class": lambda: NullClass(),
@@ -54,7 +54,7 @@ def test_contract(name: str, network: DiT):
     changed = {n for n, p in source.named_parameters() if not torch.equal(p, before[n])}
     assert changed <= set(trainable)
     assert bool(changed) == source.trainable
-    objective.after_step(network)
+    objective.after_step(network, Step(1, network))
 
     # State survives save and load, into an objective bound to an untrained network.
     other_network = DiT(8, 2, 3, 32, 4, 4, num_classes=5)
@@ -71,7 +71,7 @@ def test_ema_lags(network: DiT):
     bound(source, network)
     start = [p.clone() for p in network.parameters()]
     perturbed(network, 0.3)
-    source.after_step(network)
+    source.after_step(network, Step(1))
     midway = DiT(8, 2, 3, 32, 4, 4, num_classes=5)
     for m, a, b in zip(midway.parameters(), start, network.parameters(), strict=True):
         m.data.copy_((a + b) / 2)

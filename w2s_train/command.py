@@ -142,7 +142,8 @@ class Command(LightningCLI):
             raise UserError(f"ckpt_path={path}: must fit the config; {reason}") from error
 
     def before_fit(self) -> None:
-        """Own the run folder before a logger writes into it."""
+        """Check the steps of a plan, and own the run folder before a logger writes into it."""
+        self.model.plan(self.trainer.max_steps)
         if self.trainer.is_global_zero:
             self.record.claim(Path(self.trainer.default_root_dir))
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from w2s_train.autoencoder import Autoencoder, PixelSpace
@@ -14,9 +15,10 @@ from w2s_train.errors import UserError
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.models import DiT, WeightAverage
 from w2s_train.models.average import check_decay
-from w2s_train.objective import WeakToStrongObjective
+from w2s_train.objective import Objective
 from w2s_train.sampler import Sampler
 from w2s_train.statistics import RunningStatistics
+from w2s_train.weak.base import Step, WeakSource
 
 
 class DiffusionModule(LightningModule):
@@ -30,20 +32,22 @@ class DiffusionModule(LightningModule):
         scheduler: Called with the optimizer and stepped once per optimizer step; None is constant.
         autoencoder: Between stored data, network and images; None is pixel space.
         guidance: Sampling-time guidance; None is unguided.
-        label_dropout: Probability, in [0, 1], of replacing a training label by the null class.
+        label_dropout: Probability, in [0, 1], of replacing a training label by the null class. 1 is
+            unconditional training: samples then are of the null class, too.
         ema_decay: Of the average that is sampled, per optimizer step, in [0, 1).
         generation_block: Images per network evaluation when sampling. Batches are cut or padded to
             it, so that an image depends on its seed alone and not on its neighbours' number.
         compile: Compile the networks with `torch.compile`.
 
     Raises:
-        UserError: A number out of its range, or an optimizer that refuses its arguments.
+        UserError: A number out of its range, an optimizer that refuses its arguments, or a weak
+            source or guidance that needs labels in unconditional training.
     """
 
     def __init__(
         self,
         network: DiT,
-        objective: WeakToStrongObjective,
+        objective: Objective,
         sampler: Sampler,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
@@ -66,19 +70,43 @@ class DiffusionModule(LightningModule):
         self.label_dropout, self.generation_block = label_dropout, generation_block
         self.compile_networks = compile
         self.objective.bind(network)
+        self.guidance.bind(network, objective)
+        self.unconditional = label_dropout == 1
+        self._check_labels()
         self.ema = WeightAverage(network, check_decay("ema_decay", ema_decay))
         self.statistics, self.last_metrics = RunningStatistics(), dict[str, float]()
         self.images_seen, self.seconds_before, self.loaded_step = 0, 0.0, 0
         self.fit_began: float | None = None
         _check_optimizer(optimizer)
 
+    def _check_labels(self) -> None:
+        parts: list[WeakSource | Guidance] = [s.weak for s in self.objective.segments]
+        parts.append(self.guidance)
+        users = [part for part in parts if part.needs_label]
+        if self.unconditional and users:
+            raise UserError(
+                f"label_dropout={self.label_dropout}: must be below 1 for "
+                f"{type(users[0]).__name__}, which compares with and without the label"
+            )
+
     # ---- training --------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Compile in place, which keeps the parameter names."""
+        """Plan the run, and compile in place, which keeps the parameter names."""
+        if stage == "fit":
+            self.plan(self.trainer.max_steps)
         if self.compile_networks:
-            self.network.compile()
-            self.ema.module.compile()
+            for module in self.modules():
+                if isinstance(module, DiT):
+                    module.compile()
+
+    def plan(self, max_steps: int) -> None:
+        """Check everything that happens at a step of its own.
+
+        Raises:
+            UserError: A step after the last one, or a share of a run without a length.
+        """
+        self.objective.plan(max_steps if max_steps > 0 else None)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch of images (B, C, H, W) and labels (B,)."""
@@ -88,7 +116,8 @@ class DiffusionModule(LightningModule):
                 f"in_channels, input_size={tuple(self.input_shape)[:2]}: must fit the data, whose "
                 f"shape is {tuple(x.shape[1:])}"
             )
-        losses = self.objective(self.network, x, self.drop_labels(batch["label"]))
+        y = self.drop_labels(batch["label"])
+        losses = self.objective(self.network, x, y, Step(self.global_step, self.ema.module))
         self.statistics.add(losses.statistics)
         self.images_seen += len(x) * self.trainer.world_size
         return losses.total
@@ -108,7 +137,10 @@ class DiffusionModule(LightningModule):
         """One optimizer step; then average and weak sources follow, once per *optimizer* step."""
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self.network)
-        self.objective.after_step(self.network)
+        # The trainer counts this step when the hook has returned.
+        step = Step(self.global_step + 1, self.ema.module)
+        with self.trainer.precision_plugin.forward_context():
+            self.objective.after_step(self.network, step)
 
     def configure_gradient_clipping(
         self,
@@ -153,8 +185,10 @@ class DiffusionModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
-        """Start the clock."""
+        """Start the clock, and say what is trained."""
         self.fit_began = time.monotonic()
+        for segment in self.objective.segments:
+            rank_zero_info(segment.describe())
 
     def wall_clock(self) -> float:
         """Seconds of fitting so far, over all restarts, validation included."""
@@ -169,6 +203,7 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the state dict does not hold."""
         checkpoint["progress"] = {"images_seen": self.images_seen, "seconds": self.wall_clock()}
+        checkpoint["network"] = self.network.arguments  # rebuilds it: models/saved.py
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
@@ -207,7 +242,10 @@ class DiffusionModule(LightningModule):
                 self.device
             )
 
-        velocity = self.guidance.field(network, torch.tensor(labels, device=self.device))
+        y = torch.tensor(labels, device=self.device)
+        if self.unconditional:
+            y = torch.full_like(y, self.network.null_class)
+        velocity = self.guidance.field(network, y, self.sampler.times())
         return self.autoencoder.decode(self.sampler(velocity, draw(), draw).float())
 
     def protocol(self) -> dict[str, Any]:

@@ -10,9 +10,11 @@ The target moves with the network. Setting s = E[v] + scale (s - w) gives the fi
     s* = w + (E[v] - w) / (1 - scale),
 
 guidance by 1 / (1 - scale) built into the weights: 0.3 is 1.43, 0.5 is 2, 0.6 is 2.5. At scale 1
-there is no fixed point. Outside all segments the target is v: plain flow matching.
+there is no fixed point. Outside all segments the target is v: plain flow matching. `segment.py` has
+the general form.
 """
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +24,11 @@ from torch import Tensor, nn
 from w2s_train.errors import UserError
 from w2s_train.interpolant import Interpolant, NoisySample
 from w2s_train.models import DiT
-from w2s_train.segment import Segment, Statistic, mean_square
+from w2s_train.segment import Segment, Statistic, StrongPass, mean_square
 from w2s_train.timesteps import TimestepDistribution
+from w2s_train.weak.base import Step
+
+FIRST_STEP = Step()
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,45 @@ class Losses:
     statistics: dict[str, Statistic]  # what is logged
 
 
-class WeakToStrongObjective(nn.Module):
+class Objective(nn.Module, abc.ABC):
+    """What a network is trained towards; without segments unless a subclass has some.
+
+    Args:
+        interpolant: How data and noise are mixed.
+        timesteps: Where training timesteps are drawn from.
+    """
+
+    def __init__(self, interpolant: Interpolant, timesteps: TimestepDistribution) -> None:
+        super().__init__()
+        self.interpolant, self.timesteps = interpolant, timesteps
+        self.segments: Sequence[Segment] = ()
+
+    def bind(self, network: DiT) -> None:  # noqa: B027
+        """Introduce what has weights of its own to the network; once, before training."""
+
+    def plan(self, total_steps: int | None) -> None:  # noqa: B027
+        """Learn how long the run will be, in optimizer steps; before it starts.
+
+        Raises:
+            UserError: A step of a schedule or of a weak source that lies after the last one.
+        """
+
+    def after_step(self, network: DiT, step: Step) -> None:  # noqa: B027
+        """Let what follows the network do so; after each optimizer step."""
+
+    @abc.abstractmethod
+    def forward(self, network: DiT, x: Tensor, y: Tensor, step: Step = FIRST_STEP) -> Losses:
+        """Draw timesteps and noise, and evaluate.
+
+        Args:
+            network: The network being trained.
+            x: Data (B, C, H, W).
+            y: Labels (B,) int64, dropped ones already replaced by the null class.
+            step: Where training stands.
+        """
+
+
+class WeakToStrongObjective(Objective):
     """The training objective.
 
     Args:
@@ -53,8 +96,7 @@ class WeakToStrongObjective(nn.Module):
         timesteps: TimestepDistribution,
         segments: list[Segment] | None = None,
     ) -> None:
-        super().__init__()
-        self.interpolant, self.timesteps = interpolant, timesteps
+        super().__init__(interpolant, timesteps)
         ordered = sorted(segments or [], key=lambda segment: segment.low)
         for before, after in zip(ordered, ordered[1:], strict=False):
             if after.low < before.high:
@@ -62,36 +104,44 @@ class WeakToStrongObjective(nn.Module):
                     f"segments=[{before.low}, {before.high}) and [{after.low}, {after.high}): "
                     "must not overlap"
                 )
-        self.segments: Sequence[Segment] = nn.ModuleList(ordered)  # type: ignore[assignment]
+        self.segments = nn.ModuleList(ordered)  # type: ignore[assignment]
 
     def bind(self, network: DiT) -> None:
-        """Introduce the weak sources to the network; once, before training."""
         for segment in self.segments:
             segment.weak.bind(network)
 
-    def after_step(self, network: DiT) -> None:
-        """Let the weak sources follow; after each optimizer step."""
+    def plan(self, total_steps: int | None) -> None:
         for segment in self.segments:
-            segment.weak.after_step(network)
+            segment.plan(total_steps)
 
-    def forward(self, network: DiT, x: Tensor, y: Tensor) -> Losses:
-        """Draw timesteps and noise, and evaluate.
+    def after_step(self, network: DiT, step: Step) -> None:
+        for segment in self.segments:
+            segment.weak.after_step(network, step)
+            if segment.weak.learns_at(step):
+                x, y = self.last_batch
+                segment.weak.learn(self.draw(x), y)
 
-        Args:
-            network: The network being trained.
-            x: Data (B, C, H, W).
-            y: Labels (B,) int64, dropped ones already replaced by the null class.
-        """
+    def draw(self, x: Tensor) -> NoisySample:
+        """Noisy samples of data (B, C, H, W), at timesteps in ascending order."""
         t = self.timesteps.draw(len(x), x.device, self.interpolant)
-        noisy = self.interpolant.corrupt(x, torch.randn_like(x), t)
+        return self.interpolant.corrupt(x, torch.randn_like(x), t)
+
+    def forward(self, network: DiT, x: Tensor, y: Tensor, step: Step = FIRST_STEP) -> Losses:
+        noisy = self.draw(x)
+        self.last_batch = (x, y)
         rows = [
             self.timesteps.rows(segment.low, segment.high, len(x), self.interpolant)
             for segment in self.segments
         ]
-        return self.evaluate(network, noisy, y, rows)
+        return self.evaluate(network, noisy, y, rows, step)
 
     def evaluate(
-        self, network: DiT, noisy: NoisySample, y: Tensor, rows: list[slice] | None = None
+        self,
+        network: DiT,
+        noisy: NoisySample,
+        y: Tensor,
+        rows: list[slice] | None = None,
+        step: Step = FIRST_STEP,
     ) -> Losses:
         """The losses at given noisy samples.
 
@@ -101,23 +151,25 @@ class WeakToStrongObjective(nn.Module):
             y: Labels (B,) int64.
             rows: Per segment, a slice that holds all its rows; None to look them up, for
                 timesteps in any order.
+            step: Where training stands.
         """
         keep = {block for segment in self.segments for block in segment.weak.keep_hidden}
-        strong = network(noisy.x_t, noisy.t, y, keep_hidden=keep)
-        strong = strong._replace(velocity=strong.velocity.float())
+        out = network(noisy.x_t, noisy.t, y, keep_hidden=keep)
+        strong = StrongPass(network, noisy, y, out._replace(velocity=out.velocity.float()), step)
         target, penalties = noisy.v.float().clone(), list[Tensor]()
         statistics: dict[str, Statistic] = {}
         for i, segment in enumerate(self.segments):
             chosen = rows[i] if rows else segment.contains(noisy.t).nonzero().squeeze(1)
-            if not segment.weak.trainable and len(noisy.t[chosen]) == 0:
+            idle = len(noisy.t[chosen]) == 0 or segment.factor(step) == 0
+            if idle and not segment.weak.trainable:
                 continue
-            terms = segment.evaluate(network, noisy, y, strong, chosen)
+            terms = segment.evaluate(strong, chosen)
             statistics |= terms.statistics
             if terms.shift is not None:
                 target[terms.rows] += terms.shift
             if terms.penalty is not None:
                 penalties.append(terms.penalty)
-        strong_loss = mean_square(strong.velocity - target)
+        strong_loss = mean_square(strong.out.velocity - target)
         per_sample = strong_loss + sum(penalties) if penalties else strong_loss
         statistics |= self._loss_statistics(per_sample.detach(), strong_loss.detach(), noisy.t)
         return Losses(per_sample.mean(), per_sample.detach(), statistics)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError
-from w2s_train.guidance import VelocityField
+from w2s_train.guidance.base import VelocityField
 from w2s_train.interpolant import Interpolant
 
 Draw = Callable[[], Tensor]  # standard normal noise like the state, a fresh one at every call

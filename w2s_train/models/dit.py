@@ -161,9 +161,15 @@ class DiT(nn.Module):
         out_channels = in_channels if out_channels is None else out_channels
         sizes = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels)
         sizes |= dict(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
-        _check_sizes(sizes | dict(num_classes=num_classes), mlp_ratio, out_channels)
+        sizes |= dict(num_classes=num_classes)
+        _check_sizes(sizes, mlp_ratio, out_channels)
+        self.arguments: dict[str, Any] = sizes | dict(mlp_ratio=mlp_ratio, qk_norm=qk_norm)
+        self.arguments |= dict(gradient_checkpointing=gradient_checkpointing)
+        self.arguments |= dict(time_scale=time_scale, time_shift=time_shift)
+        self.arguments |= dict(out_channels=out_channels)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.depth, self.num_classes = hidden_size, depth, num_classes
+        self.num_heads = num_heads
         self.gradient_checkpointing = gradient_checkpointing
         self.time_scale, self.time_shift = time_scale, time_shift
 

@@ -1,9 +1,22 @@
-"""Weak sources: where the weak prediction of a segment comes from, one file each."""
+"""Weak sources: where the weak prediction of a segment comes from, one file each.
 
-from w2s_train.weak.base import WeakSource
-from w2s_train.weak.ema import EMA
-from w2s_train.weak.intermediate_head import IntermediateHead
-from w2s_train.weak.layer_skip import LayerSkip
-from w2s_train.weak.null_class import NullClass
+``w2s_train.weak.NAME`` finds a source in whichever file of this folder defines it, so that adding
+or deleting a file is all there is to adding or deleting a source.
+"""
 
-__all__ = ["EMA", "IntermediateHead", "LayerSkip", "NullClass", "WeakSource"]
+import pkgutil
+from importlib import import_module
+from typing import Any
+
+from w2s_train.weak.base import Step, WeakSource
+
+__all__ = ["Step", "WeakSource"]
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_"):
+        for file in pkgutil.iter_modules(__path__):
+            module = import_module(f"{__name__}.{file.name}")
+            if getattr(getattr(module, name, None), "__module__", None) == module.__name__:
+                return getattr(module, name)
+    raise AttributeError(f"no file of {__name__} defines {name}")

@@ -1,11 +1,23 @@
 """What every weak source offers."""
 
 import abc
+import copy
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput
+from w2s_train.schedule import resolve_steps
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where training stands."""
+
+    number: int = 0  # optimizer steps behind the weights
+    average: DiT | None = None  # their running average, which validation samples
 
 
 class WeakSource(nn.Module, abc.ABC):
@@ -21,24 +33,82 @@ class WeakSource(nn.Module, abc.ABC):
 
     trainable: bool = False
     keep_hidden: tuple[int, ...] = ()  # blocks whose tokens the strong pass must keep, from 0
+    needs_label: bool = False  # weak for want of the label: meaningless in unconditional training
+    from_training: bool = False  # its state is made by training: none in a fresh process
+    scale_limit: float = (
+        0.9  # scales from here on are refused: faults were seen, see `Extrapolation`
+    )
+    total_steps: int | None = None  # optimizer steps of the run, from `plan`
 
     def bind(self, network: DiT) -> None:  # noqa: B027
         """Build what depends on the network: a copy, a head. Called once, before training.
 
         Raises:
-            ValueError: The source does not fit the network.
+            UserError: The source does not fit the network.
         """
+
+    def plan(self, total_steps: int | None) -> None:
+        """Learn how long the run will be; called before it starts.
+
+        Raises:
+            UserError: The source would never be used.
+        """
+        self.total_steps = total_steps
+
+    @property
+    def first_step(self) -> int:
+        """The first optimizer step at which the source can predict."""
+        return 0
 
     @abc.abstractmethod
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         """The weak velocity (B, C, H, W).
 
         Args:
-            network: The network being trained.
-            noisy: Where to evaluate.
+            network: The network being trained; when sampling, the one that is sampled.
+            noisy: Where to evaluate. Its ``v`` is unknown (NaN) when sampling.
             y: Labels (B,) as the strong pass saw them, dropped ones replaced by the null class.
             strong: The strong pass at the same rows.
         """
 
-    def after_step(self, network: DiT) -> None:  # noqa: B027
-        """Follow the network; called after each optimizer step."""
+    def after_step(self, network: DiT, step: Step) -> None:  # noqa: B027
+        """Follow the network; called after each optimizer step, with the state behind it."""
+
+    def learns_at(self, step: Step) -> bool:
+        """Whether `learn` is to be called after this optimizer step."""
+        return False
+
+    def learn(self, noisy: NoisySample, y: Tensor) -> None:
+        """Take a training step of one's own, on the last batch with fresh timesteps and noise."""
+        raise NotImplementedError
+
+    def steps(self, name: str, value: int | float) -> int:
+        """``value`` as a number of optimizer steps, where it may be a share of the run."""
+        return resolve_steps(name, value, self.total_steps)
+
+
+def frozen_copy(network: DiT) -> DiT:
+    """A copy that no optimizer reaches."""
+    return copy.deepcopy(network).requires_grad_(False).eval()
+
+
+def check_partner(weak: DiT, network: DiT, where: str) -> None:
+    """Refuse a weak network that does not see the data of ``network``, or is larger.
+
+    Args:
+        weak: The weak network.
+        network: The network being trained.
+        where: ``name=value`` of the config, for the message.
+
+    Raises:
+        UserError: Another input, other classes, or more parameters.
+    """
+    for name in ("input_size", "in_channels", "num_classes"):
+        theirs, ours = getattr(weak, name), getattr(network, name)
+        if theirs != ours:
+            raise UserError(f"{where}: has {name} {theirs}, must have {ours} as the network")
+    theirs, ours = (sum(p.numel() for p in n.parameters()) for n in (weak, network))
+    if theirs > ours:
+        raise UserError(
+            f"{where}: has {theirs:,} parameters, must have at most the network's {ours:,}"
+        )

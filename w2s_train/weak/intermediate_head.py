@@ -22,6 +22,7 @@ class IntermediateHead(WeakSource):
     """
 
     trainable = True
+    from_training = True
 
     def __init__(self, block: int | None = None) -> None:
         super().__init__()

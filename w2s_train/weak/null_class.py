@@ -15,5 +15,7 @@ class NullClass(WeakSource):
     and the row is trained on plain velocities: that is what keeps the null class honest.
     """
 
+    needs_label = True
+
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         return network(noisy.x_t, noisy.t, torch.full_like(y, network.null_class)).velocity

@@ -1,0 +1,23 @@
+"""Sampling-time guidance, for comparison with unguided sampling; one kind a file."""
+
+from w2s_train.guidance.angle_domain import AngleDomain
+from w2s_train.guidance.autoguidance import Autoguidance
+from w2s_train.guidance.base import Guidance, Unguided, VelocityField, evaluate
+from w2s_train.guidance.classifier_free import ClassifierFree
+from w2s_train.guidance.learned import GuidanceObjective, Learned
+from w2s_train.guidance.segmented import Segmented
+from w2s_train.guidance.stage_wise import StageWise
+
+__all__ = [
+    "AngleDomain",
+    "Autoguidance",
+    "ClassifierFree",
+    "Guidance",
+    "GuidanceObjective",
+    "Learned",
+    "Segmented",
+    "StageWise",
+    "Unguided",
+    "VelocityField",
+    "evaluate",
+]

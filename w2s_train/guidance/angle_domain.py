@@ -1,0 +1,68 @@
+"""Guidance as a rotation: it changes the direction of the predicted data, and not its length."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from w2s_train.guidance.base import Guidance, VelocityField, check_scale, evaluate_both
+from w2s_train.interpolant import right_pad
+from w2s_train.models import DiT
+from w2s_train.objective import Objective
+
+LARGEST_ANGLE = math.pi / 3
+SMALL_SINE = 1e-3  # below it, the ratio of two sines is taken as that of the angles
+
+
+class AngleDomain(Guidance):
+    """Angle-domain guidance (ADG).
+
+    With x_c and x_u the data predicted with and without the label, theta the angle between them and
+    gamma = max(scale - 1, 0) + 1e-3, the prediction is turned on by theta' = gamma theta, at most
+    60 degrees:
+
+        x = cos(theta') x_c + sin(theta') / sin(theta) e,
+
+    e being what x_c - x_u has across x_u.
+
+    Args:
+        scale: 1 is (nearly) no guidance.
+
+    Raises:
+        UserError: A scale that is negative, infinite or not a number.
+    """
+
+    def __init__(self, scale: float) -> None:
+        check_scale(scale)
+        self.scale = scale
+
+    def bind(self, network: DiT, objective: Objective) -> None:
+        self.interpolant = objective.interpolant
+
+    def rotate(self, x_c: Tensor, x_u: Tensor) -> Tensor:
+        """The guided data, from data predicted with and without label (B, C, H, W), in float64."""
+        c, u = x_c.double().flatten(1), x_u.double().flatten(1)
+        cosine = torch.cosine_similarity(c, u, dim=1, eps=1e-12).clamp(-1, 1)
+        theta, gamma = torch.acos(cosine), max(self.scale - 1, 0.0) + 1e-3
+        turned = (gamma * theta).clamp(-LARGEST_ANGLE, LARGEST_ANGLE)
+        difference = c - u
+        along = (difference * u).sum(1) / u.square().sum(1).clamp(min=1e-24)
+        across = (difference - along.unsqueeze(1) * u).view_as(x_c)
+        sine = torch.sin(theta)
+        ratio = torch.where(sine > SMALL_SINE, torch.sin(turned) / sine, gamma)
+        kept = right_pad(torch.cos(turned), across) * x_c.double()
+        return kept + right_pad(ratio, across) * across
+
+    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+        def velocity(x_t: Tensor, t: float, start: float) -> Tensor:
+            time = torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device)
+            v_class, v_null = evaluate_both(network, x_t, t, y)
+            x_c = self.interpolant.velocity_to_data(v_class, x_t, time)
+            x_u = self.interpolant.velocity_to_data(v_null, x_t, time)
+            guided = self.rotate(x_c, x_u).to(x_t.dtype)
+            return self.interpolant.data_to_velocity(guided, x_t, time)
+
+        return velocity
+
+    def describe(self) -> str:
+        return f"adg({self.scale:g})"

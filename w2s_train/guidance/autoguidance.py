@@ -1,0 +1,93 @@
+"""Guidance away from a weaker prediction with the same label."""
+
+import torch
+from torch import Tensor
+
+from w2s_train.errors import UserError
+from w2s_train.guidance.base import (
+    Guidance,
+    VelocityField,
+    check_scale,
+    evaluate,
+    run_network,
+)
+from w2s_train.interpolant import NoisySample
+from w2s_train.models import DiT
+from w2s_train.objective import Objective
+from w2s_train.weak.base import WeakSource
+
+
+class Autoguidance(Guidance):
+    """v = v_weak + scale (v - v_weak) while low <= t <= high (Karras et al., 2024).
+
+    Args:
+        scale: 1 is no guidance and costs no second evaluation.
+        weak: A source whose state does not come from training, such as `LayerSkip` or
+            `Checkpoint`. None takes the sources of the training objective, each in the range of
+            timesteps of its segment: heads, averages, snapshots and co-trained networks.
+        low: Start of the interval, inclusive.
+        high: End of the interval, inclusive.
+
+    Raises:
+        UserError: A scale that is negative, infinite or not a number; an interval not in [0, 1]; a
+            source without a state; in `bind`, no source at all.
+    """
+
+    def __init__(
+        self,
+        scale: float,
+        weak: WeakSource | None = None,
+        low: float = 0.0,
+        high: float = 1.0,
+    ) -> None:
+        check_scale(scale, low, high)
+        self.scale, self.weak, self.low, self.high = scale, weak, low, high
+        if weak is not None and weak.from_training:
+            raise UserError(
+                f"weak={type(weak).__name__}: its state comes from training, must be null to take "
+                "it from the objective"
+            )
+
+    @property
+    def needs_label(self) -> bool:  # type: ignore[override]
+        """Whether a source compares with the null class."""
+        return any(weak.needs_label for _, _, weak in self.ranges)
+
+    def bind(self, network: DiT, objective: Objective) -> None:
+        if self.weak is not None:
+            self.weak.bind(network)
+            self.ranges = [(0.0, 1.0, self.weak)]
+        else:
+            self.ranges = [(s.low, s.high, s.weak) for s in objective.segments]
+        if not self.ranges:
+            raise UserError("weak=None: must be given, since the objective has no weak source")
+
+    def source_at(self, t: float) -> WeakSource | None:
+        """The weak source that serves a time, if one does."""
+        if self.scale == 1 or not self.low <= t <= self.high:
+            return None
+        inside = (w for low, high, w in self.ranges if low <= t < high or t == high == 1)
+        return next(inside, None)
+
+    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+        for _, _, weak in self.ranges:
+            weak.to(y.device)
+
+        def velocity(x_t: Tensor, t: float, start: float) -> Tensor:
+            weak = self.source_at(start)
+            if weak is None:
+                return evaluate(network, x_t, t, y)
+            strong = run_network(network, x_t, t, y, keep_hidden=weak.keep_hidden)
+            time = torch.full((len(x_t),), t, dtype=strong.velocity.dtype, device=x_t.device)
+            seen = x_t.to(strong.velocity.dtype)
+            noisy = NoisySample(seen, time, torch.full_like(seen, torch.nan))
+            v, v_weak = (
+                v.to(x_t.dtype) for v in (strong.velocity, weak.predict(network, noisy, y, strong))
+            )
+            return v_weak + self.scale * (v - v_weak)
+
+        return velocity
+
+    def describe(self) -> str:
+        names = "+".join(type(weak).__name__ for _, _, weak in self.ranges)
+        return f"autoguidance({self.scale:g}, {names}, [{self.low:g}, {self.high:g}])"

@@ -1,0 +1,85 @@
+"""Sampling-time guidance: velocity fields made of one or more network evaluations.
+
+A velocity field is called as ``field(x_t, t, start)`` with x_t (B, C, H, W), the time t of the
+evaluation and the time at which the solver's current step began, and returns a velocity like x_t.
+Whether and how strongly guidance applies is decided at ``start``: within one step a solver then
+integrates one smooth field, and a second-order step keeps its order at the ends of an interval.
+"""
+
+import abc
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from w2s_train.errors import UserError
+from w2s_train.models import DiT, DiTOutput
+from w2s_train.objective import Objective
+
+VelocityField = Callable[[Tensor, float, float], Tensor]
+
+
+def run_network(
+    network: DiT, x_t: Tensor, t: float, y: Tensor, keep_hidden: Collection[int] = ()
+) -> DiTOutput:
+    """One pass at one time for the whole batch, in the network's own precision."""
+    dtype = next(network.parameters()).dtype
+    times = torch.full((len(x_t),), t, dtype=dtype, device=x_t.device)
+    return network(x_t.to(dtype), times, y, keep_hidden=keep_hidden)
+
+
+def evaluate(network: DiT, x_t: Tensor, t: float, y: Tensor) -> Tensor:
+    """The network's velocity, typed like ``x_t``: the solver's state is float64."""
+    return run_network(network, x_t, t, y).velocity.to(x_t.dtype)
+
+
+def evaluate_both(network: DiT, x_t: Tensor, t: float, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The velocities with the labels ``y`` (B,) and with the null class, in one pass."""
+    both = torch.cat([y, torch.full_like(y, network.null_class)])
+    v_class, v_null = evaluate(network, torch.cat([x_t, x_t]), t, both).chunk(2)
+    return v_class, v_null
+
+
+class Guidance(abc.ABC):
+    """How a network and labels become a velocity field."""
+
+    needs_label: bool = True  # compares with and without label: meaningless if there is none
+
+    def bind(self, network: DiT, objective: Objective) -> None:  # noqa: B027
+        """Meet the network and what it is trained with; once, before sampling.
+
+        Raises:
+            UserError: The guidance does not fit them.
+        """
+
+    @abc.abstractmethod
+    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+        """The velocity field for labels ``y`` (B,) on a solver's grid of times, from 1 to 0."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """One word, or name and numbers, for the protocol of a score."""
+
+
+class Unguided(Guidance):
+    """The network's own velocity: one evaluation per call."""
+
+    needs_label = False
+
+    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+        return lambda x_t, t, start: evaluate(network, x_t, t, y)
+
+    def describe(self) -> str:
+        return "none"
+
+
+def check_scale(scale: float, low: float = 0.0, high: float = 1.0) -> None:
+    """Refuse a guidance scale or an interval that cannot be meant.
+
+    Raises:
+        UserError: A scale that is negative, infinite or not a number; an interval not in [0, 1].
+    """
+    if not 0 <= scale < float("inf"):
+        raise UserError(f"scale={scale}: must be a finite number, at least 0")
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"low={low}, high={high}: must be 0 <= low <= high <= 1")

@@ -1,0 +1,50 @@
+"""Networks from the checkpoints of our own runs."""
+
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from w2s_train.errors import UserError
+from w2s_train.models.dit import DiT
+
+PREFIX = {"ema": "ema.module.", "raw": "network."}
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """The content of a checkpoint, tensors and plain values only.
+
+    Raises:
+        UserError: A file that is missing, truncated, or no checkpoint of ours.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"path={path}: must be an existing file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        raise UserError(f"path={path}: cannot be read; {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not {"state_dict", "network"} <= content.keys():
+        raise UserError(f"path={path}: must be a checkpoint of w2s_train")
+    return content
+
+
+def saved_network(path: str, weights: Literal["ema", "raw"] = "ema") -> DiT:
+    """The network of a run.
+
+    Args:
+        path: A checkpoint (``runs/NAME/checkpoints/*.ckpt``).
+        weights: Its running average ("ema") or its live weights ("raw").
+
+    Raises:
+        UserError: A file that is missing, truncated, or no checkpoint of ours.
+    """
+    content, prefix = read_checkpoint(path), PREFIX[weights]
+    network = DiT(**content["network"])
+    state = {
+        key.removeprefix(prefix): value
+        for key, value in content["state_dict"].items()
+        if key.startswith(prefix)
+    }
+    network.load_state_dict(state)
+    return network

@@ -1,0 +1,104 @@
+"""A frozen early checkpoint: the bad version of itself that autoguidance calls for.
+
+Karras et al. (2024, "Guiding a Diffusion Model with a Bad Version of Itself") found a partner
+trained for 1/16 of the steps, of the same size or smaller, the best one at sampling time.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from w2s_train.errors import UserError
+from w2s_train.interpolant import NoisySample
+from w2s_train.models import DiT, DiTOutput, saved_network
+from w2s_train.weak.base import Step, WeakSource, check_partner, frozen_copy
+
+
+class Checkpoint(WeakSource):
+    """A frozen network from a file, of the same or a smaller architecture, with the same label.
+
+    The file is read when the source is built, and its weights are kept in the run's checkpoints;
+    resuming and scoring still need the file, for the architecture.
+
+    Args:
+        path: A checkpoint of a run of ours.
+        weights: Which of its weights: the running average ("ema") or the live ones ("raw").
+        network: Instead of a path, any network, such as `w2s_train.models.published_sit`.
+
+    Raises:
+        UserError: Both or neither given; a file that is missing or cannot be read; in `bind`,
+            another input, other classes or a larger network than the one being trained.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        weights: Literal["ema", "raw"] = "ema",
+        network: DiT | None = None,
+    ) -> None:
+        super().__init__()
+        if (path is None) == (network is None):
+            raise UserError(f"path={path}: must be given, or else network, but not both")
+        self.where = f"path={path}" if path else "network=(given)"
+        loaded = saved_network(path, weights) if path is not None else network
+        assert loaded is not None
+        self.network = frozen_copy(loaded)
+
+    def bind(self, network: DiT) -> None:
+        check_partner(self.network, network, self.where)
+
+    def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
+        return self.network(noisy.x_t, noisy.t, y).velocity
+
+
+class Snapshot(WeakSource):
+    """The network as it was at a step of this run, frozen there; no guidance before that step.
+
+    Args:
+        step: When to take it, in optimizer steps or as a share of the run.
+        refresh_every: Take it anew at every so many steps after that (or a share); None never.
+        weights: Of the running average ("ema") or the live ones ("raw").
+
+    Raises:
+        UserError: A step at or after the run's last one, or a refresh interval of zero.
+    """
+
+    from_training = True
+
+    def __init__(
+        self,
+        step: int | float = 0.0625,
+        refresh_every: int | float | None = None,
+        weights: Literal["ema", "raw"] = "ema",
+    ) -> None:
+        super().__init__()
+        self.step, self.refresh_every, self.weights = step, refresh_every, weights
+
+    def bind(self, network: DiT) -> None:
+        self.network = frozen_copy(network)
+
+    def plan(self, total_steps: int | None) -> None:
+        super().plan(total_steps)
+        if self.first_step < 1 or (total_steps is not None and self.first_step >= total_steps):
+            raise UserError(
+                f"step={self.step}: must be at least 1 and before the last step, "
+                f"max_steps={total_steps}"
+            )
+        if self.refresh_every is not None and self.steps("refresh_every", self.refresh_every) < 1:
+            raise UserError(f"refresh_every={self.refresh_every}: must be at least 1 step")
+
+    @property
+    def first_step(self) -> int:
+        """The step of the snapshot."""
+        return self.steps("step", self.step)
+
+    def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
+        return self.network(noisy.x_t, noisy.t, y).velocity
+
+    def after_step(self, network: DiT, step: Step) -> None:
+        age = step.number - self.first_step
+        every = self.refresh_every
+        if age == 0 or (every and age > 0 and age % self.steps("refresh_every", every) == 0):
+            source = step.average if self.weights == "ema" else network
+            assert source is not None
+            self.network.load_state_dict(source.state_dict())

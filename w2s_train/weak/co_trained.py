@@ -1,0 +1,98 @@
+"""A small network trained alongside: "separate", and "AG" in the SGG paper."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w2s_train.errors import UserError
+from w2s_train.interpolant import NoisySample
+from w2s_train.models import DiT, DiTOutput
+from w2s_train.weak.base import Step, WeakSource, check_partner
+
+
+class CoTrained(WeakSource):
+    """A smaller network with an optimizer of its own, stepped after every k-th strong step.
+
+    It regresses plain velocities on the batch of the strong step, with the labels that the strong
+    pass saw and fresh timesteps and noise; with gradient accumulation, on the last part of it. (In
+    the reference the two networks drop labels independently, so that a pair may see different
+    ones.) Its parameters stand outside the run's optimizer, and gradients are averaged over
+    processes here.
+
+    Args:
+        network: The weak network; None for the strong one with half the width and half the heads:
+            S for B, as published.
+        lr: Learning rate of its AdamW, whose other settings are the published ones.
+        every: Strong steps per step of this network, at least 1.
+
+    Raises:
+        UserError: An interval below 1, a rate that is negative or not finite; in `bind`, another
+            input, other classes or a larger network than the one being trained.
+    """
+
+    from_training = True
+
+    def __init__(self, network: DiT | None = None, lr: float = 1e-4, every: int = 4) -> None:
+        super().__init__()
+        if every < 1:
+            raise UserError(f"every={every}: must be at least 1")
+        if not 0 <= lr < float("inf"):
+            raise UserError(f"lr={lr}: must be a finite number, at least 0")
+        self.network, self.lr, self.every = network, lr, every
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.restored: dict[str, Any] = {}
+
+    def bind(self, network: DiT) -> None:
+        if self.network is None:
+            halved = dict(
+                hidden_size=network.hidden_size // 2, num_heads=max(network.num_heads // 2, 1)
+            )
+            self.network = DiT(**(network.arguments | halved))
+        check_partner(self.network, network, "network=(given)")
+        # Whole networks that learn outside the trainer: nobody else may wait for their gradients.
+        self.learned = [p for p in self.network.parameters() if p.requires_grad]
+        self.network.requires_grad_(False)
+
+    def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
+        assert self.network is not None
+        return self.network(noisy.x_t, noisy.t, y).velocity
+
+    def learns_at(self, step: Step) -> bool:
+        return step.number % self.every == 0
+
+    def learn(self, noisy: NoisySample, y: Tensor) -> None:
+        assert self.network is not None
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.learned, lr=self.lr, weight_decay=0.0)
+            if self.restored:
+                self.optimizer.load_state_dict(self.restored)
+        for parameter in self.learned:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            velocity = self.network(noisy.x_t, noisy.t, y).velocity.float()
+            loss = (velocity - noisy.v).square().mean()
+            gradients = torch.autograd.grad(loss, self.learned)
+        for parameter, gradient in zip(self.learned, _average(gradients), strict=True):
+            parameter.requires_grad_(False)
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The optimizer's state, saved with the weights."""
+        return self.optimizer.state_dict() if self.optimizer is not None else self.restored
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Keep it until the first step, when the weights are on their device."""
+        self.restored, self.optimizer = state, None
+
+
+def _average(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The mean over all processes."""
+    if not torch.distributed.is_initialized():
+        return gradients
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    parts = (flat / torch.distributed.get_world_size()).split([g.numel() for g in gradients])
+    return tuple(part.view_as(g) for part, g in zip(parts, gradients, strict=True))
