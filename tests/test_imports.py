@@ -17,6 +17,7 @@ LEVELS = {
     "models": 2,
     "autoencoder": 2,
     "frechet": 2,
+    "leaves": 2,
     "stream": 2,
     "features": 3,
     "weak": 3,

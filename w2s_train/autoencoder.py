@@ -29,7 +29,7 @@ class Autoencoder(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def decode(self, x: Tensor) -> Tensor:
-        """The network's space (B, C, H, W) to images (B, 3 or 1, H', W') uint8."""
+        """The network's space (B, C, H, W) to images (B, 3 or 1, H', W') uint8, or to `Vectors`."""
 
 
 class PixelSpace(Autoencoder):
@@ -40,6 +40,16 @@ class PixelSpace(Autoencoder):
 
     def decode(self, x: Tensor) -> Tensor:
         return to_uint8(x)
+
+
+class Vectors(Autoencoder):
+    """Data that is no image, such as points in the plane (B, 2, 1, 1): passed through."""
+
+    def encode(self, stored: Tensor) -> Tensor:
+        return stored
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x.float()
 
 
 class StableDiffusionVAE(Autoencoder):

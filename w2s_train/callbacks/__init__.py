@@ -3,6 +3,7 @@
 from w2s_train.callbacks.fid import FID
 from w2s_train.callbacks.graceful_stop import GracefulStop
 from w2s_train.callbacks.image_writer import ImageWriter
+from w2s_train.callbacks.leaves import LeavesScores
 from w2s_train.callbacks.metrics_csv import MetricsCSV
 from w2s_train.callbacks.progress import Progress
 from w2s_train.callbacks.run_record import RunRecord
@@ -13,6 +14,7 @@ __all__ = [
     "FID",
     "GracefulStop",
     "ImageWriter",
+    "LeavesScores",
     "MetricsCSV",
     "Progress",
     "RunRecord",

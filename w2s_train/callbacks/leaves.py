@@ -1,0 +1,151 @@
+"""Scores of the synthetic study: what only a known density can tell."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor
+
+from w2s_train.callbacks.run_record import append_scores, git_commit
+from w2s_train.errors import UserError
+from w2s_train.guidance import VelocityField
+from w2s_train.interpolant import Interpolant
+from w2s_train.leaves import Leaves
+
+TIMES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # where velocities are compared
+OUTSIDE = 0.01  # a sample is an outlier if its density is below that of all but 1 % of the data
+
+
+def sample_scores(leaves: Leaves, x: Tensor, y: Tensor, seed: int = 0) -> dict[str, float]:
+    """How generated points (N, 2) of classes (N,) compare with as many true ones.
+
+    ``outliers``: share of points in regions of their class that hold 1 % of the data. ``coverage``:
+    overlap of the shares that the mixture's components get with those they should get, 1 at best.
+    ``energy_distance``: mean over classes of 2 E|X - Y| - E|X - X'| - E|Y - Y'|.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    true, now = leaves.sample(y, generator), torch.zeros(len(y))
+    threshold = leaves.log_density(true, now, y).quantile(OUTSIDE)
+    outliers = (leaves.log_density(x, now, y) < threshold).double().mean()
+    shares = leaves.posterior(x, y).mean(0)
+    wanted = torch.bincount(y, minlength=leaves.num_classes) / len(y)
+    expected = leaves.weights * leaves.num_classes * wanted[leaves.labels]
+    distances = [
+        2 * torch.cdist(x[y == c].double(), true[y == c]).mean()
+        - torch.cdist(x[y == c].double(), x[y == c].double()).mean()
+        - torch.cdist(true[y == c], true[y == c]).mean()
+        for c in y.unique()
+    ]
+    return {
+        "outliers": float(outliers),
+        "coverage": float(torch.minimum(shares, expected).sum()),
+        "energy_distance": float(torch.stack(distances).mean()),
+    }
+
+
+def velocity_errors(
+    leaves: Leaves, field: VelocityField, y: Tensor, interpolant: Interpolant, seed: int = 1
+) -> list[float]:
+    """RMS error of a field against the optimal velocity, at true noisy points, per time in `TIMES`.
+
+    Args:
+        leaves: The density.
+        field: A velocity field for the labels ``y``.
+        y: Labels (N,) int64.
+        interpolant: The one of the field.
+        seed: Of the points.
+    """
+    generator, errors = torch.Generator().manual_seed(seed), []
+    x = leaves.sample(y, generator)
+    for t in TIMES:
+        times = torch.full((len(y),), t, dtype=torch.float64)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        x_t = interpolant.corrupt(x, noise, times).x_t
+        optimal = leaves.optimal_velocity(x_t, times, y, interpolant)
+        ours = field(x_t.view(-1, 2, 1, 1), t, t).view(-1, 2)
+        errors.append(float((ours - optimal).square().sum(1).mean().sqrt()))
+    return errors
+
+
+class LeavesScores(Callback):
+    """Scores the points of every validation and appends the scores to ``scores.json``.
+
+    Args:
+        num_classes: Of the mixture.
+        depth: Of the mixture.
+    """
+
+    def __init__(self, num_classes: int, depth: int) -> None:
+        self.leaves = Leaves(num_classes, depth)
+        self.batches: list[tuple[Tensor, Tensor]] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a network for other data."""
+        network = pl_module.network
+        if (network.in_channels, network.num_classes) != (2, self.leaves.num_classes):
+            raise UserError(
+                f"num_classes={self.leaves.num_classes}: must equal the network's, "
+                f"{network.num_classes}, whose in_channels must be 2, not {network.in_channels}"
+            )
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the points (B, 2, 1, 1) of one batch."""
+        self.batches.append((outputs.flatten(1).cpu(), batch["label"].cpu()))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Compute, log and append the scores."""
+        shares = [self.batches]
+        if trainer.world_size > 1:
+            shares = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(shares, self.batches)
+        self.batches = []
+        points, labels = zip(*(pair for share in shares for pair in share), strict=True)
+        x, y = torch.cat(points), torch.cat(labels)
+        order = torch.argsort(x[:, 0], stable=True)  # whatever the number of processes
+        x, y = x[order], y[order]
+        scores = sample_scores(self.leaves, x, y)
+        scores["velocity_error"] = self._velocity_error(pl_module)
+        scores = {name: float(f"{value:.5g}") for name, value in scores.items()}
+        pl_module.record({f"val/{name}": value for name, value in scores.items()})
+        if trainer.is_global_zero:
+            entries = [self._entry(name, v, len(y), pl_module) for name, v in scores.items()]
+            append_scores(Path(trainer.default_root_dir), entries)
+
+    on_test_batch_end = on_validation_batch_end
+    on_test_end = on_validation_end
+
+    @torch.no_grad()
+    def _velocity_error(self, pl_module: Any) -> float:
+        """Mean over times of the error of what is sampled, on 2,000 points."""
+        y = torch.arange(2000) % self.leaves.num_classes
+        times = pl_module.sampler.times()
+        field = pl_module.guidance.field(pl_module.ema.module, y.to(pl_module.device), times)
+
+        def on_host(x_t: Tensor, t: float, start: float) -> Tensor:
+            start = min(time for time in times if time >= t)  # of the step that t falls into
+            return field(x_t.to(pl_module.device), t, start).cpu()
+
+        errors = velocity_errors(self.leaves, on_host, y, pl_module.objective.interpolant)
+        return sum(errors) / len(errors)
+
+    def _entry(self, name: str, value: float, n: int, pl_module: Any) -> dict[str, Any]:
+        """One element of ``scores.json``."""
+        data = f"leaves({self.leaves.num_classes}, {self.leaves.depth})"
+        protocol = pl_module.protocol() | {
+            "reference": data,
+            "n": n,
+            "seeds": [0, n - 1],
+            "wall_clock_seconds": round(pl_module.wall_clock(), 3),
+            "git_commit": git_commit(),
+        }
+        shared = {key: protocol[key] for key in ("step", "weights", "guidance")}
+        return {"metric": name, "value": value, **shared, "protocol": protocol}
