@@ -21,6 +21,19 @@ def segments(*entries: str) -> str:
     return f"{W}=[{', '.join(items)}]"
 
 
+def source(name: str, *options: str, scale: str = "0.3", more: str = "") -> str:
+    """One segment over all timesteps with a weak source."""
+    weak = f"{{class_path: w2s_train.weak.{name}, init_args: {{{', '.join(options)}}}}}"
+    arguments = f"low: 0.0, high: 1.0, scale: {scale}, weak: {weak}{more}"
+    segment = f"{{class_path: w2s_train.segment.Extrapolation, init_args: {{{arguments}}}}}"
+    return f"{W}=[{segment}]"
+
+
+def guidance(name: str, *options: str) -> str:
+    arguments = f"{{{', '.join(options)}}}"
+    return f"--model.guidance={{class_path: w2s_train.guidance.{name}, init_args: {arguments}}}"
+
+
 # Options, and what the line must contain: the key, the value, what is allowed.
 BAD = {
     "unknown key": (["--model.label_drop=0.1"], ["label_drop", "model accepts", "label_dropout"]),
@@ -52,6 +65,67 @@ BAD = {
     "beyond one": ([segments("low: 0.2, high: 1.2, scale: 0.1")], ["high=1.2", "1]"]),
     "scale one": ([segments("low: 0.0, high: 1.0, scale: 1.0")], ["scale=1.0", "[0, 0.9)"]),
     "scale above one": ([segments("low: 0.0, high: 1.0, scale: 1.5")], ["scale=1.5"]),
+    "unstable average": ([source("EMA", scale="0.85")], ["scale=0.85", "[0, 0.8) for EMA"]),
+    "missing weak checkpoint": (
+        [source("Checkpoint", "path: none.ckpt")],
+        ["weak.init_args.path=none.ckpt", "existing file"],
+    ),
+    "foreign weak checkpoint": (
+        [source("Checkpoint", "path: data/digits/reference.npz")],
+        ["path=data/digits/reference.npz", "cannot be read"],
+    ),
+    "no such block to skip": (
+        [source("LayerSkip", "blocks: [0, 9]")],
+        ["blocks=[0, 9]", "[0, 1]"],
+    ),
+    "no such block to tap": ([source("IntermediateHead", "block: 7")], ["block=7", "[0, 0]"]),
+    "late snapshot": ([source("Snapshot", "step: 6")], ["step=6", "before the last step, 6"]),
+    "half a snapshot step": ([source("Snapshot", "step: 2.5")], ["step=2.5", "share"]),
+    "late start": (
+        [source("NullClass", more=", schedule: {start_step: 50}")],
+        ["start_step=50", "before the last step, 6"],
+    ),
+    "negative ramp": (
+        [source("NullClass", more=", schedule: {ramp_steps: -3}")],
+        ["ramp_steps=-3", "number of steps"],
+    ),
+    "large weak network": (
+        [source("CoTrained", "network: {class_path: w2s_train.models.DiT}")],
+        ["network=", "input_size 32, must have 8"],
+    ),
+    "no co-training": ([source("CoTrained", "every: 0")], ["every=0", "at least 1"]),
+    "averaged head": (
+        [source("IntermediateHead", "block: 0", more=", from_average: true")],
+        ["from_average=True", "without parameters of its own"],
+    ),
+    "unlabelled null class": (
+        ["--model.label_dropout=1.0", source("NullClass")],
+        ["model.label_dropout=1.0", "NullClass"],
+    ),
+    "unlabelled guidance": (
+        ["--model.label_dropout=1.0", "-c", "configs/weak/branch.yaml"]
+        + [guidance("ClassifierFree", "scale: 2.0")],
+        ["label_dropout=1.0", "ClassifierFree"],
+    ),
+    "guidance without a source": (
+        ["-c", "configs/weak/none.yaml", guidance("Autoguidance", "scale: 1.5")],
+        ["weak=None", "must be given"],
+    ),
+    "guidance without a state": (
+        [guidance("Autoguidance", "scale: 1.5", "weak: {class_path: w2s_train.weak.Snapshot}")],
+        ["weak=Snapshot", "must be null"],
+    ),
+    "unlearned guidance": ([guidance("Learned")], ["path=None", "GuidanceObjective"]),
+    "missing learned guidance": (
+        [guidance("Learned", "path: none.ckpt")],
+        ["path=none.ckpt", "existing file"],
+    ),
+    "no such guidance": ([guidance("Magic")], ["Magic"]),
+    "guidance border": (
+        ["-c", "configs/guidance/sgg.yaml", "--model.guidance.init_args.border=1.5"],
+        ["border=1.5", "(0, 1)"],
+    ),
+    "plan": (["--model.objective.init_args.total_steps=0"], ["total_steps=0", "at least 1"]),
     "patch size": (
         ["--model.network.init_args.patch_size=3"],
         ["model.network.init_args.patch_size=3", "must divide input_size=8"],

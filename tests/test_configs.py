@@ -1,6 +1,8 @@
 """Every committed config parses and instantiates, and takes steps."""
 
 import io
+import json
+import math
 import tarfile
 from pathlib import Path
 
@@ -95,6 +97,87 @@ def test_the_baseline_differs_in_its_segments_only():
     assert w2s["model"]["objective"]["init_args"].pop("segments")
     assert baseline["model"]["objective"]["init_args"].pop("segments") is None
     assert w2s == baseline
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("config", ["leaves/few", "leaves/many"])
+def test_leaves_run_with_every_overlay(command, config: str, overlay: str):
+    """The tiny network has blocks for every source; scores of every kind are finite."""
+    few = ["--model.generation_block=48", "--data.num_generated=96"]
+    options = ["-c", f"configs/weak/{overlay}", "--trainer.max_steps=3", *few]
+    folder = command("fit", *options, config=config)
+    scores = json.loads((folder / "scores.json").read_text())
+    names = {"outliers", "coverage", "energy_distance", "velocity_error"}
+    assert {s["metric"] for s in scores} == names
+    assert all(math.isfinite(s["value"]) for s in scores)
+    assert 0 <= min(s["value"] for s in scores if s["metric"] == "coverage") <= 1
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_dit_b_takes_steps_with_every_overlay(tmp_path: Path, latents: str, overlay: str):
+    """The reference run with thin blocks: two optimisation steps."""
+    options = ["--trainer.max_steps=2", "--trainer.devices=1", "--trainer.accelerator=cpu"]
+    options += ["--data.batch_size=4", "--data.num_workers=0", "--model.compile=false"]
+    options += [f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks=null"]
+    options += ["--trainer.precision=32-true", "--model.objective.init_args.total_steps=2"]
+    options += ["--model.network.init_args.hidden_size=96"]
+    command = instantiate(["dit_b_w2s.yaml", f"weak/{overlay}"], latents, *options)
+    network = command.model.network
+    before = network.final_layer.linear.weight.clone()
+    command.trainer.fit(command.model, command.datamodule)
+    assert command.trainer.global_step == 2
+    assert not torch.equal(network.final_layer.linear.weight, before)
+    assert all(p.isfinite().all() for p in command.model.parameters())
+
+
+GUIDANCE = sorted(path.stem for path in (ROOT / "configs" / "guidance").glob("*.yaml"))
+
+
+def test_validate_with_every_guidance(command):
+    """Each overlay scores the same checkpoint, says what it did, and guides."""
+    long = ["--trainer.max_steps=60", "--trainer.val_check_interval=60"]
+    folder = command("fit", *long, "--model.optimizer.init_args.lr=0.01", "--model.ema_decay=0")
+    last = folder / "checkpoints" / "last.ckpt"
+    fit = ["-c", "configs/guidance/learned_fit.yaml", "--data.num_generated=16"]
+    path = f"--model.network.init_args.path={last}"
+    learned = command("fit", *fit, path, folder="learned")
+    for name in GUIDANCE:
+        if name == "learned_fit":
+            command("validate", *fit, path, "--ckpt_path=last", folder="learned")
+            continue
+        options = ["-c", f"configs/guidance/{name}.yaml", f"--ckpt_path={last}"]
+        if name == "learned":
+            source = learned / "checkpoints" / "last.ckpt"
+            options.append(f"--model.guidance.init_args.path={source}")
+        command("validate", *options)
+    scores = json.loads((folder / "scores.json").read_text())[1:]
+    kinds = [s["guidance"].split("(")[0] for s in scores]
+    assert kinds == ["adg", "autoguidance", "cfg", "learned", "sgg", "tv_cfg"]
+    assert len({s["value"] for s in scores}) == len(scores)
+    own = json.loads((learned / "scores.json").read_text())
+    assert [s["guidance"] for s in own] == ["learned"] * 3
+    weights = [
+        torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for f in (folder, learned)
+    ]
+    frozen = weights[1]["network.final_layer.linear.weight"]
+    assert torch.equal(frozen, weights[0]["ema.module.final_layer.linear.weight"])
+
+
+def test_unconditional_training(command):
+    """Every label is the null class, in training and when sampling."""
+    options = ["-c", "configs/weak/branch.yaml", "--model.label_dropout=1.0"]
+    folder = command("fit", *options)
+    path = folder / "checkpoints" / "last.ckpt"
+    module = DiffusionModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    first = torch.load(folder / "checkpoints" / "step-000003.ckpt", weights_only=True)["state_dict"]
+    moved = (
+        module.network.y_embedder.embedding_table.weight
+        - first["network.y_embedder.embedding_table.weight"]
+    )
+    assert moved[:10].abs().max() == 0
+    assert moved[10].abs().max() > 0
+    assert torch.equal(module.generate([3, 4], [0, 1]), module.generate([3, 4], [7, 9]))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

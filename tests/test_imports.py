@@ -1,6 +1,8 @@
 """Who may import whom: CONTRIBUTING.md, "Layout"."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,42 @@ def test_sizes(path: Path):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = node.end_lineno - body[0].lineno + 1 if body else 0
             assert lines <= 50, f"{path}: {node.name} has {lines} lines"
+
+
+WEAK_FILES = [p.stem for p in FILES if place(p) == "weak" and p.stem not in ("__init__", "base")]
+WITHOUT_A_SOURCE = """
+import importlib, importlib.abc, pkgutil, sys
+import w2s_train
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == self.name:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+finder = Missing()
+sys.meta_path.insert(0, finder)
+for source in sys.argv[1:]:
+    for name in [name for name in sys.modules if name.startswith("w2s_train")]:
+        del sys.modules[name]
+    finder.name = f"w2s_train.weak.{source}"
+    import w2s_train
+    names = [m.name for m in pkgutil.walk_packages(w2s_train.__path__, "w2s_train.")]
+    for name in names:
+        if name not in (finder.name, "w2s_train.__main__"):
+            importlib.import_module(name)
+    assert finder.name not in sys.modules
+    print(source, len(names))
+"""
+
+
+def test_a_weak_source_can_be_deleted():
+    """Nothing imports one: neither another source, nor any other file of the package."""
+    for path in FILES:
+        for name in imported(path):
+            found = [file for file in WEAK_FILES if name.startswith(f"w2s_train.weak.{file}")]
+            assert not found, f"{path} imports {name}"
+            assert name != "w2s_train.weak" or place(path) == "weak", f"{path} imports {name}"
+    command = [sys.executable, "-c", WITHOUT_A_SOURCE, *WEAK_FILES]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == WEAK_FILES

@@ -1,14 +1,19 @@
 """The gradient is that of the written equation, and frozen sources see their segment only."""
 
+import copy
+import warnings
+
 import pytest
 import torch
+from conftest import perturbed
 
 from w2s_train.interpolant import LinearInterpolant, NoisySample
 from w2s_train.models import DiT
 from w2s_train.objective import WeakToStrongObjective
+from w2s_train.schedule import Schedule
 from w2s_train.segment import Consistency, Extrapolation, Segment
 from w2s_train.timesteps import LogitNormal, Uniform
-from w2s_train.weak import EMA, IntermediateHead, NullClass, WeakSource
+from w2s_train.weak import EMA, IntermediateHead, NullClass, Step, WeakSource
 
 LINEAR = LinearInterpolant()
 
@@ -222,3 +227,124 @@ def test_statistics(network: DiT):
     assert len(quarters) == 4
     total = sum((q.values * q.mask).sum() for q in quarters) / 16
     torch.testing.assert_close(total, statistics["strong_loss"].values.mean())
+
+
+def test_the_general_target(network: DiT):
+    """Omega v + kappa sg(strong) + (1 - omega - kappa) sg(weak), its gradient and its scale."""
+    noisy, y = batch()
+    segment = Extrapolation(0.0, 1.0, 0.4, NullClass(), omega=1.3)
+    out = network(noisy.x_t, noisy.t, y).velocity
+    null = network(noisy.x_t, noisy.t, torch.full_like(y, 5)).velocity.detach()
+    target = 1.3 * noisy.v + 0.4 * out.detach() + (1 - 1.3 - 0.4) * null
+    by_hand = (out - target).square().mean()
+    losses = objective(segment).evaluate(network, noisy, y)
+    torch.testing.assert_close(losses.total, by_hand)
+    close(gradients(network, losses.total), gradients(network, by_hand))
+    assert segment.effective_scale() == pytest.approx(1.3 / 0.6)
+
+
+@pytest.mark.parametrize(("omega", "kappa"), [(1.0, 0.5), (1.4, 0.3), (0.8, 0.0), (2.0, 0.0)])
+def test_the_fixed_point_is_guidance(omega: float, kappa: float):
+    """Iterating s <- target(s) ends at w + omega / (1 - kappa) (v - w)."""
+    v, w = torch.tensor(2.0), torch.tensor(0.5)
+    s = torch.tensor(0.0)
+    for _ in range(200):
+        s = omega * v + kappa * s + (1 - omega - kappa) * w
+    segment = Extrapolation(0.0, 1.0, kappa, NullClass(), omega=omega)
+    torch.testing.assert_close(s, w + segment.effective_scale() * (v - w))
+
+
+def test_the_difference_is_clipped_per_row(network: DiT):
+    """Rows whose difference has a larger RMS are scaled down to it, the others left alone."""
+    noisy, y = batch()
+    out = network(noisy.x_t, noisy.t, y).velocity
+    null = network(noisy.x_t, noisy.t, torch.full_like(y, 5)).velocity
+    difference = (out - null).detach()
+    rms = difference.square().mean((1, 2, 3)).sqrt()
+    limit = rms[y < 5].median().item()
+    assert (rms > limit).any()
+    assert ((rms < limit) & (rms > 0)).any()
+    shrink = (limit / rms).clamp(max=1).nan_to_num(1).view(-1, 1, 1, 1)
+    by_hand = (out - noisy.v - 0.5 * shrink * difference).square().mean()
+    clipped = objective(Extrapolation(0.0, 1.0, 0.5, NullClass(), max_difference=limit))
+    torch.testing.assert_close(clipped.evaluate(network, noisy, y).total, by_hand)
+
+
+def test_strong_and_weak_from_the_average(network: DiT):
+    """The released Model Guidance: the difference is that of the running average."""
+    noisy, y = batch()
+    average = perturbed(copy.deepcopy(network), 0.2).requires_grad_(False)
+    segment = Extrapolation(0.0, 0.75, 0.45, NullClass(), from_average=True)
+    losses = objective(segment).evaluate(network, noisy, y, step=Step(0, average))
+    null = torch.full_like(y, 5)
+    difference = (
+        average(noisy.x_t, noisy.t, y).velocity - average(noisy.x_t, noisy.t, null).velocity
+    )
+    shift = 0.45 * difference * (noisy.t < 0.75).view(-1, 1, 1, 1)
+    by_hand = (network(noisy.x_t, noisy.t, y).velocity - noisy.v - shift).square().mean()
+    torch.testing.assert_close(losses.total, by_hand)
+    close(gradients(network, losses.total), gradients(network, by_hand))
+    with pytest.raises(ValueError, match="from_average=True: IntermediateHead is trained"):
+        Extrapolation(0.0, 1.0, 0.3, IntermediateHead(), from_average=True)
+
+
+def test_no_weak_pass_before_the_start(network: DiT):
+    """A segment costs nothing until its schedule starts; then it grows."""
+    source = Counting()
+    late = objective(Extrapolation(0.0, 1.0, 0.5, source, schedule=Schedule(3, ramp_steps=2)))
+    noisy, y = batch()
+    plain = objective().evaluate(network, noisy, y).total
+    full = objective(Extrapolation(0.0, 1.0, 0.5, Counting())).evaluate(network, noisy, y).total
+    totals = [late.evaluate(network, noisy, y, step=Step(n)).total for n in (0, 3, 4, 5)]
+    assert len(source.calls) == 2  # at step 3 the ramp is still at zero
+    assert totals[0] == totals[1] == plain
+    assert totals[3] == full
+    assert totals[2] not in (plain, full)
+
+
+def test_a_head_learns_before_its_segment_starts(network: DiT):
+    head = IntermediateHead(block=1)
+    late = objective(Extrapolation(0.0, 1.0, 0.5, head, schedule=Schedule(10)))
+    late.bind(network)
+    noisy, y = batch()
+    late.evaluate(network, noisy, y).total.backward()
+    assert head.head.linear.weight.grad.abs().sum() > 0
+
+
+def test_consistency_follows_its_schedule(network: DiT):
+    head = IntermediateHead(block=1)
+    head.bind(network)
+    head.head.linear.weight.data += 0.1
+    noisy, y = batch()
+    off = objective(Consistency(0.0, 0.4, head, schedule=Schedule(5)))
+    plain = objective().evaluate(network, noisy, y).total
+    torch.testing.assert_close(off.evaluate(network, noisy, y).total, plain)
+    assert off.evaluate(network, noisy, y, step=Step(5)).total > plain
+
+
+@pytest.mark.parametrize(
+    ("weak", "scale"), [(NullClass, 0.9), (NullClass, 1.2), (EMA, 0.8), (EMA, 0.85)]
+)
+def test_unstable_scales_are_refused(weak, scale: float):
+    with pytest.raises(ValueError, match=f"scale={scale}: must be in .*allow_unstable"):
+        Extrapolation(0.0, 1.0, scale, weak())
+    with pytest.warns(UserWarning, match=f"scale={scale}: guides by"):
+        allowed = Extrapolation(0.0, 1.0, scale, weak(), allow_unstable=True)
+    assert allowed.scale == scale
+
+
+def test_warnings_begin_above_the_published_scale():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Extrapolation(0.0, 1.0, 0.6, NullClass())
+    with pytest.warns(UserWarning, match="scale=0.7: guides by 3.33"):
+        Extrapolation(0.0, 1.0, 0.7, NullClass())
+
+
+@pytest.mark.parametrize(
+    "options", [{"omega": -1.0}, {"omega": float("inf")}, {"max_difference": 0.0}]
+)
+def test_bad_extrapolations(options: dict):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}="):
+        Extrapolation(0.0, 1.0, 0.3, NullClass(), **options)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,21 +20,32 @@ def checkpoint(folder: Path, name: str = "last") -> dict:
     return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
 
 
+def equal(one: Any, other: Any) -> bool:
+    """Nested values with tensors, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(v, other[k]) for k, v in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
 def assert_same(one: dict, other: dict) -> None:
-    """Weights, averages, weak networks, optimizer: bitwise."""
+    """Weights, averages, weak networks, optimizers: bitwise."""
     assert one["global_step"] == other["global_step"]
     assert one["progress"]["images_seen"] == other["progress"]["images_seen"]
     assert one["state_dict"].keys() == other["state_dict"].keys()
     for name, value in one["state_dict"].items():
-        assert torch.equal(value, other["state_dict"][name]), name
-    states = [c["optimizer_states"][0]["state"] for c in (one, other)]
-    for number, state in states[0].items():
-        for name, value in state.items():
-            assert torch.equal(value, states[1][number][name]), (number, name)
+        assert equal(value, other["state_dict"][name]), name
+    assert equal(one["optimizer_states"], other["optimizer_states"])
+
+
+RECIPES = sorted(path.stem for path in (ROOT / "configs" / "weak").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("stop", [2, 3, 5])
-@pytest.mark.parametrize("overlay", ["sgg", "ema"])
+@pytest.mark.parametrize("overlay", ["sgg", "separate"])
 def test_resumed_equals_uninterrupted(command, overlay: str, stop: int):
     """Stop between two evaluations, at one, and after one; with accumulation."""
     options = ["-c", f"configs/weak/{overlay}.yaml", "--trainer.accumulate_grad_batches=2"]
@@ -46,6 +58,39 @@ def test_resumed_equals_uninterrupted(command, overlay: str, stop: int):
     final = [json.loads((f / "scores.json").read_text())[-1] for f in (whole, part)]
     assert final[0]["value"] == final[1]["value"]
     assert [s["step"] for s in final] == [6, 6]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_resumes(command, recipe: str):
+    """Stopped after step 3 of 8, when every recipe but for its snapshot's second half has begun."""
+    options = ["-c", f"configs/weak/{recipe}.yaml", "--trainer.val_check_interval=8"]
+    options += ["--model.objective.init_args.total_steps=8", "--data.num_generated=8"]
+    whole = command("fit", *options, "--trainer.max_steps=8", folder="whole")
+    command("fit", *options, "--trainer.max_steps=3", folder="part")
+    part = command("fit", *options, "--trainer.max_steps=8", "--ckpt_path=last", folder="part")
+    assert_same(checkpoint(whole), checkpoint(part))
+
+
+def test_snapshots_and_co_trained_networks_resume(command):
+    """Stopped between a snapshot and its refreshes, and between two steps of a small network."""
+    weak = "{class_path: w2s_train.weak.%s, init_args: {%s}}"
+    entry = "{class_path: w2s_train.segment.Extrapolation, init_args: {low: %s, high: %s, "
+    entry += "scale: 0.3, weak: %s}}"
+    first = entry % (0.0, 0.5, weak % ("Snapshot", "step: 2, refresh_every: 2"))
+    second = entry % (0.5, 1.0, weak % ("CoTrained", "every: 2, lr: 0.01"))
+    options = [f"--model.objective.init_args.segments=[{first}, {second}]"]
+    whole = command("fit", *options, folder="whole")
+    command("fit", *options, "--trainer.max_steps=3", folder="part")
+    part = command("fit", *options, "--ckpt_path=last", folder="part")
+    state = checkpoint(part)["state_dict"]
+    assert state["objective.segments.1.weak._extra_state"]["state"][0]["step"] == 3
+    assert_same(checkpoint(whole), checkpoint(part))
+    assert not torch.equal(  # what was taken at step 4, and refreshed at 6
+        state["objective.segments.0.weak.network.blocks.0.attn.qkv.weight"],
+        checkpoint(part, "step-000003")["state_dict"][
+            "objective.segments.0.weak.network.blocks.0.attn.qkv.weight"
+        ],
+    )
 
 
 def test_the_record_survives_a_resume(command):
@@ -158,3 +203,18 @@ def test_two_processes(tmp_path: Path):
     assert [s["step"] for s in scores] == [3, 6, 6, 6]
     assert len({s["value"] for s in scores[1:]}) == 1
     assert scores[1]["protocol"]["images_seen"] == 2 * 6 * 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_resumes_on_two_processes(tmp_path: Path, recipe: str):
+    """The same with DDP: gradients of a co-trained network are averaged, ranks stay alike."""
+    shared = ["-c", f"configs/weak/{recipe}.yaml", "--trainer.val_check_interval=8"]
+    shared += ["--model.objective.init_args.total_steps=8", "--data.num_generated=8"]
+    shared += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    runs = [("whole", 8), ("part", 3), ("part", 8)]
+    for folder, steps in runs:
+        options = [*shared, f"--trainer.max_steps={steps}", "--ckpt_path=last"]
+        output, _ = (process := launch(tmp_path / folder, *options)).communicate(timeout=240)
+        assert process.returncode == 0, output
+    assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "part"))

@@ -1,40 +1,84 @@
-"""One contract for all weak sources."""
+"""One contract for all weak sources, and what is particular to each.
+
+A source whose file is not there is left out: deleting one breaks nothing else.
+"""
+
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import perturbed
 
-from w2s_train.interpolant import LinearInterpolant
-from w2s_train.models import DiT
+from w2s_train import weak
+from w2s_train.interpolant import LinearInterpolant, NoisySample
+from w2s_train.models import DiT, WeightAverage
 from w2s_train.objective import WeakToStrongObjective
+from w2s_train.schedule import Timeline
 from w2s_train.segment import Extrapolation
 from w2s_train.timesteps import Uniform
-from w2s_train.weak import EMA, IntermediateHead, LayerSkip, NullClass, Step, WeakSource
+from w2s_train.weak import Step, WeakSource
 
-SOURCES = {
-    "null_class": lambda: NullClass(),
-    "ema": lambda: EMA(decay=0.5),
-    "intermediate_head": lambda: IntermediateHead(block=1),
-    "layer_skip": lambda: LayerSkip(blocks=[1, 2]),
-    "default_skip": lambda: LayerSkip(),
-    "default_head": lambda: IntermediateHead(),
+LINEAR = LinearInterpolant()
+FILES = {path.stem for path in Path(weak.__file__).parent.glob("*.py")}
+
+
+def small(**changes) -> DiT:
+    sizes = dict(input_size=8, in_channels=3, hidden_size=32, depth=4, num_heads=4, num_classes=5)
+    return DiT(**(sizes | changes))
+
+
+def write_checkpoint(path: Path, raw: DiT, ema: DiT | None = None) -> str:
+    """What `DiffusionModule` writes, as far as weak sources read it."""
+    state = {f"network.{k}": v for k, v in raw.state_dict().items()}
+    state |= {f"ema.module.{k}": v for k, v in (ema or raw).state_dict().items()}
+    torch.save({"state_dict": state, "network": raw.arguments}, path)
+    return str(path)
+
+
+CASES = {
+    "null_class": ("null_class", lambda: weak.NullClass()),
+    "ema": ("ema", lambda: weak.EMA(decay=0.5)),
+    "lagging_ema": ("ema", lambda: weak.EMA(decay=0.5, lag=1, update_every=2)),
+    "head": ("intermediate_head", lambda: weak.IntermediateHead(block=1)),
+    "default_head": ("intermediate_head", lambda: weak.IntermediateHead()),
+    "layer_skip": ("layer_skip", lambda: weak.LayerSkip(blocks=[1, 2])),
+    "default_skip": ("layer_skip", lambda: weak.LayerSkip()),
+    "snapshot": ("checkpoint", lambda: weak.Snapshot(step=1, weights="raw")),
+    "checkpoint": ("checkpoint", lambda: weak.Checkpoint(network=small(depth=2))),
+    "co_trained": ("co_trained", lambda: weak.CoTrained(every=1, lr=0.1)),
 }
+SOURCES = {name: make for name, (file, make) in CASES.items() if file in FILES}
 
 
-def bound(source: WeakSource, network: DiT) -> WeakToStrongObjective:
-    segment = Extrapolation(0.0, 1.0, 0.5, source)
-    objective = WeakToStrongObjective(LinearInterpolant(), Uniform(), [segment])
+def needs(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(name not in FILES, reason=f"weak/{name}.py is not there")
+
+
+def bound(source: WeakSource, network: DiT, scale: float = 0.5) -> WeakToStrongObjective:
+    segment = Extrapolation(0.0, 1.0, scale, source)
+    objective = WeakToStrongObjective(LINEAR, Uniform(), [segment])
     objective.bind(network)
+    objective.plan(10)
     return objective
 
 
-def predict(source: WeakSource, network: DiT) -> torch.Tensor:
+def questions(n: int = 6) -> tuple[NoisySample, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    x, noise = torch.randn(2, 6, 3, 8, 8, generator=generator)
-    noisy = LinearInterpolant().corrupt(x, noise, torch.linspace(0.1, 0.9, 6))
-    y = torch.arange(6) % 5
+    x, noise = torch.randn(2, n, 3, 8, 8, generator=generator)
+    return LINEAR.corrupt(x, noise, torch.linspace(0.1, 0.9, n)), torch.arange(n) % 5
+
+
+@torch.no_grad()
+def predict(source: WeakSource, network: DiT) -> torch.Tensor:
+    noisy, y = questions()
     strong = network(noisy.x_t, noisy.t, y, keep_hidden=source.keep_hidden)
     return source.predict(network, noisy, y, strong)
+
+
+@torch.no_grad()
+def velocity(network: DiT) -> torch.Tensor:
+    noisy, y = questions()
+    return network(noisy.x_t, noisy.t, y).velocity
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -48,76 +92,247 @@ def test_contract(name: str, network: DiT):
     before = {n: p.clone() for n, p in source.named_parameters()}
     parameters = [p for p in [*network.parameters(), *source.parameters()] if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
-    objective(network, torch.randn(8, 3, 8, 8), torch.arange(8) % 5).total.backward()
+    step = Step(source.first_step, network)
+    objective(network, torch.randn(8, 3, 8, 8), torch.arange(8) % 5, step).total.backward()
     assert all(p.grad is None for p in source.parameters() if not p.requires_grad)
     optimizer.step()
     changed = {n for n, p in source.named_parameters() if not torch.equal(p, before[n])}
     assert changed <= set(trainable)
     assert bool(changed) == source.trainable
-    objective.after_step(network, Step(1, network))
+    objective.after_step(network, Step(source.first_step + 1, network))
+    assert [n for n, p in source.named_parameters() if p.requires_grad] == trainable
 
-    # State survives save and load, into an objective bound to an untrained network.
-    other_network = DiT(8, 2, 3, 32, 4, 4, num_classes=5)
+    # State survives save and load, into an objective bound to an untrained network, and what is
+    # learned afterwards is the same.
+    other_network = small()
     other_source = SOURCES[name]()
     other = bound(other_source, other_network)
     other.load_state_dict(objective.state_dict())
     other_network.load_state_dict(network.state_dict())
     assert torch.equal(predict(other_source, other_network), predict(source, network))
+    for one, net in ((objective, network), (other, other_network)):
+        torch.manual_seed(5)
+        one.last_batch = objective.last_batch
+        one.after_step(net, Step(4, net))
+    assert torch.equal(predict(other_source, other_network), predict(source, network))
 
 
+@needs("ema")
 def test_ema_lags(network: DiT):
     """After one step with decay 0.5 the average is half-way; its prediction is that network's."""
-    source = EMA(decay=0.5)
+    source = weak.EMA(decay=0.5)
     bound(source, network)
     start = [p.clone() for p in network.parameters()]
     perturbed(network, 0.3)
     source.after_step(network, Step(1))
-    midway = DiT(8, 2, 3, 32, 4, 4, num_classes=5)
+    midway = small()
     for m, a, b in zip(midway.parameters(), start, network.parameters(), strict=True):
         m.data.copy_((a + b) / 2)
-    torch.testing.assert_close(predict(source, network), predict(NullClassless(), midway))
+    torch.testing.assert_close(predict(source, network), velocity(midway))
 
 
-class NullClassless(WeakSource):
-    """The network itself."""
+@needs("ema")
+def test_an_old_average_is_at_least_lag_steps_old(network: DiT):
+    """With lag 3 the copy in use at step n is the average of step 3 (n // 3) - 3."""
+    source = weak.EMA(decay=0.5, lag=3)
+    bound(source, network)
+    assert source.first_step == 6
+    plain, known = WeightAverage(network, 0.5), {}
+    for step in range(1, 13):
+        perturbed(network, 0.1)
+        plain.update(network)
+        source.after_step(network, Step(step))
+        known[step] = velocity(plain.module)
+        if step >= source.first_step:
+            torch.testing.assert_close(predict(source, network), known[3 * (step // 3) - 3])
 
-    def predict(self, network, noisy, y, strong):
-        return strong.velocity
+
+@needs("ema")
+def test_updating_rarely_keeps_the_decay_per_step(network: DiT):
+    """A network that stands still is approached alike, however often the average is updated."""
+    often, rarely = weak.EMA(decay=0.8), weak.EMA(decay=0.8, update_every=4)
+    for source in (often, rarely):
+        source.bind(network)
+    perturbed(network, 0.3)
+    for step in range(1, 9):
+        often.after_step(network, Step(step))
+        rarely.after_step(network, Step(step))
+    ours, theirs = predict(rarely, network), predict(often, network)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+@needs("ema")
+@pytest.mark.parametrize("options", [{"decay": -0.1}, {"decay": 1.0}, {"decay": float("nan")}])
+def test_bad_decay(options: dict):
+    with pytest.raises(ValueError, match="decay="):
+        weak.EMA(**options)
+
+
+@needs("intermediate_head")
 def test_head_defaults_to_the_first_third():
     """Block 4 of 12 as published, counted from 1."""
-    source = IntermediateHead()
-    source.bind(DiT(8, 2, 3, 32, depth=12, num_heads=4, num_classes=5))
+    source = weak.IntermediateHead()
+    source.bind(small(depth=12))
     assert source.keep_hidden == (3,)
 
 
+@needs("intermediate_head")
 @pytest.mark.parametrize("block", [-1, 3, 7])
 def test_head_needs_an_inner_block(block: int, network: DiT):
     with pytest.raises(ValueError, match=f"block={block}"):
-        IntermediateHead(block).bind(network)
+        weak.IntermediateHead(block).bind(network)
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_bad_decay(decay: float):
-    with pytest.raises(ValueError, match="decay="):
-        EMA(decay)
-
-
+@needs("layer_skip")
 def test_skipped_blocks_are_those_named(network: DiT):
     """What is left is the network of the other blocks."""
-    source = LayerSkip(blocks=[1, 2])
+    source = weak.LayerSkip(blocks=[1, 2])
     source.bind(network)
-    other = DiT(8, 2, 3, 32, 2, 4, num_classes=5)
+    other = small(depth=2)
     state = {k: v for k, v in network.state_dict().items() if not k.startswith("blocks.")}
     for here, there in ((0, 0), (3, 1)):
         block = network.blocks[here].state_dict()
         state |= {f"blocks.{there}.{k}": v for k, v in block.items()}
     other.load_state_dict(state)
-    torch.testing.assert_close(predict(source, network), predict(NullClassless(), other))
+    torch.testing.assert_close(predict(source, network), velocity(other))
 
 
+@needs("layer_skip")
 @pytest.mark.parametrize("blocks", [[], [-1], [4], [0, 9]])
 def test_skipping_needs_blocks_that_exist(blocks: list[int], network: DiT):
     with pytest.raises(ValueError, match="blocks="):
-        LayerSkip(blocks).bind(network)
+        weak.LayerSkip(blocks).bind(network)
+
+
+@needs("checkpoint")
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_a_snapshot_is_the_network_of_its_step(weights: str, network: DiT):
+    """Taken at step 2, refreshed at 5 and 8, and nothing in between."""
+    source = weak.Snapshot(step=2, refresh_every=3, weights=weights)
+    bound(source, network)
+    average, expected = WeightAverage(network, 0.5), None
+    for step in range(1, 10):
+        perturbed(network, 0.1)
+        average.update(network)
+        source.after_step(network, Step(step, average.module))
+        if step in (2, 5, 8):
+            expected = velocity(network if weights == "raw" else average.module)
+        if step >= 2:
+            assert torch.equal(predict(source, network), expected), step
+
+
+@needs("checkpoint")
+def test_no_guidance_before_the_snapshot(network: DiT):
+    source = weak.Snapshot(step=3)
+    objective = bound(source, network)
+    noisy, y = questions()
+    plain = WeakToStrongObjective(LINEAR, Uniform()).evaluate(network, noisy, y)
+    source.network.final_layer.linear.bias.data += 0.3
+    before = objective.evaluate(network, noisy, y, step=Step(2, network))
+    after = objective.evaluate(network, noisy, y, step=Step(3, network))
+    assert torch.equal(before.per_sample, plain.per_sample)
+    assert not torch.equal(after.per_sample, plain.per_sample)
+
+
+@needs("checkpoint")
+@pytest.mark.parametrize("options", [{"step": 10}, {"step": 0}, {"step": 2.5}, {"step": -1}])
+def test_snapshots_need_a_step_of_the_run(options: dict, network: DiT):
+    with pytest.raises(ValueError, match="step="):
+        bound(weak.Snapshot(**options), network)
+
+
+@needs("checkpoint")
+def test_a_share_of_a_longer_plan_is_no_error(network: DiT):
+    """A trial run of the first steps may end before the snapshot; it says so."""
+    source = weak.Snapshot(step=0.5)
+    source.bind(network)
+    with pytest.warns(UserWarning, match="step=0.5: is step 50 of the plan"):
+        source.plan(Timeline(total=100, last=10))
+
+
+@needs("checkpoint")
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_checkpoints_of_ours(weights: str, network: DiT, tmp_path: Path):
+    raw, ema = perturbed(small(depth=2)), perturbed(small(depth=2))
+    path = write_checkpoint(tmp_path / "early.ckpt", raw, ema)
+    source = weak.Checkpoint(path, weights)
+    source.bind(network)
+    expected = velocity(raw if weights == "raw" else ema)
+    assert torch.equal(predict(source, network), expected)
+
+
+@needs("checkpoint")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_classes": 7}, "num_classes 7, must have 5"),
+        ({"in_channels": 1}, "in_channels 1"),
+        ({"input_size": 16}, "input_size 16"),
+        ({"depth": 5}, "parameters, must have at most"),
+    ],
+)
+def test_checkpoints_must_fit(changes: dict, reason: str, network: DiT, tmp_path: Path):
+    path = write_checkpoint(tmp_path / "other.ckpt", small(**changes))
+    with pytest.raises(ValueError, match=rf"path=.*other.ckpt: .*{reason}"):
+        weak.Checkpoint(path).bind(network)
+
+
+@needs("checkpoint")
+def test_broken_checkpoints(tmp_path: Path):
+    whole = Path(write_checkpoint(tmp_path / "whole.ckpt", small()))
+    (tmp_path / "short.ckpt").write_bytes(whole.read_bytes()[:5000])
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    torch.save({"state_dict": {}, "network": small().arguments}, tmp_path / "empty.ckpt")
+    for name in ("missing", "short", "text", "foreign", "empty"):
+        with pytest.raises(ValueError, match=rf"path=.*{name}.ckpt: .+") as raised:
+            weak.Checkpoint(str(tmp_path / f"{name}.ckpt"))
+        assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="path=None"):
+        weak.Checkpoint()
+    with pytest.raises(ValueError, match="not both"):
+        weak.Checkpoint(str(whole), network=small())
+
+
+@needs("co_trained")
+def test_co_trained_is_adamw_on_plain_velocities(network: DiT):
+    """Every second step, with fresh draws on the same batch; the strong loss never reaches it."""
+    source = weak.CoTrained(every=2, lr=1e-2)
+    objective = bound(source, network)
+    assert source.network.hidden_size == 16
+    mine = small(hidden_size=16, num_heads=2)
+    mine.load_state_dict(source.network.state_dict())
+    optimizer = torch.optim.AdamW(mine.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(1, 6):
+        x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 6
+        torch.manual_seed(step)
+        objective(network, x, y, Step(step)).total.backward()
+        state = torch.get_rng_state()
+        objective.after_step(network, Step(step))
+        if step % 2 == 0:
+            torch.set_rng_state(state)
+            noisy = objective.draw(x)
+            optimizer.zero_grad()
+            (mine(noisy.x_t, noisy.t, y).velocity - noisy.v).square().mean().backward()
+            optimizer.step()
+        torch.testing.assert_close(predict(source, network), velocity(mine))
+
+
+@needs("co_trained")
+@pytest.mark.parametrize("options", [{"every": 0}, {"lr": -1.0}, {"lr": float("inf")}])
+def test_bad_co_training(options: dict):
+    with pytest.raises(ValueError, match="=.*: must be"):
+        weak.CoTrained(**options)
+
+
+@needs("co_trained")
+@pytest.mark.parametrize("changes", [{"num_classes": 4}, {"hidden_size": 64}])
+def test_co_trained_networks_must_fit(changes: dict, network: DiT):
+    with pytest.raises(ValueError, match="network="):
+        weak.CoTrained(small(**changes)).bind(network)
+
+
+def test_sources_are_found_by_name():
+    assert weak.WeakSource is WeakSource
+    with pytest.raises(AttributeError, match="no file of w2s_train.weak defines Nothing"):
+        _ = weak.Nothing

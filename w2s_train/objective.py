@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from w2s_train.errors import UserError
 from w2s_train.interpolant import Interpolant, NoisySample
 from w2s_train.models import DiT
+from w2s_train.schedule import Timeline
 from w2s_train.segment import Segment, Statistic, StrongPass, mean_square
 from w2s_train.timesteps import TimestepDistribution
 from w2s_train.weak.base import Step
@@ -56,7 +57,7 @@ class Objective(nn.Module, abc.ABC):
     def bind(self, network: DiT) -> None:  # noqa: B027
         """Introduce what has weights of its own to the network; once, before training."""
 
-    def plan(self, total_steps: int | None) -> None:  # noqa: B027
+    def plan(self, max_steps: int | None) -> None:  # noqa: B027
         """Learn how long the run will be, in optimizer steps; before it starts.
 
         Raises:
@@ -85,9 +86,11 @@ class WeakToStrongObjective(Objective):
         interpolant: How data and noise are mixed.
         timesteps: Where training timesteps are drawn from.
         segments: Ranges of timesteps with their weak sources; None or empty is flow matching.
+        total_steps: Optimizer steps of the plan that schedules given as shares refer to; None for
+            ``trainer.max_steps``. Stated, a run may be cut short or extended without moving them.
 
     Raises:
-        UserError: Two segments overlap.
+        UserError: Two segments overlap, or a plan of no steps.
     """
 
     def __init__(
@@ -95,8 +98,12 @@ class WeakToStrongObjective(Objective):
         interpolant: Interpolant,
         timesteps: TimestepDistribution,
         segments: list[Segment] | None = None,
+        total_steps: int | None = None,
     ) -> None:
         super().__init__(interpolant, timesteps)
+        if total_steps is not None and total_steps < 1:
+            raise UserError(f"total_steps={total_steps}: must be at least 1")
+        self.total_steps = total_steps
         ordered = sorted(segments or [], key=lambda segment: segment.low)
         for before, after in zip(ordered, ordered[1:], strict=False):
             if after.low < before.high:
@@ -110,9 +117,9 @@ class WeakToStrongObjective(Objective):
         for segment in self.segments:
             segment.weak.bind(network)
 
-    def plan(self, total_steps: int | None) -> None:
+    def plan(self, max_steps: int | None) -> None:
         for segment in self.segments:
-            segment.plan(total_steps)
+            segment.plan(Timeline(self.total_steps or max_steps, max_steps))
 
     def after_step(self, network: DiT, step: Step) -> None:
         for segment in self.segments:

@@ -46,5 +46,8 @@ def saved_network(path: str, weights: Literal["ema", "raw"] = "ema") -> DiT:
         for key, value in content["state_dict"].items()
         if key.startswith(prefix)
     }
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"path={path}: must hold {weights} weights of its own network") from error
     return network

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput
-from w2s_train.schedule import Schedule, resolve_steps
+from w2s_train.schedule import Schedule, Timeline
 from w2s_train.weak.base import Step, WeakSource
 
 Rows = slice | Tensor
@@ -78,25 +78,22 @@ class Segment(nn.Module, abc.ABC):
             raise UserError(f"high={high}: must be in ({low}, 1], above low={low}")
         self.low, self.high, self.weak = low, high, weak
         self.schedule = schedule or Schedule()
-        self.total_steps: int | None = None  # optimizer steps of the run, from `plan`
+        self.timeline = Timeline()
 
-    def plan(self, total_steps: int | None) -> None:
+    def plan(self, timeline: Timeline) -> None:
         """Learn how long the run will be; called before it starts.
 
         Raises:
             UserError: The segment would never act.
         """
-        self.weak.plan(total_steps)
-        self.total_steps = total_steps
-        last = (total_steps or math.inf) - 1
-        start = resolve_steps("start_step", self.schedule.start_step, total_steps)
-        if start > last:
-            raise UserError(f"start_step={start}: must be before the last step, {last}")
-        self.factor(Step(start))
+        self.weak.plan(timeline)
+        self.timeline = timeline
+        timeline.check("start_step", self.schedule.start_step)
+        self.factor(Step())
 
     def factor(self, step: Step) -> float:
         """What the schedule multiplies this segment's strength by; 0 before its start."""
-        return self.schedule.factor(step.number, self.total_steps, self.weak.first_step)
+        return self.schedule.factor(step.number, self.timeline, self.weak.first_step)
 
     @property
     def name(self) -> str:

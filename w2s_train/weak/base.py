@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput
-from w2s_train.schedule import resolve_steps
+from w2s_train.schedule import Timeline
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class WeakSource(nn.Module, abc.ABC):
     scale_limit: float = (
         0.9  # scales from here on are refused: faults were seen, see `Extrapolation`
     )
-    total_steps: int | None = None  # optimizer steps of the run, from `plan`
+    timeline: Timeline = Timeline()  # how long the run is, from `plan`
 
     def bind(self, network: DiT) -> None:  # noqa: B027
         """Build what depends on the network: a copy, a head. Called once, before training.
@@ -47,13 +47,13 @@ class WeakSource(nn.Module, abc.ABC):
             UserError: The source does not fit the network.
         """
 
-    def plan(self, total_steps: int | None) -> None:
+    def plan(self, timeline: Timeline) -> None:
         """Learn how long the run will be; called before it starts.
 
         Raises:
             UserError: The source would never be used.
         """
-        self.total_steps = total_steps
+        self.timeline = timeline
 
     @property
     def first_step(self) -> int:
@@ -82,9 +82,9 @@ class WeakSource(nn.Module, abc.ABC):
         """Take a training step of one's own, on the last batch with fresh timesteps and noise."""
         raise NotImplementedError
 
-    def steps(self, name: str, value: int | float) -> int:
-        """``value`` as a number of optimizer steps, where it may be a share of the run."""
-        return resolve_steps(name, value, self.total_steps)
+    def steps(self, name: str) -> int:
+        """An attribute that may be a share of the run as a number of optimizer steps."""
+        return self.timeline.steps(name, getattr(self, name))
 
 
 def frozen_copy(network: DiT) -> DiT:

@@ -11,6 +11,7 @@ from torch import Tensor
 from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput, saved_network
+from w2s_train.schedule import Steps, Timeline
 from w2s_train.weak.base import Step, WeakSource, check_partner, frozen_copy
 
 
@@ -55,7 +56,7 @@ class Snapshot(WeakSource):
     """The network as it was at a step of this run, frozen there; no guidance before that step.
 
     Args:
-        step: When to take it, in optimizer steps or as a share of the run.
+        step: When to take it, in optimizer steps or as a share of the plan.
         refresh_every: Take it anew at every so many steps after that (or a share); None never.
         weights: Of the running average ("ema") or the live ones ("raw").
 
@@ -67,38 +68,37 @@ class Snapshot(WeakSource):
 
     def __init__(
         self,
-        step: int | float = 0.0625,
-        refresh_every: int | float | None = None,
+        step: Steps = 0.0625,
+        refresh_every: Steps | None = None,
         weights: Literal["ema", "raw"] = "ema",
     ) -> None:
         super().__init__()
+        for name, value in dict(step=step, refresh_every=refresh_every).items():
+            if value == 0:
+                raise UserError(f"{name}={value}: must be at least one step")
         self.step, self.refresh_every, self.weights = step, refresh_every, weights
 
     def bind(self, network: DiT) -> None:
         self.network = frozen_copy(network)
 
-    def plan(self, total_steps: int | None) -> None:
-        super().plan(total_steps)
-        if self.first_step < 1 or (total_steps is not None and self.first_step >= total_steps):
-            raise UserError(
-                f"step={self.step}: must be at least 1 and before the last step, "
-                f"max_steps={total_steps}"
-            )
-        if self.refresh_every is not None and self.steps("refresh_every", self.refresh_every) < 1:
-            raise UserError(f"refresh_every={self.refresh_every}: must be at least 1 step")
+    def plan(self, timeline: Timeline) -> None:
+        super().plan(timeline)
+        timeline.check("step", self.step)
+        if self.refresh_every is not None:
+            self.steps("refresh_every")
 
     @property
     def first_step(self) -> int:
         """The step of the snapshot."""
-        return self.steps("step", self.step)
+        return self.steps("step")
 
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         return self.network(noisy.x_t, noisy.t, y).velocity
 
     def after_step(self, network: DiT, step: Step) -> None:
         age = step.number - self.first_step
-        every = self.refresh_every
-        if age == 0 or (every and age > 0 and age % self.steps("refresh_every", every) == 0):
+        every = self.refresh_every is not None
+        if age == 0 or (every and age > 0 and age % self.steps("refresh_every") == 0):
             source = step.average if self.weights == "ema" else network
             assert source is not None
             self.network.load_state_dict(source.state_dict())

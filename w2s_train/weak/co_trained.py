@@ -1,5 +1,6 @@
 """A small network trained alongside: "separate", and "AG" in the SGG paper."""
 
+import copy
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class CoTrained(WeakSource):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Keep it until the first step, when the weights are on their device."""
-        self.restored, self.optimizer = state, None
+        self.restored, self.optimizer = copy.deepcopy(state), None
 
 
 def _average(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput, WeightAverage
 from w2s_train.models.average import check_decay
+from w2s_train.schedule import Steps, Timeline
 from w2s_train.weak.base import Step, WeakSource, frozen_copy
 
 
@@ -19,7 +20,7 @@ class EMA(WeakSource):
 
     Args:
         decay: Per optimizer step, in [0, 1), whatever ``update_every`` is.
-        lag: Least age of the average in use, in optimizer steps or as a share of the run; 0 is the
+        lag: Least age of the average in use, in optimizer steps or as a share of the plan; 0 is the
             current average. Two more copies of the network are kept.
         update_every: Optimizer steps between two updates of the average.
 
@@ -30,7 +31,7 @@ class EMA(WeakSource):
     from_training = True
     scale_limit = 0.8  # at 0.9 it diverged where other sources only over-sharpened
 
-    def __init__(self, decay: float = 0.9999, lag: int | float = 0, update_every: int = 1) -> None:
+    def __init__(self, decay: float = 0.9999, lag: Steps = 0, update_every: int = 1) -> None:
         super().__init__()
         if update_every < 1:
             raise UserError(f"update_every={update_every}: must be at least 1")
@@ -41,15 +42,14 @@ class EMA(WeakSource):
         if self.lag:
             self.waiting, self.used = frozen_copy(network).float(), frozen_copy(network).float()
 
-    def plan(self, total_steps: int | None) -> None:
-        super().plan(total_steps)
-        if total_steps is not None and self.first_step >= total_steps:
-            raise UserError(f"lag={self.lag}: must be below half of max_steps={total_steps}")
+    def plan(self, timeline: Timeline) -> None:
+        super().plan(timeline)
+        timeline.check("lag", self.lag, times=2)
 
     @property
     def first_step(self) -> int:
         """Before twice the lag, the copy in use would be the untrained network."""
-        return 2 * self.steps("lag", self.lag)
+        return 2 * self.steps("lag")
 
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         weak = self.used if self.lag else self.average.module
@@ -59,6 +59,6 @@ class EMA(WeakSource):
     def after_step(self, network: DiT, step: Step) -> None:
         if step.number % self.update_every == 0:
             self.average.update(network)
-        if self.lag and step.number % max(self.steps("lag", self.lag), 1) == 0:
+        if self.lag and step.number % self.steps("lag") == 0:
             self.used.load_state_dict(self.waiting.state_dict())
             self.waiting.load_state_dict(self.average.module.state_dict())
