@@ -153,7 +153,7 @@ def test_validate_with_every_guidance(command):
     scores = json.loads((folder / "scores.json").read_text())[1:]
     kinds = [s["guidance"].split("(")[0] for s in scores]
     assert kinds == ["adg", "autoguidance", "cfg", "learned", "sgg", "tv_cfg"]
-    # Some guide too weakly in 60 steps to change an 8-bit image; their formulas are tested elsewhere.
+    # Some guide too weakly after 60 steps to change an 8-bit image.
     assert len({s["value"] for s in scores}) >= 4
     own = json.loads((learned / "scores.json").read_text())
     assert [s["guidance"] for s in own] == ["learned"] * 3
