@@ -50,12 +50,12 @@ class Timed:
         command = compose(["fit", *files, *options], run=False)
         self.module: DiffusionModule = command.model.to(device)
         self.module.plan(1800)
-        trainer = SimpleNamespace(
+        self.trainer: Any = SimpleNamespace(
             world_size=1,
             global_step=STEPS_BEFORE,
             precision_plugin=SimpleNamespace(forward_context=contextlib.nullcontext),
         )
-        self.module.trainer = trainer  # type: ignore[assignment]
+        self.module.trainer = self.trainer
         self.optimizer = self.module.configure_optimizers()
         n, network_ = batch or default_batch, self.module.network
         shape = (n, network_.in_channels, network_.input_size, network_.input_size)
@@ -72,7 +72,7 @@ class Timed:
             return loss
 
         self.module.optimizer_step(0, 0, self.optimizer, closure)
-        self.module.trainer.global_step += 1  # type: ignore[misc]
+        self.trainer.global_step += 1
 
     def seconds(self) -> float:
         """Per step, over a few steps."""

@@ -45,9 +45,9 @@ def table(folder: Path) -> str:
     timed = {entry["git_commit"][:7] for entry in times.values()}
     lines.append("")
     lines.append(
-        f"`{metric}` at step {step}, unguided; commit {', '.join(sorted(commits))}. Time per step as "
-        f"a ratio to `none` in the same round, median and quartiles of {times['none']['rounds']} "
-        f"rounds, {times['none']['machine']}, one thread; commit {', '.join(sorted(timed))}."
+        f"`{metric}` at step {step}, unguided; commit {', '.join(sorted(commits))}. Time per step "
+        f"as a ratio to `none` in the same round, median and quartiles of "
+        f"{times['none']['rounds']} rounds, {times['none']['machine']}, one thread; commit {', '.join(sorted(timed))}."
     )
     return "\n".join(lines) + "\n"
 

@@ -136,10 +136,10 @@ def table(entries: list[Entry], regime: str) -> str:
         for name, group in rows.items()
     }
     rivals = [name for name in rows if name != "true points"]
-    best = {
-        m: (max if m == "coverage" else min)(rivals, key=lambda name, m=m: means[name][m])
-        for m in METRICS
-    }
+    best = {}
+    for m in METRICS:
+        choose = max if m == "coverage" else min
+        best[m] = choose((means[name][m], name) for name in rivals)[1]
     lines = ["| | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
     for name, group in rows.items():
         cells = []
@@ -210,7 +210,10 @@ def main() -> None:
     matplotlib.use("Agg")
     torch.set_num_threads(1)
     entries = [e for seed in SEEDS for regime in REGIMES for e in evaluate(regime, seed)]
-    about = {"git_commit": git_commit(), "machine": platform.processor() or platform.machine()}
+    about: Entry = {
+        "git_commit": git_commit(),
+        "machine": platform.processor() or platform.machine(),
+    }
     about |= {"torch": torch.__version__, "points": POINTS, "sampler": f"Heun {STEPS}"}
     lean = [{k: v for k, v in e.items() if k != "points"} for e in entries]
     (HERE / "results.json").write_text(json.dumps({"about": about, "results": lean}, indent=1))
