@@ -43,12 +43,14 @@ def table(folder: Path) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     commits = {r["protocol"]["git_commit"][:7] for runs in scores.values() for r in runs.values()}
     timed = {entry["git_commit"][:7] for entry in times.values()}
-    lines.append("")
-    lines.append(
-        f"`{metric}` at step {step}, unguided; commit {', '.join(sorted(commits))}. Time per step "
-        f"as a ratio to `none` in the same round, median and quartiles of "
-        f"{times['none']['rounds']} rounds, {times['none']['machine']}, one thread; commit {', '.join(sorted(timed))}."
-    )
+    about = times["none"]
+    lines += [
+        "",
+        f"`{metric}` at step {step}, unguided; commit {', '.join(sorted(commits))}. Time per step: "
+        "ratio to `none` in the same round, median and quartiles of "
+        f"{about['rounds']} rounds ({about['network']}, {about['machine']}, one thread; commit "
+        f"{', '.join(sorted(timed))}).",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -2,8 +2,8 @@
 
     python experiments/leaves/study.py            # trains what is missing, then scores and draws
 
-Trains `configs/leaves/{few,many}.yaml` with the targets in `arms/`, three seeds each (finished runs
-are kept, stopped ones go on), and compares with guidance at sampling of the unguided network.
+Trains `configs/leaves/{few,many}.yaml` with the targets in `arms/`, three seeds each, and compares
+with guidance at sampling of the unguided network. What is finished is kept, stopped runs go on.
 Writes results.json, tables.md and the figures beside this file.
 """
 
@@ -34,7 +34,11 @@ from w2s_train.weak import Checkpoint
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/leaves")
-REGIMES = {"few": (4, 3, 4000), "many": (24, 1, 640)}  # classes, depth, steps
+REGIMES = {  # config, classes, depth, optimizer steps
+    "few": ("few", 4, 3, 4000),
+    "many": ("many", 24, 1, 640),
+    "many, under-trained": ("many", 24, 1, 160),
+}
 ARMS = ("none", "cfg", "autoguidance", "sgg")
 SEEDS = (0, 1, 2)
 SCALES = (1.2, 1 / (1 - 0.3), 2.0, 3.0)  # the second is what the training targets amount to
@@ -47,11 +51,14 @@ Entry = dict[str, Any]
 
 def train(regime: str, arm: str, seed: int) -> Path:
     """The checkpoints of one run, which is trained if it is not there."""
-    steps, folder = REGIMES[regime][2], RUNS / f"{regime}-{arm}-{seed}"
+    config, _, _, steps = REGIMES[regime]
+    folder = RUNS / f"{config}-{steps}-{arm}-{seed}"
     if not (folder / "scores.json").is_file():  # written at the last step
-        command = [sys.executable, "-m", "w2s_train", "fit", "-c", f"configs/leaves/{regime}.yaml"]
+        command = [sys.executable, "-m", "w2s_train", "fit", "-c", f"configs/leaves/{config}.yaml"]
         command += ["-c", str(HERE / "arms" / f"{arm}.yaml"), "--seed_everything", str(seed)]
-        command += ["--trainer.val_check_interval", str(steps), "--ckpt_path", "last"]
+        command += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
+        command += ["--model.objective.init_args.total_steps", str(steps)]
+        command += ["--checkpoint.every_n_train_steps", str(steps // 16), "--ckpt_path", "last"]
         command += ["--trainer.default_root_dir", str(folder)]
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -90,7 +97,10 @@ def score(leaves: Leaves, network: DiT, guidance: Guidance, keep: bool) -> Entry
 
 def evaluate(regime: str, seed: int) -> list[Entry]:
     """Every method of one regime and seed."""
-    classes, depth, steps = REGIMES[regime]
+    config, classes, depth, steps = REGIMES[regime]
+    found_before = RUNS / f"{config}-{steps}-{seed}.json"
+    if found_before.is_file():
+        return json.loads(found_before.read_text())
     leaves, entries = Leaves(classes, depth), []
     folders = {arm: train(regime, arm, seed) for arm in ARMS}
     early = folders["none"] / f"step-{steps // 16:06d}.ckpt"
@@ -106,7 +116,9 @@ def evaluate(regime: str, seed: int) -> list[Entry]:
     y = torch.arange(POINTS) % classes
     true = leaves.sample(y, torch.Generator().manual_seed(99))
     data = dict(regime=regime, seed=seed, where="data", name="true points", scale=1.0)
-    return [*entries, data | sample_scores(leaves, true, y) | {"velocity_error": 0.0}]
+    entries.append(data | sample_scores(leaves, true, y) | {"velocity_error": 0.0})
+    found_before.write_text(json.dumps(entries))
+    return entries
 
 
 def label(entry: Entry) -> str:
@@ -154,7 +166,7 @@ def table(entries: list[Entry], regime: str) -> str:
 
 def draw_errors(entries: list[Entry]) -> None:
     """Error to the optimal velocity over noise levels, relative to no guidance."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True)
+    figure, axes = plt.subplots(2, len(REGIMES), figsize=(15, 7.5), sharex=True)
     for row, where in zip(axes, ("sampling", "training"), strict=True):
         for axis, regime in zip(row, REGIMES, strict=True):
             rows = groups(entries, regime)
@@ -183,7 +195,7 @@ def draw_errors(entries: list[Entry]) -> None:
 
 def draw_clouds(entries: list[Entry], regime: str) -> None:
     """Points of seed 0 over the true density, for the methods at an effective scale of 1.43."""
-    leaves = Leaves(*REGIMES[regime][:2])
+    leaves = Leaves(*REGIMES[regime][1:3])
     shown = [e for e in entries if e["regime"] == regime and "points" in e]
     side = torch.linspace(-2.5, 2.5, 220)
     grid = torch.cartesian_prod(side, side)
@@ -202,7 +214,8 @@ def draw_clouds(entries: list[Entry], regime: str) -> None:
         axis.set_ylim(-2.5, 2.5)
         axis.set_title(label(entry), fontsize=9)
     figure.tight_layout()
-    figure.savefig(HERE / f"clouds_{regime}.png", dpi=80)
+    name = "_".join(regime.replace(",", "").split())
+    figure.savefig(HERE / f"clouds_{name}.png", dpi=80)
 
 
 def main() -> None:
@@ -217,7 +230,10 @@ def main() -> None:
     about |= {"torch": torch.__version__, "points": POINTS, "sampler": f"Heun {STEPS}"}
     lean = [{k: v for k, v in e.items() if k != "points"} for e in entries]
     (HERE / "results.json").write_text(json.dumps({"about": about, "results": lean}, indent=1))
-    tables = [f"## {r} {REGIMES[r][:2]}\n\n{table(entries, r)}\n" for r in REGIMES]
+    tables = []
+    for regime, (_, classes, depth, steps) in REGIMES.items():
+        title = f"{regime}: {classes} classes, depth {depth}, {steps:,} steps"
+        tables.append(f"## {title}\n\n{table(entries, regime)}\n")
     (HERE / "tables.md").write_text("\n".join(tables))
     print("\n".join(tables))
     draw_errors(entries)
