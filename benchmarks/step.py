@@ -32,6 +32,10 @@ NETWORKS: dict[str, tuple[dict[str, int], int]] = {
         dict(input_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=4, num_heads=4),
         64,
     ),
+    "small": (
+        dict(input_size=16, patch_size=2, in_channels=4, hidden_size=192, depth=12, num_heads=6),
+        16,
+    ),
     "s2": (LATENT | dict(hidden_size=384, depth=12, num_heads=6), 8),
     "b2": (LATENT | dict(hidden_size=768, depth=12, num_heads=12), 8),
 }

@@ -181,9 +181,7 @@ def draw_errors(entries: list[Entry]) -> None:
                     TIMES, mean - spread, mean + spread, alpha=0.2, color=line.get_color()
                 )
             axis.axhline(1, color="grey", lw=0.8)
-            axis.set_title(
-                f"{regime} {REGIMES[regime][:2]}, guided at {where}, effective scale 1.43"
-            )
+            axis.set_title(f"{regime}; guided at {where}, effective scale 1.43", fontsize=10)
             axis.set_yscale("log")
             axis.set_ylabel("error / error without guidance")
             axis.legend(fontsize=8)
