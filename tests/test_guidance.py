@@ -151,7 +151,7 @@ def test_velocity_of_data_inverts_data_of_velocity(interpolant):
 
 
 def test_angle_domain_turns_by_gamma_theta():
-    """In the plane of x_c and x_u, x_c is turned on, away from x_u, by (gamma) theta."""
+    """cos(gamma theta) x_c + sin(gamma theta) / sin(theta) e, with e across x_u."""
     theta = 0.2
     x_u = torch.tensor([[1.0, 0.0, 0.0]]).view(1, 3, 1, 1)
     x_c = torch.tensor([[math.cos(theta), math.sin(theta), 0.0]]).view(1, 3, 1, 1)

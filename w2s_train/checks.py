@@ -17,13 +17,14 @@ RATES = ("lr", "weight_decay", "gradient_clip_val")
 
 
 def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """All leaves of a parsed config with their dotted keys."""
+    """All leaves and lists of a parsed config with their dotted keys."""
     if hasattr(node, "as_dict"):
         node = vars(node)
     if isinstance(node, dict):
         for key, value in node.items():
             yield from walk(value, f"{path}.{key}" if path else key)
     elif isinstance(node, list | tuple):
+        yield path, list(node)
         for i, value in enumerate(node):
             yield from walk(value, f"{path}[{i}]")
     else:

@@ -19,6 +19,7 @@ from w2s_train.callbacks import (
     FID,
     GracefulStop,
     ImageWriter,
+    LeavesScores,
     MetricsCSV,
     Progress,
     RunRecord,
@@ -100,7 +101,7 @@ class Command(LightningCLI):
         self.stop = GracefulStop()
         seed = int(config.seed_everything or 0)
         ours = [self.record, StepSeed(seed), self.stop, Progress(), ImageWriter()]
-        kwargs["callbacks"] = [*(config.trainer.callbacks or []), *ours]
+        kwargs["callbacks"] = [*self._callbacks(), *ours]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError) as error:
@@ -123,17 +124,25 @@ class Command(LightningCLI):
         settings = {**self.config_dump["model"], "_instantiator": instantiator}
         self.model.save_hyperparameters(settings, logger=False)
 
+    def _callbacks(self) -> list[Any]:
+        """Those of the config: none, one or a list."""
+        given = self.config_init[str(self.subcommand)].trainer.callbacks or []
+        return given if isinstance(given, list) else [given]
+
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; a checkpoint that cannot be read, or is of another network, is a user's error."""
         path = self.config[subcommand].ckpt_path
         if self.datamodule.script is None:  # else it may make the files
-            for callback in self.config_init[subcommand].trainer.callbacks or []:
+            for callback in self._callbacks():
                 if isinstance(callback, FID):
                     callback.check_files()
+        for callback in self._callbacks():
+            if isinstance(callback, LeavesScores):
+                callback.check_model(self.model)
         try:
             super()._run_subcommand(subcommand)
         except (pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).splitlines()[0]
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(f"ckpt_path={path}: cannot be read; {reason}") from error
         except RuntimeError as error:
             if "loading state_dict" not in str(error):

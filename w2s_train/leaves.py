@@ -97,10 +97,14 @@ class Leaves:
         self.means /= variance.sqrt()
         self.covariances /= variance
 
+    def prior(self, y: Tensor) -> Tensor:
+        """Share of every component in the classes (N,): (N, K)."""
+        mine = (self.labels == y.unsqueeze(1)) | (y.unsqueeze(1) == self.num_classes)
+        return mine * self.weights / (mine * self.weights).sum(1, keepdim=True)
+
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Points (N, 2) of given classes (N,)."""
-        of_class = (self.labels == y.unsqueeze(1)) * self.weights
-        k = torch.multinomial(of_class, 1, generator=generator).squeeze(1)
+        """Points (N, 2) of given classes (N,); of all of them for the null class."""
+        k = torch.multinomial(self.prior(y), 1, generator=generator).squeeze(1)
         noise = torch.randn(len(y), 2, 1, generator=generator, dtype=torch.float64)
         return self.means[k] + (torch.linalg.cholesky(self.covariances)[k] @ noise).squeeze(2)
 

@@ -7,6 +7,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
+from w2s_train.autoencoder import Vectors
 from w2s_train.callbacks.run_record import append_scores, git_commit
 from w2s_train.errors import UserError
 from w2s_train.guidance import VelocityField
@@ -22,26 +23,26 @@ def sample_scores(leaves: Leaves, x: Tensor, y: Tensor, seed: int = 0) -> dict[s
 
     ``outliers``: share of points in regions of their class that hold 1 % of the data. ``coverage``:
     overlap of the shares that the mixture's components get with those they should get, 1 at best.
-    ``energy_distance``: mean over classes of 2 E|X - Y| - E|X - X'| - E|Y - Y'|.
+    ``energy_distance``: mean over classes of 2 E|X - Y| - E|X - X'| - E|Y - Y'|, unbiased, so that
+    it may fall below 0. The null class stands for the whole mixture.
     """
-    generator = torch.Generator().manual_seed(seed)
-    true, now = leaves.sample(y, generator), torch.zeros(len(y))
+    true = leaves.sample(y, torch.Generator().manual_seed(seed))
+    now, x = torch.zeros(len(y)), x.double()
     threshold = leaves.log_density(true, now, y).quantile(OUTSIDE)
     outliers = (leaves.log_density(x, now, y) < threshold).double().mean()
-    shares = leaves.posterior(x, y).mean(0)
-    wanted = torch.bincount(y, minlength=leaves.num_classes) / len(y)
-    expected = leaves.weights * leaves.num_classes * wanted[leaves.labels]
-    distances = [
-        2 * torch.cdist(x[y == c].double(), true[y == c]).mean()
-        - torch.cdist(x[y == c].double(), x[y == c].double()).mean()
-        - torch.cdist(true[y == c], true[y == c]).mean()
-        for c in y.unique()
-    ]
+    shares, expected = leaves.posterior(x, y).mean(0), leaves.prior(y).mean(0)
+    distances = [energy_distance(x[y == c], true[y == c]) for c in y.unique()]
     return {
         "outliers": float(outliers),
         "coverage": float(torch.minimum(shares, expected).sum()),
         "energy_distance": float(torch.stack(distances).mean()),
     }
+
+
+def energy_distance(x: Tensor, other: Tensor) -> Tensor:
+    """Between two sets of points (N, D), at least two each; unbiased."""
+    within = [torch.cdist(p, p).sum() / (len(p) * (len(p) - 1)) for p in (x, other)]
+    return 2 * torch.cdist(x, other).mean() - within[0] - within[1]
 
 
 def velocity_errors(
@@ -78,15 +79,23 @@ class LeavesScores(Callback):
 
     def __init__(self, num_classes: int, depth: int) -> None:
         self.leaves = Leaves(num_classes, depth)
-        self.batches: list[tuple[Tensor, Tensor]] = []
+        self.batches: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a network for other data."""
-        network = pl_module.network
-        if (network.in_channels, network.num_classes) != (2, self.leaves.num_classes):
+    def check_model(self, module: Any) -> None:
+        """Refuse a network for other data.
+
+        Raises:
+            UserError: Other classes, or no points of two coordinates.
+        """
+        network, classes = module.network, self.leaves.num_classes
+        if network.num_classes != classes:
             raise UserError(
-                f"num_classes={self.leaves.num_classes}: must equal the network's, "
-                f"{network.num_classes}, whose in_channels must be 2, not {network.in_channels}"
+                f"num_classes={classes}: must equal the network's, {network.num_classes}"
+            )
+        if network.in_channels != 2 or not isinstance(module.autoencoder, Vectors):
+            raise UserError(
+                f"in_channels={network.in_channels}: must be 2 for points, with the autoencoder "
+                "w2s_train.autoencoder.Vectors"
             )
 
     def on_validation_batch_end(
@@ -98,8 +107,11 @@ class LeavesScores(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the points (B, 2, 1, 1) of one batch."""
-        self.batches.append((outputs.flatten(1).cpu(), batch["label"].cpu()))
+        """Keep the points (B, 2, 1, 1) of one batch, and their seeds."""
+        y = batch["label"].cpu()
+        if pl_module.unconditional:
+            y = torch.full_like(y, self.leaves.num_classes)
+        self.batches.append((outputs.flatten(1).cpu(), y, batch["seed"].cpu()))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Compute, log and append the scores."""
@@ -108,9 +120,9 @@ class LeavesScores(Callback):
             shares = [[] for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(shares, self.batches)
         self.batches = []
-        points, labels = zip(*(pair for share in shares for pair in share), strict=True)
-        x, y = torch.cat(points), torch.cat(labels)
-        order = torch.argsort(x[:, 0], stable=True)  # whatever the number of processes
+        parts = zip(*(batch for share in shares for batch in share), strict=True)
+        x, y, seeds = (torch.cat(part) for part in parts)
+        order = torch.argsort(seeds)  # whatever the number of processes
         x, y = x[order], y[order]
         scores = sample_scores(self.leaves, x, y)
         scores["velocity_error"] = self._velocity_error(pl_module)
@@ -127,6 +139,8 @@ class LeavesScores(Callback):
     def _velocity_error(self, pl_module: Any) -> float:
         """Mean over times of the error of what is sampled, on 2,000 points."""
         y = torch.arange(2000) % self.leaves.num_classes
+        if pl_module.unconditional:
+            y = torch.full_like(y, self.leaves.num_classes)
         times = pl_module.sampler.times()
         field = pl_module.guidance.field(pl_module.ema.module, y.to(pl_module.device), times)
 
@@ -134,7 +148,8 @@ class LeavesScores(Callback):
             start = min(time for time in times if time >= t)  # of the step that t falls into
             return field(x_t.to(pl_module.device), t, start).cpu()
 
-        errors = velocity_errors(self.leaves, on_host, y, pl_module.objective.interpolant)
+        with pl_module.trainer.precision_plugin.forward_context():
+            errors = velocity_errors(self.leaves, on_host, y, pl_module.objective.interpolant)
         return sum(errors) / len(errors)
 
     def _entry(self, name: str, value: float, n: int, pl_module: Any) -> dict[str, Any]:

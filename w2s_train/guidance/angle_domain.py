@@ -1,10 +1,11 @@
-"""Guidance as a rotation: it changes the direction of the predicted data, and not its length."""
+"""Guidance by the angle between two predictions of the data, which bounds how far it goes."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from w2s_train.errors import UserError
 from w2s_train.guidance.base import Guidance, VelocityField, check_scale, evaluate_both
 from w2s_train.interpolant import right_pad
 from w2s_train.models import DiT
@@ -18,22 +19,23 @@ class AngleDomain(Guidance):
     """Angle-domain guidance (ADG).
 
     With x_c and x_u the data predicted with and without the label, theta the angle between them and
-    gamma = max(scale - 1, 0) + 1e-3, the prediction is turned on by theta' = gamma theta, at most
-    60 degrees:
+    gamma = scale - 1 + 1e-3, the angle is extrapolated to theta' = gamma theta, at most 60 degrees:
 
         x = cos(theta') x_c + sin(theta') / sin(theta) e,
 
-    e being what x_c - x_u has across x_u.
+    e being the part of x_c - x_u that is orthogonal to x_u.
 
     Args:
-        scale: 1 is (nearly) no guidance.
+        scale: At least 1, which is (nearly) no guidance.
 
     Raises:
-        UserError: A scale that is negative, infinite or not a number.
+        UserError: A scale below 1, infinite or not a number.
     """
 
     def __init__(self, scale: float) -> None:
         check_scale(scale)
+        if scale < 1:
+            raise UserError(f"scale={scale}: must be at least 1")
         self.scale = scale
 
     def bind(self, network: DiT, objective: Objective) -> None:
@@ -43,7 +45,7 @@ class AngleDomain(Guidance):
         """The guided data, from data predicted with and without label (B, C, H, W), in float64."""
         c, u = x_c.double().flatten(1), x_u.double().flatten(1)
         cosine = torch.cosine_similarity(c, u, dim=1, eps=1e-12).clamp(-1, 1)
-        theta, gamma = torch.acos(cosine), max(self.scale - 1, 0.0) + 1e-3
+        theta, gamma = torch.acos(cosine), self.scale - 1 + 1e-3
         turned = (gamma * theta).clamp(-LARGEST_ANGLE, LARGEST_ANGLE)
         difference = c - u
         along = (difference * u).sum(1) / u.square().sum(1).clamp(min=1e-24)

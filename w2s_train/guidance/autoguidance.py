@@ -9,6 +9,7 @@ from w2s_train.guidance.base import (
     VelocityField,
     check_scale,
     evaluate,
+    network_inputs,
     run_network,
 )
 from w2s_train.interpolant import NoisySample
@@ -24,7 +25,8 @@ class Autoguidance(Guidance):
         scale: 1 is no guidance and costs no second evaluation.
         weak: A source whose state does not come from training, such as `LayerSkip` or
             `Checkpoint`. None takes the sources of the training objective, each in the range of
-            timesteps of its segment: heads, averages, snapshots and co-trained networks.
+            timesteps of its segment: heads, averages, snapshots and co-trained networks. One that
+            is not there yet, such as a snapshot before its step, leaves its range unguided.
         low: Start of the interval, inclusive.
         high: End of the interval, inclusive.
 
@@ -42,6 +44,7 @@ class Autoguidance(Guidance):
     ) -> None:
         check_scale(scale, low, high)
         self.scale, self.weak, self.low, self.high = scale, weak, low, high
+        self.ranges: list[tuple[float, float, WeakSource]] = []  # low, high, source; from `bind`
         if weak is not None and weak.from_training:
             raise UserError(
                 f"weak={type(weak).__name__}: its state comes from training, must be null to take "
@@ -63,11 +66,12 @@ class Autoguidance(Guidance):
             raise UserError("weak=None: must be given, since the objective has no weak source")
 
     def source_at(self, t: float) -> WeakSource | None:
-        """The weak source that serves a time, if one does."""
+        """The weak source that serves a time, if one does and has something to say."""
         if self.scale == 1 or not self.low <= t <= self.high:
             return None
         inside = (w for low, high, w in self.ranges if low <= t < high or t == high == 1)
-        return next(inside, None)
+        source = next(inside, None)
+        return source if source is not None and source.ready else None
 
     def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
         for _, _, weak in self.ranges:
@@ -78,16 +82,13 @@ class Autoguidance(Guidance):
             if weak is None:
                 return evaluate(network, x_t, t, y)
             strong = run_network(network, x_t, t, y, keep_hidden=weak.keep_hidden)
-            time = torch.full((len(x_t),), t, dtype=strong.velocity.dtype, device=x_t.device)
-            seen = x_t.to(strong.velocity.dtype)
+            seen, time = network_inputs(network, x_t, t)
             noisy = NoisySample(seen, time, torch.full_like(seen, torch.nan))
-            v, v_weak = (
-                v.to(x_t.dtype) for v in (strong.velocity, weak.predict(network, noisy, y, strong))
-            )
-            return v_weak + self.scale * (v - v_weak)
+            v_weak = weak.predict(network, noisy, y, strong).to(x_t.dtype)
+            return v_weak + self.scale * (strong.velocity.to(x_t.dtype) - v_weak)
 
         return velocity
 
     def describe(self) -> str:
-        names = "+".join(type(weak).__name__ for _, _, weak in self.ranges)
+        names = "+".join(weak.describe() for _, _, weak in self.ranges)
         return f"autoguidance({self.scale:g}, {names}, [{self.low:g}, {self.high:g}])"

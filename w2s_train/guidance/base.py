@@ -19,13 +19,17 @@ from w2s_train.objective import Objective
 VelocityField = Callable[[Tensor, float, float], Tensor]
 
 
+def network_inputs(network: DiT, x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """The state and its time, for every row, in the precision of the network's weights."""
+    dtype = next(network.parameters()).dtype
+    return x_t.to(dtype), torch.full((len(x_t),), t, dtype=dtype, device=x_t.device)
+
+
 def run_network(
     network: DiT, x_t: Tensor, t: float, y: Tensor, keep_hidden: Collection[int] = ()
 ) -> DiTOutput:
-    """One pass at one time for the whole batch, in the network's own precision."""
-    dtype = next(network.parameters()).dtype
-    times = torch.full((len(x_t),), t, dtype=dtype, device=x_t.device)
-    return network(x_t.to(dtype), times, y, keep_hidden=keep_hidden)
+    """One pass at one time for the whole batch."""
+    return network(*network_inputs(network, x_t, t), y, keep_hidden=keep_hidden)
 
 
 def evaluate(network: DiT, x_t: Tensor, t: float, y: Tensor) -> Tensor:

@@ -182,7 +182,10 @@ def _read_scales(path: str) -> ScaleNetwork:
     state = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
     if not state:
         raise UserError(f"path={path}: must come from a fit with GuidanceObjective")
-    classes, hidden_size = state["embedding.weight"].shape
-    scales = ScaleNetwork(classes - 1, hidden_size)
-    scales.load_state_dict(state)
+    try:
+        classes, hidden_size = state["embedding.weight"].shape
+        scales = ScaleNetwork(classes - 1, hidden_size)
+        scales.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"path={path}: must hold a whole ScaleNetwork") from error
     return scales.requires_grad_(False)

@@ -1,6 +1,5 @@
 """Networks from the checkpoints of our own runs."""
 
-import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +21,12 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         raise UserError(f"path={path}: must be an existing file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-        raise UserError(f"path={path}: cannot be read; {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or not {"state_dict", "network"} <= content.keys():
+    except Exception as error:  # of many types: what a broken pickle raises depends on its bytes
+        raise UserError(
+            f"path={path}: cannot be read ({type(error).__name__}); must be a whole checkpoint"
+        ) from error
+    parts = [content.get(k) for k in ("state_dict", "network")] if isinstance(content, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"path={path}: must be a checkpoint of w2s_train")
     return content
 
@@ -40,14 +42,14 @@ def saved_network(path: str, weights: Literal["ema", "raw"] = "ema") -> DiT:
         UserError: A file that is missing, truncated, or no checkpoint of ours.
     """
     content, prefix = read_checkpoint(path), PREFIX[weights]
-    network = DiT(**content["network"])
     state = {
         key.removeprefix(prefix): value
         for key, value in content["state_dict"].items()
         if key.startswith(prefix)
     }
     try:
+        network = DiT(**content["network"])
         network.load_state_dict(state)
-    except RuntimeError as error:
+    except (TypeError, RuntimeError) as error:
         raise UserError(f"path={path}: must hold {weights} weights of its own network") from error
     return network

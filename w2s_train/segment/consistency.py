@@ -43,7 +43,7 @@ class Consistency(Segment):
 
     def describe(self) -> str:
         return (
-            f"{self.low:g} <= t < {self.high:g}: consistency with {type(self.weak).__name__}, "
+            f"{self.low:g} <= t < {self.high:g}: consistency with {self.weak.describe()}, "
             f"weight {self.weight:g}"
         )
 

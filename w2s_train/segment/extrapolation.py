@@ -109,7 +109,7 @@ class Extrapolation(Segment):
 
     def describe(self) -> str:
         return (
-            f"{self.low:g} <= t < {self.high:g}: {type(self.weak).__name__}, scale {self.scale:g}, "
+            f"{self.low:g} <= t < {self.high:g}: {self.weak.describe()}, scale {self.scale:g}, "
             f"effective guidance scale {self.effective_scale():.3g}"
         )
 

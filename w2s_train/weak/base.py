@@ -60,6 +60,15 @@ class WeakSource(nn.Module, abc.ABC):
         """The first optimizer step at which the source can predict."""
         return 0
 
+    @property
+    def ready(self) -> bool:
+        """Whether the state of the source is that of a weak network by now; for sampling."""
+        return True
+
+    def describe(self) -> str:
+        """Name and settings, for logs and the protocol of a score."""
+        return type(self).__name__
+
     @abc.abstractmethod
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         """The weak velocity (B, C, H, W).

@@ -6,6 +6,7 @@ trained for 1/16 of the steps, of the same size or smaller, the best one at samp
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError
@@ -41,12 +42,16 @@ class Checkpoint(WeakSource):
         if (path is None) == (network is None):
             raise UserError(f"path={path}: must be given, or else network, but not both")
         self.where = f"path={path}" if path else "network=(given)"
+        self.weights = weights if path else "given"
         loaded = saved_network(path, weights) if path is not None else network
         assert loaded is not None
         self.network = frozen_copy(loaded)
 
     def bind(self, network: DiT) -> None:
         check_partner(self.network, network, self.where)
+
+    def describe(self) -> str:
+        return f"Checkpoint({self.where}, {self.weights})"
 
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         return self.network(noisy.x_t, noisy.t, y).velocity
@@ -58,19 +63,21 @@ class Snapshot(WeakSource):
     Args:
         step: When to take it, in optimizer steps or as a share of the plan.
         refresh_every: Take it anew at every so many steps after that (or a share); None never.
-        weights: Of the running average ("ema") or the live ones ("raw").
+        weights: The live ones ("raw") or those of the running average ("ema"), of which the initial
+            weights still are the share ema_decay**step: nearly all of it where the step is early.
 
     Raises:
         UserError: A step at or after the run's last one, or a refresh interval of zero.
     """
 
     from_training = True
+    taken: Tensor
 
     def __init__(
         self,
         step: Steps = 0.0625,
         refresh_every: Steps | None = None,
-        weights: Literal["ema", "raw"] = "ema",
+        weights: Literal["ema", "raw"] = "raw",
     ) -> None:
         super().__init__()
         for name, value in dict(step=step, refresh_every=refresh_every).items():
@@ -80,6 +87,14 @@ class Snapshot(WeakSource):
 
     def bind(self, network: DiT) -> None:
         self.network = frozen_copy(network)
+        self.register_buffer("taken", torch.tensor(False))
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.taken)
+
+    def describe(self) -> str:
+        return f"Snapshot({self.step:g}, {self.weights})"
 
     def plan(self, timeline: Timeline) -> None:
         super().plan(timeline)
@@ -102,3 +117,4 @@ class Snapshot(WeakSource):
             source = step.average if self.weights == "ema" else network
             assert source is not None
             self.network.load_state_dict(source.state_dict())
+            self.taken.fill_(True)

@@ -34,5 +34,8 @@ class LayerSkip(WeakSource):
                 raise UserError(f"blocks={blocks}: must be in [0, {network.depth - 1}]")
         self.skipped = frozenset(blocks)
 
+    def describe(self) -> str:
+        return f"LayerSkip({sorted(self.skipped)})"
+
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         return network(noisy.x_t, noisy.t, y, skip_blocks=self.skipped).velocity
