@@ -79,7 +79,10 @@ BAD = {
         ["blocks=[0, 9]", "[0, 1]"],
     ),
     "no such block to tap": ([source("IntermediateHead", "block: 7")], ["block=7", "[0, 0]"]),
-    "late snapshot": ([source("Snapshot", "step: 6")], ["step=6", "before the last step, 6"]),
+    "late snapshot": (
+        [source("Snapshot", "step: 6")],
+        ["weak.init_args.step=6", "before the last step, 6"],
+    ),
     "half a snapshot step": ([source("Snapshot", "step: 2.5")], ["step=2.5", "share"]),
     "late start": (
         [source("NullClass", more=", schedule: {start_step: 50}")],
@@ -124,6 +127,17 @@ BAD = {
     "guidance border": (
         ["-c", "configs/guidance/sgg.yaml", "--model.guidance.init_args.border=1.5"],
         ["border=1.5", "(0, 1)"],
+    ),
+    "untrained null class": (
+        ["--model.label_dropout=0.0", source("NullClass")],
+        ["model.label_dropout=0.0", "above 0 for NullClass"],
+    ),
+    "points of other classes": (
+        [
+            "--trainer.callbacks={class_path: w2s_train.callbacks.LeavesScores, "
+            "init_args: {num_classes: 4, depth: 1}}"
+        ],
+        ["num_classes=4", "must equal the network's, 10"],
     ),
     "plan": (["--model.objective.init_args.total_steps=0"], ["total_steps=0", "at least 1"]),
     "patch size": (

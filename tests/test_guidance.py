@@ -26,7 +26,7 @@ from w2s_train.objective import Objective, WeakToStrongObjective
 from w2s_train.sampler import Euler, EulerMaruyama, Heun
 from w2s_train.segment import Extrapolation, Segment
 from w2s_train.timesteps import Uniform
-from w2s_train.weak import Checkpoint, IntermediateHead, LayerSkip, NullClass, Snapshot
+from w2s_train.weak import Checkpoint, IntermediateHead, LayerSkip, NullClass, Snapshot, Step
 
 LINEAR = LinearInterpolant()
 TIMES = Euler(10).times()
@@ -268,6 +268,7 @@ def test_combinations_that_cannot_be():
         (lambda: Segmented(1.0, Unguided(), Unguided()), "border"),
         (lambda: StageWise(0.5), "scale"),
         (lambda: AngleDomain(float("nan")), "scale"),
+        (lambda: AngleDomain(0.5), "scale"),
         (lambda: GuidanceObjective(LINEAR, particles=1), "particles"),
         (lambda: GuidanceObjective(LINEAR, longest_step=0.0), "longest_step"),
     ],
@@ -275,3 +276,48 @@ def test_combinations_that_cannot_be():
 def test_bad_guidance(make, name: str):
     with pytest.raises(ValueError, match=f"{name}="):
         make()
+
+
+def test_guidance_runs_in_the_precision_of_its_network(network: DiT):
+    """Under autocast the weak pass sees what the strong one sees: a twin is no guidance."""
+    seen = []
+    guidance = Autoguidance(3.0, Checkpoint(network=network))
+    hook = network.register_forward_pre_hook(lambda _, args: seen.append((args[0].dtype, args[1])))
+    guidance.weak.network.register_forward_pre_hook(
+        lambda _, args: seen.append((args[0].dtype, args[1]))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = at(guidance, network, 0.98)
+        hook.remove()
+        plain = at(Unguided(), network, 0.98)
+    assert [dtype for dtype, _ in seen] == [torch.float32] * 2
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert torch.equal(ours, plain)
+
+
+def test_a_source_that_is_not_there_yet_does_not_guide(network: DiT):
+    trained = objective(Extrapolation(0.0, 1.0, 0.3, Snapshot(step=3)))
+    trained.bind(network)
+    trained.plan(10)
+    guidance = Autoguidance(2.0)
+    assert torch.equal(at(guidance, network, 0.5, trained), plain(network, 0.5))
+    assert "not there yet" in guidance.describe()
+    early = perturbed(small())
+    trained.segments[0].weak.after_step(early, Step(3))
+    expected = 2 * plain(network, 0.5) - plain(early, 0.5)
+    close(at(guidance, network, 0.5, trained), expected)
+    assert guidance.describe() == "autoguidance(2, Snapshot(3, raw), [0, 1])"
+
+
+def test_protocols_tell_guidances_apart(network: DiT, tmp_path: Path):
+    path = write_checkpoint(tmp_path / "early.ckpt", small())
+    kinds = [
+        Autoguidance(1.5, Checkpoint(path)),
+        Autoguidance(1.5, Checkpoint(path, "raw")),
+        Autoguidance(1.5, LayerSkip([1])),
+        Autoguidance(1.5, LayerSkip([2])),
+    ]
+    for guidance in kinds:
+        guidance.bind(network, objective())
+    assert len({guidance.describe() for guidance in kinds}) == len(kinds)
+    assert path in kinds[0].describe()

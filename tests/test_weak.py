@@ -3,6 +3,7 @@
 A source whose file is not there is left out: deleting one breaks nothing else.
 """
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import perturbed
 
 from w2s_train import weak
 from w2s_train.interpolant import LinearInterpolant, NoisySample
-from w2s_train.models import DiT, WeightAverage
+from w2s_train.models import DiT, WeightAverage, published_sit
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.schedule import Timeline
 from w2s_train.segment import Extrapolation
@@ -38,7 +39,7 @@ def write_checkpoint(path: Path, raw: DiT, ema: DiT | None = None) -> str:
 CASES = {
     "null_class": ("null_class", lambda: weak.NullClass()),
     "ema": ("ema", lambda: weak.EMA(decay=0.5)),
-    "lagging_ema": ("ema", lambda: weak.EMA(decay=0.5, lag=1, update_every=2)),
+    "lagging_ema": ("ema", lambda: weak.EMA(decay=0.5, lag=2, update_every=2)),
     "head": ("intermediate_head", lambda: weak.IntermediateHead(block=1)),
     "default_head": ("intermediate_head", lambda: weak.IntermediateHead()),
     "layer_skip": ("layer_skip", lambda: weak.LayerSkip(blocks=[1, 2])),
@@ -162,10 +163,22 @@ def test_updating_rarely_keeps_the_decay_per_step(network: DiT):
 
 
 @needs("ema")
-@pytest.mark.parametrize("options", [{"decay": -0.1}, {"decay": 1.0}, {"decay": float("nan")}])
-def test_bad_decay(options: dict):
-    with pytest.raises(ValueError, match="decay="):
-        weak.EMA(**options)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decay": -0.1},
+        {"decay": 1.0},
+        {"decay": float("nan")},
+        {"lag": 0.6},
+        {"lag": 5},
+        {"lag": -1},
+        {"update_every": 0},
+        {"update_every": 3, "lag": 2},
+    ],
+)
+def test_bad_averages(options: dict, network: DiT):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}="):
+        bound(weak.EMA(**options), network)
 
 
 @needs("intermediate_head")
@@ -227,11 +240,25 @@ def test_no_guidance_before_the_snapshot(network: DiT):
     objective = bound(source, network)
     noisy, y = questions()
     plain = WeakToStrongObjective(LINEAR, Uniform()).evaluate(network, noisy, y)
-    source.network.final_layer.linear.bias.data += 0.3
     before = objective.evaluate(network, noisy, y, step=Step(2, network))
+    absent = objective.evaluate(network, noisy, y, step=Step(3, network))
+    source.after_step(perturbed(copy.deepcopy(network)), Step(3, network))
+    source.network.final_layer.linear.bias.data += 0.3
     after = objective.evaluate(network, noisy, y, step=Step(3, network))
     assert torch.equal(before.per_sample, plain.per_sample)
+    assert torch.equal(absent.per_sample, plain.per_sample)
     assert not torch.equal(after.per_sample, plain.per_sample)
+
+
+@needs("checkpoint")
+def test_a_snapshot_whose_step_was_missed_is_taken_late(network: DiT):
+    """A resumed run may have another plan: never guide by a network that was not trained."""
+    source = weak.Snapshot(step=2)
+    objective = bound(source, network)
+    assert objective.segments[0].factor(Step(5)) == 0
+    source.after_step(network, Step(6, network))
+    assert objective.segments[0].factor(Step(6)) == 1
+    assert torch.equal(predict(source, network), velocity(network))
 
 
 @needs("checkpoint")
@@ -284,10 +311,19 @@ def test_broken_checkpoints(tmp_path: Path):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     torch.save({"state_dict": {}, "network": small().arguments}, tmp_path / "empty.ckpt")
-    for name in ("missing", "short", "text", "foreign", "empty"):
+    torch.save({"state_dict": {}, "network": {"foo": 1}}, tmp_path / "odd.ckpt")
+    torch.save({"state_dict": 3, "network": torch.zeros(2)}, tmp_path / "types.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    (tmp_path / "zero.ckpt").write_bytes(b"")
+    (tmp_path / "yaml.ckpt").write_text("a: 1\nb: [2, 3]\n")
+    names = ["missing", "short", "text", "foreign", "empty", "odd", "types", "list", "zero", "yaml"]
+    for name in names:
         with pytest.raises(ValueError, match=rf"path=.*{name}.ckpt: .+") as raised:
             weak.Checkpoint(str(tmp_path / f"{name}.ckpt"))
         assert "\n" not in str(raised.value)
+    for name in names:
+        with pytest.raises(ValueError, match=rf"path=.*{name}.ckpt: .+"):
+            published_sit(str(tmp_path / f"{name}.ckpt"), num_heads=4)
     with pytest.raises(ValueError, match="path=None"):
         weak.Checkpoint()
     with pytest.raises(ValueError, match="not both"):
@@ -316,6 +352,62 @@ def test_co_trained_is_adamw_on_plain_velocities(network: DiT):
             (mine(noisy.x_t, noisy.t, y).velocity - noisy.v).square().mean().backward()
             optimizer.step()
         torch.testing.assert_close(predict(source, network), velocity(mine))
+
+
+def learn_on_one_of_two(rank: int, folder: str) -> None:
+    """One process of a group of two: a step on its half of the rows."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    source = weak.CoTrained(every=1, lr=0.1)
+    source.bind(perturbed(small()))
+    noisy, y = questions(8)
+    rows = slice(4 * rank, 4 * rank + 4)
+    for step in (1, 2):
+        source.learn(noisy.take(rows), y[rows], Step(step))
+    torch.save(source.network.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@needs("co_trained")
+def test_co_trained_gradients_are_averaged_over_processes(tmp_path: Path):
+    """Two processes with half of the rows each take the steps of one process with all of them."""
+    torch.multiprocessing.spawn(learn_on_one_of_two, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    source = weak.CoTrained(every=1, lr=0.1)
+    source.bind(perturbed(small()))
+    noisy, y = questions(8)
+    for step in (1, 2):
+        source.learn(noisy, y, Step(step))
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for name, value in source.network.state_dict().items():
+        assert torch.equal(halves[0][name], halves[1][name]), name
+        torch.testing.assert_close(halves[0][name], value, rtol=1e-3, atol=1e-3)
+
+
+@needs("co_trained")
+def test_the_rate_is_that_of_the_run_or_its_own(network: DiT):
+    """Also after a resume with another one."""
+    for lr, expected in ((None, 0.3), (0.02, 0.02)):
+        source = weak.CoTrained(lr=lr)
+        source.bind(network)
+        source.learn(*questions(), Step(4, lr=0.3))
+        assert source.optimizer.param_groups[0]["lr"] == expected
+        again = weak.CoTrained(lr=0.5)
+        again.bind(network)
+        again.load_state_dict(source.state_dict())
+        again.learn(*questions(), Step(8, lr=0.3))
+        assert again.optimizer.param_groups[0]["lr"] == 0.5
+        assert again.optimizer.state_dict()["state"][0]["step"] == 2
+
+
+@needs("co_trained")
+@pytest.mark.parametrize(("width", "heads", "half"), [(768, 12, 384), (60, 5, 24), (32, 1, 16)])
+def test_half_a_network(width: int, heads: int, half: int):
+    source = weak.CoTrained()
+    source.bind(small(hidden_size=width, num_heads=heads, depth=1))
+    assert source.network.hidden_size == half
 
 
 @needs("co_trained")

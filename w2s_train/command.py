@@ -152,7 +152,10 @@ class Command(LightningCLI):
 
     def before_fit(self) -> None:
         """Check the steps of a plan, and own the run folder before a logger writes into it."""
-        self.model.plan(self.trainer.max_steps)
+        try:
+            self.model.plan(self.trainer.max_steps)
+        except UserError as error:
+            raise UserError(locate(str(error), self.config["fit"])) from error
         if self.trainer.is_global_zero:
             self.record.claim(Path(self.trainer.default_root_dir))
 

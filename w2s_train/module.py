@@ -1,5 +1,6 @@
 """The Lightning module: wires network, objective, sampler, optimizer and weight average."""
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -88,6 +89,12 @@ class DiffusionModule(LightningModule):
                 f"label_dropout={self.label_dropout}: must be below 1 for "
                 f"{type(users[0]).__name__}, which compares with and without the label"
             )
+        for segment in self.objective.segments:
+            if segment.weak.needs_label and self.label_dropout == 0:
+                raise UserError(
+                    f"label_dropout={self.label_dropout}: must be above 0 for "
+                    f"{type(segment.weak).__name__}: the null class would never be trained"
+                )
 
     # ---- training --------------------------------------------------------------------------
 
@@ -96,6 +103,8 @@ class DiffusionModule(LightningModule):
         if stage == "fit":
             self.plan(self.trainer.max_steps)
         if self.compile_networks:
+            # Strong, averaged and weak networks share one forward: each is a variant of it.
+            torch._dynamo.config.recompile_limit = 64
             for module in self.modules():
                 if isinstance(module, DiT):
                     module.compile()
@@ -138,8 +147,12 @@ class DiffusionModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self.network)
         # The trainer counts this step when the hook has returned.
-        step = Step(self.global_step + 1, self.ema.module)
-        with self.trainer.precision_plugin.forward_context():
+        optimizer: torch.optim.Optimizer = args[2]
+        step = Step(self.global_step + 1, self.ema.module, optimizer.param_groups[0]["lr"])
+        # Small networks that learn there do not scale their loss, as float16 would need.
+        scaled = self.trainer.precision == "16-mixed"
+        plugin = self.trainer.precision_plugin
+        with contextlib.nullcontext() if scaled else plugin.forward_context():
             self.objective.after_step(self.network, step)
 
     def configure_gradient_clipping(

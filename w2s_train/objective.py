@@ -10,11 +10,12 @@ The target moves with the network. Setting s = E[v] + scale (s - w) gives the fi
     s* = w + (E[v] - w) / (1 - scale),
 
 guidance by 1 / (1 - scale) built into the weights: 0.3 is 1.43, 0.5 is 2, 0.6 is 2.5. At scale 1
-there is no fixed point. Outside all segments the target is v: plain flow matching. `segment.py` has
+there is no fixed point. Outside all segments the target is v: plain flow matching. `segment/` has
 the general form.
 """
 
 import abc
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,13 +121,19 @@ class WeakToStrongObjective(Objective):
     def plan(self, max_steps: int | None) -> None:
         for segment in self.segments:
             segment.plan(Timeline(self.total_steps or max_steps, max_steps))
+        if self.segments and self.total_steps and max_steps and max_steps > self.total_steps:
+            warnings.warn(
+                f"total_steps={self.total_steps}: is shorter than this run, {max_steps}; shares of "
+                "the plan and alpha refer to total_steps",
+                stacklevel=2,
+            )
 
     def after_step(self, network: DiT, step: Step) -> None:
         for segment in self.segments:
             segment.weak.after_step(network, step)
             if segment.weak.learns_at(step):
                 x, y = self.last_batch
-                segment.weak.learn(self.draw(x), y)
+                segment.weak.learn(self.draw(x), y, step)
 
     def draw(self, x: Tensor) -> NoisySample:
         """Noisy samples of data (B, C, H, W), at timesteps in ascending order."""

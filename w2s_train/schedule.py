@@ -45,22 +45,25 @@ class Timeline:
             raise UserError(f"{name}={value}: is a share of trainer.max_steps, which must be set")
         return max(round(value * self.total), 1)
 
-    def check(self, name: str, value: Steps, times: int = 1) -> None:
+    def check(self, name: str, value: Steps, step: int | None = None) -> None:
         """Refuse a step that this run does not reach; warn where it is a share of a longer plan.
 
         Args:
             name: Of the value.
             value: Steps, or a share.
-            times: How often the value passes until then.
+            step: What follows from it, if it is another one than the value itself.
 
         Raises:
             UserError: ``value`` counts steps, and that one is not before the last.
         """
-        step = times * self.steps(name, value)
+        step = self.steps(name, value) if step is None else step
         if self.last is None or step < self.last:
             return
         if value >= 1:
-            raise UserError(f"{name}={value}: must come before the last step, {self.last}")
+            raise UserError(
+                f"{name}={value}: acts from step {step} on, must come before the last step, "
+                f"{self.last}"
+            )
         warnings.warn(
             f"{name}={value}: is step {step} of the plan; this run ends before, at {self.last}",
             stacklevel=2,
@@ -90,6 +93,17 @@ class Schedule:
         if not 0 <= self.alpha < math.inf:
             raise UserError(f"alpha={self.alpha}: must be a finite number, at least 0")
 
+    def check(self, timeline: Timeline) -> None:
+        """Refuse what a run cannot follow.
+
+        Raises:
+            UserError: A start after its end; a share or an alpha when its length is unknown.
+        """
+        timeline.check("start_step", self.start_step)
+        timeline.steps("ramp_steps", self.ramp_steps)
+        if self.alpha and timeline.total is None:
+            raise UserError(f"alpha={self.alpha}: needs trainer.max_steps, which must be set")
+
     def factor(self, step: int, timeline: Timeline, not_before: int = 0) -> float:
         """What the scale is multiplied by at a step.
 
@@ -97,9 +111,6 @@ class Schedule:
             step: Optimizer steps taken so far.
             timeline: The plan.
             not_before: First step at which the weak source can predict.
-
-        Raises:
-            UserError: A share or an alpha, and the plan's length is unknown.
         """
         start = max(timeline.steps("start_step", self.start_step), not_before)
         if step < start:
@@ -108,6 +119,5 @@ class Schedule:
         grown = min(1.0, (step - start) / ramp) if ramp else 1.0
         if self.alpha == 0:
             return grown
-        if timeline.total is None:
-            raise UserError(f"alpha={self.alpha}: needs trainer.max_steps, which must be set")
+        assert timeline.total is not None, "checked before the run"
         return grown * min(1.0, step / timeline.total) ** self.alpha

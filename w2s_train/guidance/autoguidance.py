@@ -90,5 +90,6 @@ class Autoguidance(Guidance):
         return velocity
 
     def describe(self) -> str:
-        names = "+".join(weak.describe() for _, _, weak in self.ranges)
+        absent = " not there yet: unguided"
+        names = "+".join(w.describe() + ("" if w.ready else absent) for _, _, w in self.ranges)
         return f"autoguidance({self.scale:g}, {names}, [{self.low:g}, {self.high:g}])"

@@ -11,7 +11,6 @@ embeds 1 - t. Channels that predict a variance (``learn_sigma``) are dropped fro
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from w2s_train.errors import UserError
 from w2s_train.interpolant import Interpolant
 from w2s_train.models.dit import DiT
+from w2s_train.models.saved import read_file
 
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
@@ -70,9 +70,7 @@ def published_sit(path: str, num_heads: int | None = None, reversed_time: bool =
     sizes["out_channels"] = channels
     if reversed_time:
         sizes |= dict(time_scale=-1.0, time_shift=1.0)
-    network = DiT(**sizes)
-    network.load_state_dict(state)
-    return network
+    return _load(path, DiT(**sizes), state)
 
 
 def published_dit(path: str, num_heads: int | None = None) -> DiT:
@@ -85,18 +83,25 @@ def published_dit(path: str, num_heads: int | None = None) -> DiT:
         num_heads: Attention heads; None for the published S, B, L and XL.
     """
     state = _read(path)
-    network = DiT(**architecture(state, num_heads))
-    network.load_state_dict(state)
-    return network
+    return _load(path, DiT(**architecture(state, num_heads)), state)
 
 
 def _read(path: str) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise UserError(f"path={path}: no such file")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_file(path)
     state = state.get("ema", state)
     keep = ("x_embedder.", "t_embedder.", "y_embedder.", "blocks.", "final_layer.", "pos_embed")
-    return {key: value for key, value in state.items() if key.startswith(keep)}
+    state = {key: value for key, value in state.items() if key.startswith(keep)}
+    if "pos_embed" not in state:
+        raise UserError(f"path={path}: must hold the state dict of a published DiT or SiT")
+    return state
+
+
+def _load(path: str, network: DiT, state: dict[str, Tensor]) -> DiT:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"path={path}: must hold all weights of a DiT or SiT") from error
+    return network
 
 
 class NoisePredictionField:

@@ -11,11 +11,11 @@ from w2s_train.models.dit import DiT
 PREFIX = {"ema": "ema.module.", "raw": "network."}
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """The content of a checkpoint, tensors and plain values only.
+def read_file(path: str) -> dict[str, Any]:
+    """What `torch.save` wrote as a dict: tensors and plain values only.
 
     Raises:
-        UserError: A file that is missing, truncated, or no checkpoint of ours.
+        UserError: A file that is missing, truncated, or something else.
     """
     if not Path(path).is_file():
         raise UserError(f"path={path}: must be an existing file")
@@ -25,8 +25,19 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         raise UserError(
             f"path={path}: cannot be read ({type(error).__name__}); must be a whole checkpoint"
         ) from error
-    parts = [content.get(k) for k in ("state_dict", "network")] if isinstance(content, dict) else []
-    if not parts or not all(isinstance(part, dict) for part in parts):
+    if not isinstance(content, dict):
+        raise UserError(f"path={path}: must hold a dict, such as a state dict")
+    return content
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """The content of a checkpoint of ours.
+
+    Raises:
+        UserError: A file that is missing, truncated, or no checkpoint of ours.
+    """
+    content = read_file(path)
+    if not all(isinstance(content.get(key), dict) for key in ("state_dict", "network")):
         raise UserError(f"path={path}: must be a checkpoint of w2s_train")
     return content
 

@@ -88,11 +88,12 @@ class Segment(nn.Module, abc.ABC):
         """
         self.weak.plan(timeline)
         self.timeline = timeline
-        timeline.check("start_step", self.schedule.start_step)
-        self.factor(Step())
+        self.schedule.check(timeline)
 
     def factor(self, step: Step) -> float:
-        """What the schedule multiplies this segment's strength by; 0 before its start."""
+        """What the schedule multiplies the strength by; 0 before it and the source begin."""
+        if not self.weak.ready:
+            return 0.0
         return self.schedule.factor(step.number, self.timeline, self.weak.first_step)
 
     @property

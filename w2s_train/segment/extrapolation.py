@@ -48,7 +48,8 @@ class Extrapolation(Segment):
         weak: The weak source.
         weak_loss_weight: Weight of a trainable source's own loss |weak - v|^2, on all rows.
         omega: Weight of v in the general form.
-        max_difference: Limit to the RMS of strong - weak, per row; None is no limit.
+        max_difference: Limit to the RMS of strong - weak, per row; None is no limit. The part of
+            the shift that is due to omega, (omega - 1) (v - weak), is not limited.
         from_average: Take strong and weak in the difference from the running average of the
             network, as released Model Guidance code does, at the cost of one more forward pass.
         schedule: When it starts and how it grows; None is at once and constant.
@@ -91,10 +92,10 @@ class Extrapolation(Segment):
                 f"scale={self.scale}: must be in [0, {limit}) for {type(self.weak).__name__}; it "
                 f"guides by {guides:.3g}, and larger ones diverge (allow_unstable: true accepts it)"
             )
-        if self.scale > WARN_ABOVE:
+        if guides > 1 / (1 - WARN_ABOVE) + 1e-9:
             warnings.warn(
-                f"scale={self.scale}: guides by {guides:.3g}; above {WARN_ABOVE} samples are often "
-                "over-sharpened",
+                f"scale={self.scale}: guides by {guides:.3g}; above 2.5 (scale {WARN_ABOVE}) "
+                "samples are often over-sharpened",
                 stacklevel=3,
             )
 
@@ -111,6 +112,8 @@ class Extrapolation(Segment):
         return (
             f"{self.low:g} <= t < {self.high:g}: {self.weak.describe()}, scale {self.scale:g}, "
             f"effective guidance scale {self.effective_scale():.3g}"
+            + (", from the running average" if self.from_average else "")
+            + (f", {self.schedule}" if self.schedule != Schedule() else "")
         )
 
     def evaluate(self, strong: StrongPass, rows: Rows) -> SegmentTerms:

@@ -16,7 +16,7 @@ __all__ = ["Step", "WeakSource"]
 def __getattr__(name: str) -> Any:
     if not name.startswith("_"):
         for file in pkgutil.iter_modules(__path__):
-            module = import_module(f"{__name__}.{file.name}")
-            if getattr(getattr(module, name, None), "__module__", None) == module.__name__:
-                return getattr(module, name)
+            found = getattr(import_module(f"{__name__}.{file.name}"), name, None)
+            if isinstance(found, type) and issubclass(found, WeakSource):
+                return found
     raise AttributeError(f"no file of {__name__} defines {name}")

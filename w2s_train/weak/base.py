@@ -18,6 +18,7 @@ class Step:
 
     number: int = 0  # optimizer steps behind the weights
     average: DiT | None = None  # their running average, which validation samples
+    lr: float = 0.0  # learning rate of the run's optimizer
 
 
 class WeakSource(nn.Module, abc.ABC):
@@ -62,7 +63,7 @@ class WeakSource(nn.Module, abc.ABC):
 
     @property
     def ready(self) -> bool:
-        """Whether the state of the source is that of a weak network by now; for sampling."""
+        """Whether its state is that of a weak network by now; without one it does not guide."""
         return True
 
     def describe(self) -> str:
@@ -87,7 +88,7 @@ class WeakSource(nn.Module, abc.ABC):
         """Whether `learn` is to be called after this optimizer step."""
         return False
 
-    def learn(self, noisy: NoisySample, y: Tensor) -> None:
+    def learn(self, noisy: NoisySample, y: Tensor, step: Step) -> None:
         """Take a training step of one's own, on the last batch with fresh timesteps and noise."""
         raise NotImplementedError
 
@@ -117,7 +118,7 @@ def check_partner(weak: DiT, network: DiT, where: str) -> None:
         if theirs != ours:
             raise UserError(f"{where}: has {name} {theirs}, must have {ours} as the network")
     theirs, ours = (sum(p.numel() for p in n.parameters()) for n in (weak, network))
-    if theirs > ours:
+    if theirs > 1.02 * ours:  # a little more is another last layer or normalization
         raise UserError(
             f"{where}: has {theirs:,} parameters, must have at most the network's {ours:,}"
         )

@@ -6,7 +6,6 @@ trained for 1/16 of the steps, of the same size or smaller, the best one at samp
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError
@@ -71,7 +70,6 @@ class Snapshot(WeakSource):
     """
 
     from_training = True
-    taken: Tensor
 
     def __init__(
         self,
@@ -87,11 +85,19 @@ class Snapshot(WeakSource):
 
     def bind(self, network: DiT) -> None:
         self.network = frozen_copy(network)
-        self.register_buffer("taken", torch.tensor(False))
+        self.taken = False
 
     @property
     def ready(self) -> bool:
-        return bool(self.taken)
+        return self.taken
+
+    def get_extra_state(self) -> dict[str, bool]:
+        """Whether there is a snapshot, kept with its weights."""
+        return {"taken": self.taken}
+
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        """Restore it."""
+        self.taken = state["taken"]
 
     def describe(self) -> str:
         return f"Snapshot({self.step:g}, {self.weights})"
@@ -112,9 +118,11 @@ class Snapshot(WeakSource):
 
     def after_step(self, network: DiT, step: Step) -> None:
         age = step.number - self.first_step
-        every = self.refresh_every is not None
-        if age == 0 or (every and age > 0 and age % self.steps("refresh_every") == 0):
+        due = age >= 0 and not self.taken  # later than its step if a resumed run has another plan
+        if self.refresh_every is not None:
+            due = due or (age > 0 and age % self.steps("refresh_every") == 0)
+        if due:
             source = step.average if self.weights == "ema" else network
             assert source is not None
             self.network.load_state_dict(source.state_dict())
-            self.taken.fill_(True)
+            self.taken = True

@@ -22,9 +22,10 @@ class CoTrained(WeakSource):
     processes here.
 
     Args:
-        network: The weak network; None for the strong one with half the width and half the heads:
-            S for B, as published.
-        lr: Learning rate of its AdamW, whose other settings are the published ones.
+        network: The weak network; None for the strong one with half the width (rounded down to
+            what the heads divide) and half the heads: S for B, as published.
+        lr: Learning rate of its AdamW, whose other settings are the published ones; None for the
+            run's own, schedule included.
         every: Strong steps per step of this network, at least 1.
 
     Raises:
@@ -34,11 +35,11 @@ class CoTrained(WeakSource):
 
     from_training = True
 
-    def __init__(self, network: DiT | None = None, lr: float = 1e-4, every: int = 4) -> None:
+    def __init__(self, network: DiT | None = None, lr: float | None = None, every: int = 4) -> None:
         super().__init__()
         if every < 1:
             raise UserError(f"every={every}: must be at least 1")
-        if not 0 <= lr < float("inf"):
+        if lr is not None and not 0 <= lr < float("inf"):
             raise UserError(f"lr={lr}: must be a finite number, at least 0")
         self.network, self.lr, self.every = network, lr, every
         self.optimizer: torch.optim.Optimizer | None = None
@@ -46,9 +47,9 @@ class CoTrained(WeakSource):
 
     def bind(self, network: DiT) -> None:
         if self.network is None:
-            halved = dict(
-                hidden_size=network.hidden_size // 2, num_heads=max(network.num_heads // 2, 1)
-            )
+            heads = max(network.num_heads // 2, 1)
+            width = max(network.hidden_size // 2 // (4 * heads), 1) * 4 * heads
+            halved = dict(hidden_size=width, num_heads=heads)
             self.network = DiT(**(network.arguments | halved))
         check_partner(self.network, network, "network=(given)")
         # Whole networks that learn outside the trainer: nobody else may wait for their gradients.
@@ -62,12 +63,13 @@ class CoTrained(WeakSource):
     def learns_at(self, step: Step) -> bool:
         return step.number % self.every == 0
 
-    def learn(self, noisy: NoisySample, y: Tensor) -> None:
+    def learn(self, noisy: NoisySample, y: Tensor, step: Step) -> None:
         assert self.network is not None
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(self.learned, lr=self.lr, weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(self.learned, weight_decay=0.0)
             if self.restored:
                 self.optimizer.load_state_dict(self.restored)
+        self.optimizer.param_groups[0]["lr"] = step.lr if self.lr is None else self.lr
         for parameter in self.learned:
             parameter.requires_grad_(True)
         with torch.enable_grad():

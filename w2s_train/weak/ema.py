@@ -29,11 +29,12 @@ class EMA(WeakSource):
     """
 
     from_training = True
-    old_enough: Tensor
     scale_limit = 0.8  # at 0.9 it diverged where other sources only over-sharpened
 
     def __init__(self, decay: float = 0.9999, lag: Steps = 0, update_every: int = 1) -> None:
         super().__init__()
+        if 0.5 <= lag < 1:
+            raise UserError(f"lag={lag}: must be below 0.5 as a share: it guides from 2 lag on")
         if update_every < 1:
             raise UserError(f"update_every={update_every}: must be at least 1")
         self.decay, self.lag, self.update_every = check_decay("decay", decay), lag, update_every
@@ -42,18 +43,31 @@ class EMA(WeakSource):
         self.average = WeightAverage(network, self.decay**self.update_every)
         if self.lag:
             self.waiting, self.used = frozen_copy(network).float(), frozen_copy(network).float()
-        self.register_buffer("old_enough", torch.tensor(self.lag == 0))
+        self.old_enough = not self.lag
 
     @property
     def ready(self) -> bool:
-        return bool(self.old_enough)
+        return self.old_enough
+
+    def get_extra_state(self) -> dict[str, bool]:
+        """Whether the copy in use is one of the training, kept with its weights."""
+        return {"old_enough": self.old_enough}
+
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        """Restore it."""
+        self.old_enough = state["old_enough"]
 
     def describe(self) -> str:
         return f"EMA({self.decay:g}, lag {self.lag:g})"
 
     def plan(self, timeline: Timeline) -> None:
         super().plan(timeline)
-        timeline.check("lag", self.lag, times=2)
+        timeline.check("lag", self.lag, self.first_step)
+        if self.lag and self.update_every > self.steps("lag"):
+            raise UserError(
+                f"update_every={self.update_every}: must be at most the lag, "
+                f"{self.steps('lag')} steps"
+            )
 
     @property
     def first_step(self) -> int:
@@ -72,4 +86,4 @@ class EMA(WeakSource):
             self.used.load_state_dict(self.waiting.state_dict())
             self.waiting.load_state_dict(self.average.module.state_dict())
             if step.number >= self.first_step:
-                self.old_enough.fill_(True)
+                self.old_enough = True
