@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import sources
 from torch import Tensor
 
 from w2s_train.guidance import ClassifierFree, Guidance, evaluate
@@ -21,7 +22,7 @@ from w2s_train.sampler import Euler, EulerMaruyama, Heun, Sampler
 from w2s_train.schedule import Schedule
 from w2s_train.segment import Consistency, Extrapolation, Segment
 from w2s_train.timesteps import EDMLogNormal, Uniform
-from w2s_train.weak import CoTrained, IntermediateHead, LayerSkip, NullClass, Step
+from w2s_train.weak import Step, WeakSource
 
 INTERPOLANTS: dict[str, Interpolant] = {
     "linear": LinearInterpolant(),
@@ -69,9 +70,9 @@ class Golden:
         assert not unexpected
         return network
 
-    def head(self, prefix: str, layer: int, network: DiT) -> IntermediateHead:
+    def head(self, prefix: str, layer: int, network: DiT) -> WeakSource:
         """The intermediate head; the files count layers from 1."""
-        head = IntermediateHead(block=layer - 1)
+        head = sources.IntermediateHead(block=layer - 1)
         head.bind(network)
         state = self.state(prefix)
         head.head.load_state_dict(
@@ -109,7 +110,7 @@ def test_sit_forward(golden_folder: Path) -> None:
     close(head.predict(network, noisy, y, out), golden["mid"])
     null = torch.full_like(y, network.null_class)
     out_null = network(x, t, null, keep_hidden=head.keep_hidden)
-    close(NullClass().predict(network, noisy, y, out), golden["out_null"])
+    close(sources.NullClass().predict(network, noisy, y, out), golden["out_null"])
     close(head.predict(network, noisy, null, out_null), golden["mid_null"])
     skipped = network(x, t, y, skip_blocks=(layers["LayerSkip"] - 1,))
     close(skipped.velocity, golden["layerskip_weak"])
@@ -203,7 +204,7 @@ def test_scores(golden_folder: Path) -> None:
         torch.testing.assert_close(score, golden[f"score/{name}"], rtol=1e-6, atol=1e-6)
 
 
-def golden_segments(golden: Golden, case: dict, head: IntermediateHead | None) -> list[Segment]:
+def golden_segments(golden: Golden, case: dict, head: WeakSource | None) -> list[Segment]:
     """The segments that a case of the reference amounts to.
 
     The reference compares both edges inclusively in float32; our ranges are half-open.
@@ -216,14 +217,14 @@ def golden_segments(golden: Golden, case: dict, head: IntermediateHead | None) -
         return []
     if case["weak"] == "Segmented":
         below = [Consistency(0.0, low, head, weight=ratio)] if low > 0 else []
-        return [*below, Extrapolation(low, min(high, 1.0), scale, NullClass(), **options)]
+        return [*below, Extrapolation(low, min(high, 1.0), scale, sources.NullClass(), **options)]
     if case["weak"] == "Branch":
         return [Extrapolation(0.0, 1.0, scale, head, weak_loss_weight=ratio, **options)]
     layer = golden.json("weak_layers_json").get(case["weak"])
     source = {
-        "Uncond": lambda: NullClass(),
-        "LayerSkip": lambda: LayerSkip([layer - 1]),
-        "Separate": lambda: CoTrained(golden.network("weak_param/")),
+        "Uncond": lambda: sources.NullClass(),
+        "LayerSkip": lambda: sources.LayerSkip([layer - 1]),
+        "Separate": lambda: sources.CoTrained(golden.network("weak_param/")),
     }[case["weak"]]()
     return [Extrapolation(0.0, 1.0, scale, source, **options)]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import perturbed
+from conftest import perturbed, sources
 from test_weak import small, write_checkpoint
 
 from w2s_train.guidance import (
@@ -26,7 +26,7 @@ from w2s_train.objective import Objective, WeakToStrongObjective
 from w2s_train.sampler import Euler, EulerMaruyama, Heun
 from w2s_train.segment import Extrapolation, Segment
 from w2s_train.timesteps import Uniform
-from w2s_train.weak import Checkpoint, IntermediateHead, LayerSkip, NullClass, Snapshot, Step
+from w2s_train.weak import Step
 
 LINEAR = LinearInterpolant()
 TIMES = Euler(10).times()
@@ -68,11 +68,11 @@ NULL = torch.full_like(Y, 5)
 
 def test_autoguidance_extrapolates_from_a_weak_source(network: DiT):
     strong, weak = plain(network, 0.5), plain(network, 0.5, skip_blocks=[2])
-    ours = at(Autoguidance(1.7, LayerSkip([2])), network, 0.5)
+    ours = at(Autoguidance(1.7, sources.LayerSkip([2])), network, 0.5)
     close(ours, weak + 1.7 * (strong - weak))
-    assert evaluations(Autoguidance(1.7, LayerSkip([2])), network, 0.5) == 2
-    assert evaluations(Autoguidance(1.0, LayerSkip([2])), network, 0.5) == 1
-    limited = Autoguidance(1.7, LayerSkip([2]), low=0.2, high=0.4)
+    assert evaluations(Autoguidance(1.7, sources.LayerSkip([2])), network, 0.5) == 2
+    assert evaluations(Autoguidance(1.0, sources.LayerSkip([2])), network, 0.5) == 1
+    limited = Autoguidance(1.7, sources.LayerSkip([2]), low=0.2, high=0.4)
     assert torch.equal(at(limited, network, 0.5), strong)
     assert evaluations(limited, network, 0.5) == 1
 
@@ -80,15 +80,15 @@ def test_autoguidance_extrapolates_from_a_weak_source(network: DiT):
 def test_autoguidance_by_a_file(network: DiT, tmp_path: Path):
     early = perturbed(small(depth=2))
     path = write_checkpoint(tmp_path / "early.ckpt", early)
-    ours = at(Autoguidance(2.0, Checkpoint(path)), network, 0.3)
+    ours = at(Autoguidance(2.0, sources.Checkpoint(path)), network, 0.3)
     close(ours, 2 * plain(network, 0.3) - plain(early, 0.3))
 
 
 def test_autoguidance_by_what_the_run_was_trained_with(network: DiT):
     """A trained head below 0.3, the null class from 0.5 on, nothing in between."""
-    head = IntermediateHead(block=1)
+    head = sources.IntermediateHead(block=1)
     trained = objective(
-        Extrapolation(0.0, 0.3, 0.2, head), Extrapolation(0.5, 1.0, 0.2, NullClass())
+        Extrapolation(0.0, 0.3, 0.2, head), Extrapolation(0.5, 1.0, 0.2, sources.NullClass())
     )
     trained.bind(network)
     perturbed(head)
@@ -107,7 +107,7 @@ def test_autoguidance_by_what_the_run_was_trained_with(network: DiT):
 
 
 def test_segments_evaluate_only_what_they_need(network: DiT):
-    low = Autoguidance(1.5, LayerSkip([1]))
+    low = Autoguidance(1.5, sources.LayerSkip([1]))
     guidance = Segmented(0.4, low_noise=low, high_noise=ClassifierFree(2.0))
     assert torch.equal(at(guidance, network, 0.3), at(low, network, 0.3))
     assert torch.equal(at(guidance, network, 0.4), at(ClassifierFree(2.0), network, 0.4))
@@ -248,7 +248,7 @@ def test_learned_scales_from_a_file(network: DiT, tmp_path: Path):
 def test_combinations_that_cannot_be():
     network = small()
     with pytest.raises(ValueError, match="weak=Snapshot: its state comes from training"):
-        Autoguidance(1.5, Snapshot())
+        Autoguidance(1.5, sources.Snapshot())
     with pytest.raises(ValueError, match="weak=None: must be given"):
         Autoguidance(1.5).bind(network, objective())
     with pytest.raises(ValueError, match="path=None: must be a checkpoint"):
@@ -263,8 +263,8 @@ def test_combinations_that_cannot_be():
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda: Autoguidance(-1.0, LayerSkip()), "scale"),
-        (lambda: Autoguidance(1.5, LayerSkip(), low=0.8, high=0.2), "low"),
+        (lambda: Autoguidance(-1.0, sources.LayerSkip()), "scale"),
+        (lambda: Autoguidance(1.5, sources.LayerSkip(), low=0.8, high=0.2), "low"),
         (lambda: Segmented(1.0, Unguided(), Unguided()), "border"),
         (lambda: StageWise(0.5), "scale"),
         (lambda: AngleDomain(float("nan")), "scale"),
@@ -281,7 +281,7 @@ def test_bad_guidance(make, name: str):
 def test_guidance_runs_in_the_precision_of_its_network(network: DiT):
     """Under autocast the weak pass sees what the strong one sees: a twin is no guidance."""
     seen = []
-    guidance = Autoguidance(3.0, Checkpoint(network=network))
+    guidance = Autoguidance(3.0, sources.Checkpoint(network=network))
     hook = network.register_forward_pre_hook(lambda _, args: seen.append((args[0].dtype, args[1])))
     guidance.weak.network.register_forward_pre_hook(
         lambda _, args: seen.append((args[0].dtype, args[1]))
@@ -296,7 +296,7 @@ def test_guidance_runs_in_the_precision_of_its_network(network: DiT):
 
 
 def test_a_source_that_is_not_there_yet_does_not_guide(network: DiT):
-    trained = objective(Extrapolation(0.0, 1.0, 0.3, Snapshot(step=3)))
+    trained = objective(Extrapolation(0.0, 1.0, 0.3, sources.Snapshot(step=3)))
     trained.bind(network)
     trained.plan(10)
     guidance = Autoguidance(2.0)
@@ -312,10 +312,10 @@ def test_a_source_that_is_not_there_yet_does_not_guide(network: DiT):
 def test_protocols_tell_guidances_apart(network: DiT, tmp_path: Path):
     path = write_checkpoint(tmp_path / "early.ckpt", small())
     kinds = [
-        Autoguidance(1.5, Checkpoint(path)),
-        Autoguidance(1.5, Checkpoint(path, "raw")),
-        Autoguidance(1.5, LayerSkip([1])),
-        Autoguidance(1.5, LayerSkip([2])),
+        Autoguidance(1.5, sources.Checkpoint(path)),
+        Autoguidance(1.5, sources.Checkpoint(path, "raw")),
+        Autoguidance(1.5, sources.LayerSkip([1])),
+        Autoguidance(1.5, sources.LayerSkip([2])),
     ]
     for guidance in kinds:
         guidance.bind(network, objective())

@@ -1,5 +1,8 @@
 """The closed forms of the synthetic study."""
 
+import json
+import math
+
 import pytest
 import torch
 
@@ -54,20 +57,6 @@ def test_the_optimal_velocity_follows_from_the_score(interpolant, null: bool):
     torch.testing.assert_close(ours, by_score.detach())
 
 
-def test_the_optimal_velocity_minimizes_the_loss():
-    """The mean of v over true pairs, given x_t, is the optimum: no rescaled field does better."""
-    leaves, generator = Leaves(4, 3), torch.Generator().manual_seed(2)
-    y = torch.arange(20_000) % 4
-    x = leaves.sample(y, generator)
-    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    noisy = LinearInterpolant().corrupt(x, noise, torch.full((len(y),), 0.4))
-    v = leaves.optimal_velocity(noisy.x_t, noisy.t, y, LinearInterpolant())
-    loss = {f: (f * v - noisy.v).square().mean() for f in (0.97, 1.0, 1.03)}
-    assert loss[1.0] == min(loss.values())
-    # The residual is orthogonal to every function of x_t: here, to x_t itself.
-    assert ((v - noisy.v) * noisy.x_t).mean().abs() < 0.02
-
-
 def test_scores_of_true_points():
     """1 % outliers, nearly full coverage, no distance; and no error for the optimal field."""
     leaves, y = Leaves(4, 3), torch.arange(8000) % 4
@@ -98,3 +87,41 @@ def test_scores_of_true_points():
 def test_bad_leaves(num_classes: int, depth: int):
     with pytest.raises(ValueError, match="must be at least 1"):
         Leaves(num_classes, depth)
+
+
+def test_unconditional_points():
+    """The null class stands for the whole mixture, in samples and in scores."""
+    leaves, null = Leaves(4, 2), torch.full((6000,), 4)
+    x = leaves.sample(null, torch.Generator().manual_seed(7))
+    scores = sample_scores(leaves, x, null)
+    assert scores["outliers"] == pytest.approx(0.01, abs=0.006)
+    assert scores["coverage"] > 0.95
+    assert abs(scores["energy_distance"]) < 2e-3
+    one_class = leaves.sample(torch.zeros(6000, dtype=torch.long), torch.Generator().manual_seed(7))
+    assert sample_scores(leaves, one_class, null)["coverage"] < 0.3
+
+
+def test_true_points_have_no_energy_distance():
+    """Unbiased: the mean over draws is zero, also for few points."""
+    leaves, y = Leaves(24, 1), torch.arange(240) % 24
+    draws = [
+        sample_scores(leaves, leaves.sample(y, torch.Generator().manual_seed(i)), y, seed=1000 + i)
+        for i in range(40)
+    ]
+    assert (
+        abs(sum(d["energy_distance"] for d in draws) / 40) < 0.01
+    )  # with the zero diagonals it would be 0.1
+    assert min(d["energy_distance"] for d in draws) < 0
+
+
+def test_leaves_score_alike_on_any_number_of_processes_and_unconditionally(command):
+    """Batches of another size, and labels that stand for nothing."""
+    few = ["--model.generation_block=32", "--data.num_generated=96", "--trainer.max_steps=3"]
+    folder = command("fit", *few, config="leaves/few")
+    command(
+        "validate", *few, "--data.generation_batch_size=7", "--ckpt_path=last", config="leaves/few"
+    )
+    scores = json.loads((folder / "scores.json").read_text())
+    assert [s["value"] for s in scores[:4]] == [s["value"] for s in scores[4:]]
+    free = command("fit", *few, "--model.label_dropout=1.0", config="leaves/few", folder="free")
+    assert all(math.isfinite(s["value"]) for s in json.loads((free / "scores.json").read_text()))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import perturbed
+from conftest import perturbed, sources
 from lightning import Trainer
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,7 +16,6 @@ from w2s_train.objective import WeakToStrongObjective
 from w2s_train.sampler import Euler, EulerMaruyama
 from w2s_train.segment import Extrapolation, Segment
 from w2s_train.timesteps import Uniform
-from w2s_train.weak import EMA, NullClass
 
 
 class TwoClasses(Dataset):
@@ -59,7 +58,7 @@ def fit(model: DiffusionModule, steps: int, **options) -> Trainer:
 
 def test_averages_follow_optimizer_steps_not_batches(monkeypatch):
     """Under accumulation the average moves once per optimizer step, and by the formula."""
-    source = EMA(decay=0.5)
+    source = sources.EMA(decay=0.5)
     model = module(Extrapolation(0.0, 1.0, 0.3, source), ema_decay=0.5)
     history = [[p.clone() for p in model.network.parameters()]]
     update = WeightAverage.update
@@ -95,7 +94,7 @@ def test_half_precision_networks_are_averaged_in_float32(network: DiT):
 
 def test_it_learns_two_classes():
     """The loss falls, and unguided samples have the brightness of their class."""
-    model = module(Extrapolation(0.0, 1.0, 0.2, NullClass()), ema_decay=0.9)
+    model = module(Extrapolation(0.0, 1.0, 0.2, sources.NullClass()), ema_decay=0.9)
     first = fit(model, steps=1).callback_metrics["train/loss"]
     trainer = fit(model, steps=300)
     assert trainer.callback_metrics["train/loss"] < 0.5 * first

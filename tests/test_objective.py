@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import perturbed
+from conftest import perturbed, sources
 
 from w2s_train.interpolant import LinearInterpolant, NoisySample
 from w2s_train.models import DiT
@@ -13,7 +13,7 @@ from w2s_train.objective import WeakToStrongObjective
 from w2s_train.schedule import Schedule
 from w2s_train.segment import Consistency, Extrapolation, Segment
 from w2s_train.timesteps import LogitNormal, Uniform
-from w2s_train.weak import EMA, IntermediateHead, NullClass, Step, WeakSource
+from w2s_train.weak import Step, WeakSource
 
 LINEAR = LinearInterpolant()
 
@@ -50,18 +50,18 @@ def test_no_segments_is_flow_matching(network: DiT):
 def test_scale_zero_is_flow_matching(network: DiT):
     noisy, y = batch()
     plain = objective().evaluate(network, noisy, y)
-    zero = objective(Extrapolation(0.0, 1.0, 0.0, NullClass())).evaluate(network, noisy, y)
+    zero = objective(Extrapolation(0.0, 1.0, 0.0, sources.NullClass())).evaluate(network, noisy, y)
     close(gradients(network, zero.total), gradients(network, plain.total))
 
 
 def test_extrapolation_is_the_equation(network: DiT):
     """Target = v + w sg(strong - weak), the null class above 0.3, a trained head below."""
     noisy, y = batch()
-    head = IntermediateHead(block=1)
+    head = sources.IntermediateHead(block=1)
     head.bind(network)
     head.head.linear.weight.data += 0.1 * torch.randn_like(head.head.linear.weight)
     ours = objective(
-        Extrapolation(0.3, 1.0, 0.6, NullClass()),
+        Extrapolation(0.3, 1.0, 0.6, sources.NullClass()),
         Extrapolation(0.0, 0.3, 0.2, head, weak_loss_weight=0.5),
     )
     out = network(noisy.x_t, noisy.t, y, keep_hidden=(1,))
@@ -81,7 +81,7 @@ def test_extrapolation_is_the_equation(network: DiT):
 def test_consistency_pulls_both_sides(network: DiT):
     """Strong + weight |strong - mid|^2 with gradients to both, inside the segment only."""
     noisy, y = batch()
-    head = IntermediateHead(block=1)
+    head = sources.IntermediateHead(block=1)
     head.bind(network)
     head.head.linear.weight.data += 0.1 * torch.randn_like(head.head.linear.weight)
     ours = objective(Consistency(0.0, 0.4, head, weight=0.2))
@@ -101,8 +101,8 @@ def test_consistency_pulls_both_sides(network: DiT):
 def test_slices_equal_lookup(network: DiT, timesteps, n: int):
     """Static slices of stratified rows give what looking rows up gives, to rounding."""
     ours = objective(
-        Extrapolation(0.0, 0.23, 0.3, EMA()),
-        Extrapolation(0.23, 0.81, 0.6, NullClass()),
+        Extrapolation(0.0, 0.23, 0.3, sources.EMA()),
+        Extrapolation(0.23, 0.81, 0.6, sources.NullClass()),
         timesteps=timesteps,
     )
     ours.bind(network)
@@ -151,7 +151,9 @@ def test_segments_without_rows_are_not_evaluated(network: DiT):
 def test_dropped_labels_get_no_guidance(network: DiT):
     noisy, y = batch()
     y = torch.full_like(y, network.null_class)
-    guided = objective(Extrapolation(0.0, 1.0, 0.6, NullClass())).evaluate(network, noisy, y)
+    guided = objective(Extrapolation(0.0, 1.0, 0.6, sources.NullClass())).evaluate(
+        network, noisy, y
+    )
     plain = objective().evaluate(network, noisy, y)
     torch.testing.assert_close(guided.per_sample, plain.per_sample)
 
@@ -171,7 +173,7 @@ def test_fixed_point_is_guidance_by_one_over_one_minus_scale():
 def test_autocast_keeps_the_gradient(network: DiT):
     """A weak pass without gradients must not cut the strong one's through cached bf16 weights."""
     noisy, y = batch()
-    ours = objective(Extrapolation(0.0, 1.0, 0.5, NullClass()))
+    ours = objective(Extrapolation(0.0, 1.0, 0.5, sources.NullClass()))
     exact = gradients(network, ours.evaluate(network, noisy, y).total)
     with torch.autocast("cpu", torch.bfloat16):
         losses = ours.evaluate(network, noisy, y)
@@ -198,15 +200,19 @@ def test_autocast_keeps_the_gradient(network: DiT):
 )
 def test_bad_segments(arguments: tuple, key: str):
     with pytest.raises(ValueError, match=f"{key}="):
-        Extrapolation(*arguments, NullClass())
+        Extrapolation(*arguments, sources.NullClass())
 
 
 def test_overlapping_segments():
     with pytest.raises(ValueError, match=r"\[0.0, 0.5\) and \[0.4, 1.0\): must not overlap"):
         objective(
-            Extrapolation(0.4, 1.0, 0.3, NullClass()), Extrapolation(0.0, 0.5, 0.3, NullClass())
+            Extrapolation(0.4, 1.0, 0.3, sources.NullClass()),
+            Extrapolation(0.0, 0.5, 0.3, sources.NullClass()),
         )
-    touching = (Extrapolation(0.0, 0.5, 0.3, NullClass()), Consistency(0.5, 1.0, NullClass()))
+    touching = (
+        Extrapolation(0.0, 0.5, 0.3, sources.NullClass()),
+        Consistency(0.5, 1.0, sources.NullClass()),
+    )
     objective(*touching)
 
 
@@ -214,7 +220,9 @@ def test_statistics(network: DiT):
     """RMS and maximum are those of the rows inside; the quarters average to the whole."""
     noisy, y = batch(16)
     statistics = (
-        objective(Extrapolation(0.2, 1.0, 0.5, NullClass())).evaluate(network, noisy, y).statistics
+        objective(Extrapolation(0.2, 1.0, 0.5, sources.NullClass()))
+        .evaluate(network, noisy, y)
+        .statistics
     )
     strong = network(noisy.x_t, noisy.t, y).velocity
     inside = noisy.t >= 0.2
@@ -232,7 +240,7 @@ def test_statistics(network: DiT):
 def test_the_general_target(network: DiT):
     """Omega v + kappa sg(strong) + (1 - omega - kappa) sg(weak), its gradient and its scale."""
     noisy, y = batch()
-    segment = Extrapolation(0.0, 1.0, 0.4, NullClass(), omega=1.3)
+    segment = Extrapolation(0.0, 1.0, 0.4, sources.NullClass(), omega=1.3)
     out = network(noisy.x_t, noisy.t, y).velocity
     null = network(noisy.x_t, noisy.t, torch.full_like(y, 5)).velocity.detach()
     target = 1.3 * noisy.v + 0.4 * out.detach() + (1 - 1.3 - 0.4) * null
@@ -250,7 +258,7 @@ def test_the_fixed_point_is_guidance(omega: float, kappa: float):
     s = torch.tensor(0.0)
     for _ in range(200):
         s = omega * v + kappa * s + (1 - omega - kappa) * w
-    segment = Extrapolation(0.0, 1.0, kappa, NullClass(), omega=omega)
+    segment = Extrapolation(0.0, 1.0, kappa, sources.NullClass(), omega=omega)
     torch.testing.assert_close(s, w + segment.effective_scale() * (v - w))
 
 
@@ -266,7 +274,7 @@ def test_the_difference_is_clipped_per_row(network: DiT):
     assert ((rms < limit) & (rms > 0)).any()
     shrink = (limit / rms).clamp(max=1).nan_to_num(1).view(-1, 1, 1, 1)
     by_hand = (out - noisy.v - 0.5 * shrink * difference).square().mean()
-    clipped = objective(Extrapolation(0.0, 1.0, 0.5, NullClass(), max_difference=limit))
+    clipped = objective(Extrapolation(0.0, 1.0, 0.5, sources.NullClass(), max_difference=limit))
     torch.testing.assert_close(clipped.evaluate(network, noisy, y).total, by_hand)
 
 
@@ -274,7 +282,7 @@ def test_strong_and_weak_from_the_average(network: DiT):
     """The released Model Guidance: the difference is that of the running average."""
     noisy, y = batch()
     average = perturbed(copy.deepcopy(network), 0.2).requires_grad_(False)
-    segment = Extrapolation(0.0, 0.75, 0.45, NullClass(), from_average=True)
+    segment = Extrapolation(0.0, 0.75, 0.45, sources.NullClass(), from_average=True)
     losses = objective(segment).evaluate(network, noisy, y, step=Step(0, average))
     null = torch.full_like(y, 5)
     difference = (
@@ -285,7 +293,7 @@ def test_strong_and_weak_from_the_average(network: DiT):
     torch.testing.assert_close(losses.total, by_hand)
     close(gradients(network, losses.total), gradients(network, by_hand))
     with pytest.raises(ValueError, match="from_average=True: IntermediateHead is trained"):
-        Extrapolation(0.0, 1.0, 0.3, IntermediateHead(), from_average=True)
+        Extrapolation(0.0, 1.0, 0.3, sources.IntermediateHead(), from_average=True)
 
 
 def test_no_weak_pass_before_the_start(network: DiT):
@@ -303,7 +311,7 @@ def test_no_weak_pass_before_the_start(network: DiT):
 
 
 def test_a_head_learns_before_its_segment_starts(network: DiT):
-    head = IntermediateHead(block=1)
+    head = sources.IntermediateHead(block=1)
     late = objective(Extrapolation(0.0, 1.0, 0.5, head, schedule=Schedule(10)))
     late.bind(network)
     noisy, y = batch()
@@ -312,7 +320,7 @@ def test_a_head_learns_before_its_segment_starts(network: DiT):
 
 
 def test_consistency_follows_its_schedule(network: DiT):
-    head = IntermediateHead(block=1)
+    head = sources.IntermediateHead(block=1)
     head.bind(network)
     head.head.linear.weight.data += 0.1
     noisy, y = batch()
@@ -323,22 +331,24 @@ def test_consistency_follows_its_schedule(network: DiT):
 
 
 @pytest.mark.parametrize(
-    ("weak", "scale"), [(NullClass, 0.9), (NullClass, 1.2), (EMA, 0.8), (EMA, 0.85)]
+    ("weak", "scale"),
+    [("NullClass", 0.9), ("NullClass", 1.2), ("EMA", 0.8), ("EMA", 0.85)],
 )
-def test_unstable_scales_are_refused(weak, scale: float):
+def test_unstable_scales_are_refused(weak: str, scale: float):
+    make = getattr(sources, weak)
     with pytest.raises(ValueError, match=f"scale={scale}: must be in .*allow_unstable"):
-        Extrapolation(0.0, 1.0, scale, weak())
+        Extrapolation(0.0, 1.0, scale, make())
     with pytest.warns(UserWarning, match=f"scale={scale}: guides by"):
-        allowed = Extrapolation(0.0, 1.0, scale, weak(), allow_unstable=True)
+        allowed = Extrapolation(0.0, 1.0, scale, make(), allow_unstable=True)
     assert allowed.scale == scale
 
 
 def test_warnings_begin_above_the_published_scale():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Extrapolation(0.0, 1.0, 0.6, NullClass())
+        Extrapolation(0.0, 1.0, 0.6, sources.NullClass())
     with pytest.warns(UserWarning, match="scale=0.7: guides by 3.33"):
-        Extrapolation(0.0, 1.0, 0.7, NullClass())
+        Extrapolation(0.0, 1.0, 0.7, sources.NullClass())
 
 
 @pytest.mark.parametrize(
@@ -347,4 +357,4 @@ def test_warnings_begin_above_the_published_scale():
 def test_bad_extrapolations(options: dict):
     (name,) = options
     with pytest.raises(ValueError, match=f"{name}="):
-        Extrapolation(0.0, 1.0, 0.3, NullClass(), **options)
+        Extrapolation(0.0, 1.0, 0.3, sources.NullClass(), **options)
