@@ -229,6 +229,8 @@ def main() -> None:
         "machine": platform.processor() or platform.machine(),
     }
     about |= {"torch": torch.__version__, "points": POINTS, "sampler": f"Heun {STEPS}"}
+    runs = [json.loads(path.read_text())[-1] for path in sorted(RUNS.glob("*/scores.json"))]
+    about["trained_at"] = sorted({run["protocol"]["git_commit"] for run in runs})
     lean = [{k: v for k, v in e.items() if k != "points"} for e in entries]
     (HERE / "results.json").write_text(json.dumps({"about": about, "results": lean}, indent=1))
     tables = []
