@@ -59,6 +59,7 @@ class Timed:
                 segment.weak.set_extra_state({"taken": True, "old_enough": True})
         self.trainer: Any = SimpleNamespace(
             world_size=1,
+            precision="32-true",
             global_step=STEPS_BEFORE,
             precision_plugin=SimpleNamespace(forward_context=contextlib.nullcontext),
         )
