@@ -15,6 +15,8 @@ commands:
   validate    score a checkpoint:  lightning validate -c CONFIG --ckpt_path FILE
   test        the same, for a last number
   predict     write generated images to the run folder
+  sample      write images of a checkpoint: seeds, classes, and a folder, grid, .npz or shards
+  reference   write the statistics of a data set that scores compare with
 
 options:
   -c FILE               a YAML config; later ones override earlier ones, KEY VALUE overrides all
@@ -25,7 +27,7 @@ options:
 
 try:  lightning fit -c configs/digits_w2s.yaml
 """
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -22,6 +22,7 @@ from w2s_train.callbacks import (
     LeavesScores,
     MetricsCSV,
     Progress,
+    ResumableEvaluation,
     RunRecord,
     StepSeed,
 )
@@ -29,10 +30,11 @@ from w2s_train.checks import check_files, check_numbers, explain, locate
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError
 from w2s_train.module import DiffusionModule
+from w2s_train.trainer import DiffusionTrainer
 
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference")
 PARTS = {
-    "trainer": Trainer,
+    "trainer": DiffusionTrainer,
     "model": DiffusionModule,
     "data": ShardDataModule,
     "checkpoint": ModelCheckpoint,
@@ -50,7 +52,13 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 class Command(LightningCLI):
-    """fit, validate, test and predict, with a run folder derived from the names of the configs."""
+    """All that a trainer does, with a run folder derived from the names of the configs."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Methods of the trainer, and which of their arguments are no options."""
+        ours = {name: {"model", "datamodule"} for name in ("sample", "reference")}
+        return {**LightningCLI.subcommands(), **ours}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """A checkpoint callback with defaults of its own, and one seed for everything."""
@@ -78,8 +86,9 @@ class Command(LightningCLI):
         folder = run_folder(config)
         config.trainer.default_root_dir = str(folder)
         config.checkpoint.dirpath = str(folder / "checkpoints")
-        config.ckpt_path = find_checkpoint(config.ckpt_path, folder, subcommand)
-        config.weights_only = True  # of a checkpoint only tensors and plain values are read
+        if subcommand != "reference":
+            config.ckpt_path = find_checkpoint(config.ckpt_path, folder, subcommand)
+            config.weights_only = True  # of a checkpoint only tensors and plain values are read
         if config.trainer.precision in ("bf16-true", "16-true", "transformer-engine"):
             raise UserError(
                 f"trainer.precision={config.trainer.precision}: must keep float32 weights, such as "
@@ -90,17 +99,21 @@ class Command(LightningCLI):
         """The trainer, with loggers and callbacks that every run has."""
         config = self.config_init[self.subcommand]
         folder = config.trainer.default_root_dir
-        if self.subcommand == "predict":
+        if self.subcommand in ("predict", "sample", "reference"):
             kwargs["logger"] = False
         elif config.trainer.logger in (None, True):
             loggers = [TensorBoardLogger(folder, name="", version=""), MetricsCSV(folder)]
             kwargs["logger"] = loggers
         # A checkpoint of another folder starts a new run in this one.
-        start = Path(config.ckpt_path or "").resolve().parent.parent
+        start = Path(config.get("ckpt_path") or "").resolve().parent.parent
         self.record = RunRecord(resumed=start == Path(folder).resolve())
         self.stop = GracefulStop()
         seed = int(config.seed_everything or 0)
-        ours = [self.record, StepSeed(seed), self.stop, Progress(), ImageWriter()]
+        ours = [self.record, StepSeed(seed), self.stop, Progress()]
+        if not any(isinstance(callback, ResumableEvaluation) for callback in self._callbacks()):
+            ours.append(ResumableEvaluation())
+        if self.subcommand == "predict":
+            ours.append(ImageWriter(Path(folder) / "samples"))
         kwargs["callbacks"] = [*self._callbacks(), *ours]
         try:
             return super().instantiate_trainer(**kwargs)
@@ -131,8 +144,8 @@ class Command(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; a checkpoint that cannot be read, or is of another network, is a user's error."""
-        path = self.config[subcommand].ckpt_path
-        if self.datamodule.script is None:  # else it may make the files
+        path = self.config[subcommand].get("ckpt_path")
+        if self.datamodule.script is None and subcommand != "reference":  # these make the files
             for callback in self._callbacks():
                 if isinstance(callback, FID):
                     callback.check_files()
@@ -184,6 +197,7 @@ def compose(args: list[str] | None, run: bool = True) -> Command:
         DiffusionModule,
         ShardDataModule,
         args=args,
+        trainer_class=DiffusionTrainer,
         auto_configure_optimizers=False,
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},
@@ -222,8 +236,9 @@ def run_folder(config: Any) -> Path:
     """Where a run lives: as configured, or with its checkpoint, or ``runs/CONFIG+OVERLAY``."""
     if config.trainer.default_root_dir:
         return Path(config.trainer.default_root_dir)
-    if config.ckpt_path and Path(config.ckpt_path).parent.name == "checkpoints":
-        return Path(config.ckpt_path).parent.parent
+    checkpoint = Path(config.get("ckpt_path") or "")
+    if checkpoint.parent.name == "checkpoints":
+        return checkpoint.parent.parent
     names = [Path(str(path)).stem for path in config.config or []]
     return Path("runs") / ("+".join(names) or "unnamed")
 

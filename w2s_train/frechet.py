@@ -9,7 +9,7 @@ differs between SciPy versions, is needed.
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +51,10 @@ class Reference:
 
     moments: Moments
     fingerprint: dict[str, str | int]  # at least "dataset", "split", "n" and "extractor"
+    features: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # of some images, (M, F)
 
     def save(self, path: Path) -> None:
-        """Write an ``.npz`` with mu, sigma, n and fingerprint; whole or not at all."""
+        """Write an ``.npz`` with mu, sigma, n, features and fingerprint; whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial.npz")
         np.savez(
@@ -61,6 +62,7 @@ class Reference:
             mu=self.moments.mu.numpy(),
             sigma=self.moments.sigma.numpy(),
             n=self.moments.n,
+            features=self.features.float().numpy(),
             fingerprint=json.dumps(self.fingerprint),
         )
         partial.replace(path)
@@ -79,4 +81,6 @@ class Reference:
                 raise UserError(f"reference={path}: lacks {', '.join(sorted(missing))}")
             mu, sigma = torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])
             moments = Moments(mu.double(), sigma.double(), int(arrays["n"]))
-            return cls(moments, json.loads(str(arrays["fingerprint"])))
+            fingerprint = json.loads(str(arrays["fingerprint"]))
+            some = arrays["features"] if "features" in arrays.files else np.zeros((0, len(mu)))
+            return cls(moments, fingerprint, torch.from_numpy(some).float())

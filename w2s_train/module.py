@@ -2,8 +2,7 @@
 
 import contextlib
 import math
-import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -12,7 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from w2s_train.autoencoder import Autoencoder, PixelSpace
+from w2s_train.clock import FitClock
 from w2s_train.errors import UserError
+from w2s_train.generation import Setting, all_settings, generate
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.models import DiT, WeightAverage
 from w2s_train.models.average import check_decay
@@ -32,10 +33,13 @@ class DiffusionModule(LightningModule):
         optimizer: Called with the trainable parameters.
         scheduler: Called with the optimizer and stepped once per optimizer step; None is constant.
         autoencoder: Between stored data, network and images; None is pixel space.
-        guidance: Sampling-time guidance; None is unguided.
+        guidance: Sampling-time guidance; None is unguided. Of a list, every one is scored.
         label_dropout: Probability, in [0, 1], of replacing a training label by the null class. 1 is
             unconditional training: samples then are of the null class, too.
-        ema_decay: Of the average that is sampled, per optimizer step, in [0, 1).
+        ema_decay: Of the average that is sampled, per optimizer step, in [0, 1). Of a list, every
+            one is scored, and the first is the main one.
+        scored_weights: What is sampled for scores: averages ("ema"), live weights ("raw") or both;
+            None is averages only.
         generation_block: Images per network evaluation when sampling. Batches are cut or padded to
             it, so that an image depends on its seed alone and not on its neighbours' number.
         compile: Compile the networks with `torch.compile`.
@@ -53,9 +57,10 @@ class DiffusionModule(LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         autoencoder: Autoencoder | None = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | list[Guidance] | None = None,
         label_dropout: float = 0.1,
-        ema_decay: float = 0.9999,
+        ema_decay: float | list[float] = 0.9999,
+        scored_weights: list[Literal["ema", "raw"]] | None = None,
         generation_block: int = 125,
         compile: bool = False,
     ) -> None:
@@ -67,22 +72,27 @@ class DiffusionModule(LightningModule):
         self.network, self.objective, self.sampler = network, objective, sampler
         self.optimizer, self.scheduler = optimizer, scheduler
         self.autoencoder = autoencoder or PixelSpace()
-        self.guidance = guidance or Unguided()
+        self.guidances = guidance if isinstance(guidance, list) else [guidance or Unguided()]
         self.label_dropout, self.generation_block = label_dropout, generation_block
         self.compile_networks = compile
         self.objective.bind(network)
-        self.guidance.bind(network, objective)
+        for each in self.guidances:
+            each.bind(network, objective)
         self.unconditional = label_dropout == 1
         self._check_labels()
-        self.ema = WeightAverage(network, check_decay("ema_decay", ema_decay))
+        first, *more = ema_decay if isinstance(ema_decay, list) else [ema_decay]
+        self.ema = WeightAverage(network, check_decay("ema_decay", first))
+        self.more_ema = nn.ModuleList(
+            WeightAverage(network, check_decay("ema_decay", decay)) for decay in more
+        )
         self.statistics, self.last_metrics = RunningStatistics(), dict[str, float]()
-        self.images_seen, self.seconds_before, self.loaded_step = 0, 0.0, 0
-        self.fit_began: float | None = None
+        self.images_seen, self.loaded_step = 0, 0
+        self.clock, self.scored_weights = FitClock(), scored_weights or ["ema"]
         _check_optimizer(optimizer)
 
     def _check_labels(self) -> None:
         parts: list[WeakSource | Guidance] = [s.weak for s in self.objective.segments]
-        parts.append(self.guidance)
+        parts += self.guidances
         users = [part for part in parts if part.needs_label]
         if self.unconditional and users:
             raise UserError(
@@ -145,7 +155,8 @@ class DiffusionModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One optimizer step; then average and weak sources follow, once per *optimizer* step."""
         super().optimizer_step(*args, **kwargs)
-        self.ema.update(self.network)
+        for average in (self.ema, *self.more_ema):
+            average.update(self.network)
         # The trainer counts this step when the hook has returned.
         optimizer: torch.optim.Optimizer = args[2]
         step = Step(self.global_step + 1, self.ema.module, optimizer.param_groups[0]["lr"])
@@ -199,14 +210,9 @@ class DiffusionModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Start the clock, and say what is trained."""
-        self.fit_began = time.monotonic()
+        self.clock.start()
         for segment in self.objective.segments:
             rank_zero_info(segment.describe())
-
-    def wall_clock(self) -> float:
-        """Seconds of fitting so far, over all restarts, validation included."""
-        running = time.monotonic() - self.fit_began if self.fit_began is not None else 0.0
-        return self.seconds_before + running
 
     @property
     def steps_taken(self) -> int:
@@ -215,64 +221,69 @@ class DiffusionModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the state dict does not hold."""
-        checkpoint["progress"] = {"images_seen": self.images_seen, "seconds": self.wall_clock()}
+        checkpoint["progress"] = {"images_seen": self.images_seen} | self.clock.state_dict()
         checkpoint["network"] = self.network.arguments  # rebuilds it: models/saved.py
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
         self.loaded_step = checkpoint["global_step"]
         self.images_seen = checkpoint["progress"]["images_seen"]
-        self.seconds_before = checkpoint["progress"]["seconds"]
+        self.clock.load_state_dict(checkpoint["progress"])
 
     # ---- validation ------------------------------------------------------------------------
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    @property
+    def settings(self) -> list[Setting]:
+        """Everything that one evaluation samples: weights times guidances; the main one first."""
+        averages = [self.ema, *self.more_ema]
+        return all_settings(self.network, averages, self.scored_weights, self.guidances)
+
+    def on_validation_start(self) -> None:
+        """Start the clock of the evaluation."""
+        self.clock.start_evaluation()
+
+    def on_validation_end(self) -> None:
+        """Log what evaluations cost, as a share of the fit."""
+        self.clock.end_evaluation()
+        if self.clock.fit_began is not None:
+            self.record({"val/evaluation_share": self.clock.evaluation_share})
+
+    def validation_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
         """Generate the images (B, C, H, W) uint8 of a batch of seeds and labels."""
-        return self.generate(batch["seed"].tolist(), batch["label"].tolist())
+        setting = int(batch["setting"][0])
+        return self.generate(batch["seed"].tolist(), batch["label"].tolist(), setting)
 
     test_step = validation_step
     predict_step = validation_step
 
-    @torch.no_grad()
-    def generate(self, seeds: list[int], labels: list[int]) -> Tensor:
-        """Images (B, C, H, W) uint8 from the averaged weights, each fixed by seed and label."""
-        size, images = self.generation_block, []
-        for i in range(0, len(seeds), size):
-            block = slice(i, i + size)
-            padding = size - len(seeds[block])
-            padded = [list_[block] + list_[i : i + 1] * padding for list_ in (seeds, labels)]
-            images.append(self._generate_block(*padded)[: size - padding])
-        return torch.cat(images)
-
-    def _generate_block(self, seeds: list[int], labels: list[int]) -> Tensor:
-        """Images for exactly ``generation_block`` seeds."""
-        # Every image has a generator of its own, on the host: its noise is the same on any device.
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        network, shape = self.ema.module, self.input_shape
-
-        def draw() -> Tensor:
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(
-                self.device
-            )
-
-        y = torch.tensor(labels, device=self.device)
+    def generate(self, seeds: list[int], labels: list[int], setting: int = 0) -> Tensor:
+        """Images (B, C, H, W) uint8, each fixed by seed and label, in one of the `settings`."""
         if self.unconditional:
-            y = torch.full_like(y, self.network.null_class)
-        velocity = self.guidance.field(network, y, self.sampler.times())
-        return self.autoencoder.decode(self.sampler(velocity, draw(), draw).float())
+            labels = [self.network.null_class] * len(labels)
+        return generate(
+            self.settings[setting],
+            self.sampler,
+            self.autoencoder,
+            seeds,
+            labels,
+            shape=self.input_shape,
+            block=self.generation_block,
+            device=self.device,
+        )
 
-    def protocol(self) -> dict[str, Any]:
-        """How images are generated, for the record of a score."""
-        return {
-            "sampler": type(self.sampler).__name__,
+    def protocol(self, setting: int = 0) -> dict[str, Any]:
+        """How the images of one of the `settings` are generated, for the record of a score."""
+        return self.settings[setting].describe() | {
+            "sampler": self.sampler.describe(),
             "steps": self.sampler.steps,
-            "guidance": self.guidance.describe(),
-            "weights": "ema",
-            "ema_decay": self.ema.decay,
             "autoencoder": type(self.autoencoder).__name__,
             "precision": str(self.trainer.precision),
             "step": self.steps_taken,
             "images_seen": self.images_seen,
+            "wall_clock_seconds": round(self.clock.wall_clock, 3),
+            "training_seconds": round(self.clock.training_seconds, 3),
         }
 
 

@@ -45,6 +45,10 @@ class Sampler(abc.ABC):
     def step(self, velocity: VelocityField, x_t: Tensor, t: float, s: float, draw: Draw) -> Tensor:
         """The state (B, C, H, W) at time s < t."""
 
+    def describe(self) -> str:
+        """Name and what else than the number of steps sets it apart, for the record of a score."""
+        return type(self).__name__
+
     @torch.no_grad()
     def __call__(self, velocity: VelocityField, noise: Tensor, draw: Draw) -> Tensor:
         """Carry ``noise`` (B, C, H, W) to data: float64, same shape.
@@ -107,6 +111,9 @@ class EulerMaruyama(Sampler):
         if not 0 < last_step < 1:
             raise UserError(f"last_step={last_step}: must be in (0, 1)")
         self.interpolant, self.last_step = interpolant, last_step
+
+    def describe(self) -> str:
+        return f"EulerMaruyama(last_step={self.last_step:g})"
 
     def times(self) -> list[float]:
         grid = torch.linspace(1, self.last_step, self.steps, dtype=torch.float64)

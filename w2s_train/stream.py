@@ -75,6 +75,37 @@ def read_shard(url: str) -> Iterator[Sample]:
         yield from wds.tariterators.group_by_keys(wds.tariterators.tar_file_expander(source))
 
 
+class ShardImages(IterableDataset):
+    """Every image of some shards once: this process's shards, one after another, nothing shuffled.
+
+    Items are ``{"image": (C, H, W) float32 in [-1, 1], "place": (shard, number in the shard),
+    "encoding": "png" and the like}``.
+
+    Args:
+        urls: Shards.
+        rank: This process, of ``world_size``.
+        world_size: Number of processes.
+        num_classes: Labels are 0 ... num_classes - 1.
+    """
+
+    def __init__(self, urls: list[str], *, rank: int, world_size: int, num_classes: int) -> None:
+        self.urls, self.rank, self.world_size = urls, rank, world_size
+        self.num_classes = num_classes
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        slot, slots = self.rank * workers + worker, self.world_size * workers
+        for shard in range(slot, len(self.urls), slots):
+            for number, sample in enumerate(read_shard(self.urls[shard])):
+                encoding = next((kind for kind in IMAGE_TYPES if kind in sample), None)
+                if encoding is None:
+                    types = ", ".join(IMAGE_TYPES)
+                    raise UserError(f"urls={self.urls[shard]}: must hold images, one of {types}")
+                image = decode(sample, self.num_classes)["image"]
+                yield {"image": image, "place": (shard, number), "encoding": encoding}
+
+
 class ShardStream(IterableDataset):
     """Endless shuffled batches for one rank.
 

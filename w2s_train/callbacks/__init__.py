@@ -2,22 +2,29 @@
 
 from w2s_train.callbacks.fid import FID
 from w2s_train.callbacks.graceful_stop import GracefulStop
-from w2s_train.callbacks.image_writer import ImageWriter
 from w2s_train.callbacks.leaves import LeavesScores
 from w2s_train.callbacks.metrics_csv import MetricsCSV
 from w2s_train.callbacks.progress import Progress
+from w2s_train.callbacks.reference_writer import ReferenceWriter
+from w2s_train.callbacks.resumable_evaluation import ResumableEvaluation
 from w2s_train.callbacks.run_record import RunRecord
 from w2s_train.callbacks.sample_grid import SampleGrid
+from w2s_train.callbacks.sample_writer import GridWriter, ImageWriter, NpzWriter, ShardWriter
 from w2s_train.callbacks.step_seed import StepSeed
 
 __all__ = [
     "FID",
     "GracefulStop",
+    "GridWriter",
     "ImageWriter",
     "LeavesScores",
     "MetricsCSV",
+    "NpzWriter",
     "Progress",
+    "ReferenceWriter",
+    "ResumableEvaluation",
     "RunRecord",
     "SampleGrid",
+    "ShardWriter",
     "StepSeed",
 ]

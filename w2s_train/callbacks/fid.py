@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from w2s_train.callbacks.run_record import append_scores, git_commit
+from w2s_train.callbacks.run_record import SCHEMA, append_scores, git_commit
+from w2s_train.callbacks.scorer import Scorer, gather
 from w2s_train.errors import UserError
 from w2s_train.features import FeatureExtractor
 from w2s_train.frechet import Moments, Reference, frechet_distance
+from w2s_train.metrics import FeatureMetric
 
 
 class FeatureSums(Metric):
@@ -40,24 +43,39 @@ class FeatureSums(Metric):
         self.outer += features.T @ features
         self.count += len(features)
 
+    def add(self, total: Tensor, outer: Tensor, count: Tensor) -> None:
+        """Take in the sums of features that were seen elsewhere."""
+        # As an update, so that the metric knows that it has seen something.
+        self.total += total.to(self.total)
+        self.outer += outer.to(self.outer)
+        self.count += count.to(self.count)
+        self._update_count += 1
+
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """The three sums over everything seen by all processes."""
         return self.total, self.outer, self.count
 
 
-class FID(Callback):
-    """Scores the images of every validation and appends the score to ``scores.json``.
+class FID(Scorer):
+    """Scores the images of every validation and appends the scores to ``scores.json``.
 
-    The score is named by the extractor: "fid" for Inception, "fd_..." for others. It is logged as
-    ``val/<name>``.
+    The Fréchet distance is named by the extractor: "fid" for Inception, "fd_..." for others; with
+    fewer images than its protocol asks for, "fid@5k" and the like. It is logged as ``val/<name>``.
 
     Args:
         reference: Statistics file (``.npz``) made with the same extractor.
         features: The feature extractor.
+        metrics: Further scores of the same features, such as `w2s_train.metrics.KernelDistance`.
     """
 
-    def __init__(self, reference: str, features: FeatureExtractor) -> None:
+    def __init__(
+        self,
+        reference: str,
+        features: FeatureExtractor,
+        metrics: list[FeatureMetric] | None = None,
+    ) -> None:
         self.reference_path, self.extractor = Path(reference), features
+        self.metrics = metrics or []
 
     def check_files(self) -> None:
         """Refuse files that are not there, without reading them.
@@ -70,7 +88,7 @@ class FID(Callback):
         self.extractor.check_files()
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Load extractor and reference, and refuse a pair that does not belong together."""
+        """Load extractor and reference, and refuse what does not belong together."""
         if stage == "predict":
             return
         self.extractor.load()
@@ -80,58 +98,115 @@ class FID(Callback):
             raise UserError(
                 f"reference={self.reference_path}: was made with {made_with}, must be {ours}"
             )
-        self.sums = FeatureSums(self.extractor.num_features)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start with empty sums, on the device of the module."""
-        self.extractor.to(pl_module.device)
-        self.sums.to(pl_module.device).reset()
-        self.began = time.perf_counter()
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Take in the images of one batch, (B, C, H, W) uint8."""
-        self.sums.update(self.extractor(outputs))
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Compute, log and append the score."""
-        if trainer.sanity_checking:
-            return
-        total, outer, count = (state.cpu() for state in self.sums.compute())
-        if count < 2:
-            raise UserError(f"num_generated={int(count)}: must be at least 2 for a covariance")
-        generated = Moments.from_sums(total, outer, int(count))
-        distance = frechet_distance(generated, self.reference.moments)
-        # Float64 sums over another grouping of the same features differ in their last bits, and the
-        # root in the distance magnifies that to about 1e-9: keep the digits that are always equal.
-        score = float(f"{distance:.6g}")
-        pl_module.record({f"val/{self.extractor.metric}": score})
-        if trainer.is_global_zero:
-            append_scores(
-                Path(trainer.default_root_dir), [self._entry(score, generated.n, pl_module)]
+        data = getattr(trainer, "datamodule", None)
+        made_of = self.reference.fingerprint["dataset"]
+        if data is not None and made_of != data.dataset:
+            raise UserError(
+                f"reference={self.reference_path}: was made of {made_of}, must be of {data.dataset}"
+            )
+        names = [type(m).__name__ for m in self.metrics if m.needs_reference]
+        if names and not len(self.reference.features):
+            raise UserError(
+                f"reference={self.reference_path}: holds no features of single images, which "
+                f"{names[0]} needs; make it with lightning reference"
             )
 
-    on_test_start = on_validation_start
-    on_test_batch_end = on_validation_batch_end
-    on_test_end = on_validation_end
+    def describe(self) -> str:
+        """What is computed from the images."""
+        names = [type(metric).__name__ for metric in self.metrics]
+        return " ".join([self.extractor.describe(), *names])
 
-    def _entry(self, score: float, n: int, pl_module: Any) -> dict[str, Any]:
+    def begin(self, trainer: Trainer, module: Any) -> None:
+        """Start with empty sums, on the device of the module."""
+        self.extractor.to(module.device)
+        size = self.extractor.num_features
+        self.sums = [FeatureSums(size).to(module.device) for _ in self.plans]
+        self.kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.plans]
+        self.began = time.perf_counter()
+
+    def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
+        """Take in the features of one batch."""
+        shape = "x".join(str(side) for side in images.shape[1:])
+        made_of = self.reference.fingerprint.get("images", shape)
+        if made_of != shape:
+            raise UserError(
+                f"reference={self.reference_path}: was made of images {made_of}, must be {shape} "
+                "(channels, height, width)"
+            )
+        features = self.extractor(images)
+        self.sums[group].update(features)
+        if self.metrics:
+            self.kept[group].append((batch["index"].cpu(), features.cpu()))
+
+    def state(self) -> Any:
+        """Sums and features of every group."""
+        sums = [{"total": s.total, "outer": s.outer, "count": s.count} for s in self.sums]
+        return {"sums": sums, "kept": [[list(part) for part in parts] for parts in self.kept]}
+
+    def merge(self, state: Any) -> None:
+        """Add those of another process."""
+        for mine, other in zip(self.sums, state["sums"], strict=True):
+            mine.add(**other)
+        for kept, parts in zip(self.kept, state["kept"], strict=True):
+            kept += [(index, features) for index, features in parts]
+
+    def score(self, trainer: Trainer, module: Any) -> None:
+        """Compute, log and append the scores of every group."""
+        entries = []
+        for group, plan in enumerate(self.plans):
+            scores = self._scores(group, trainer)
+            tag = "" if group == 0 else f" ({module.settings[plan.setting].name}, {plan.seeds[0]})"
+            module.record({f"val/{name}{tag}": value for name, value in scores.items()})
+            entries += [self._entry(name, value, group, module) for name, value in scores.items()]
+        if trainer.is_global_zero:
+            append_scores(Path(trainer.default_root_dir), entries)
+
+    def _scores(self, group: int, trainer: Trainer) -> dict[str, float]:
+        total, outer, count = (state.cpu() for state in self.sums[group].compute())
+        n, suffix = int(count), self._suffix(int(count))
+        if n < 2:
+            raise UserError(f"num_generated={n}: must be at least 2 for a covariance")
+        if n <= self.extractor.num_features:
+            rank_zero_warn(
+                f"{n:,} images are too few for a covariance of {self.extractor.num_features:,} "
+                "features: the distance is far too large, and comparable at equal numbers only"
+            )
+        moments = Moments.from_sums(total, outer, n)
+        scores = {self.extractor.metric: frechet_distance(moments, self.reference.moments)}
+        if self.metrics:
+            parts = [part for share in gather(self.kept[group], trainer) for part in share]
+            order = torch.cat([index for index, _ in parts]).argsort()
+            features = torch.cat([features for _, features in parts])[order]
+            device = next(self.extractor.parameters()).device
+            generated, reference = features.to(device), self.reference.features.to(device)
+            for metric in self.metrics:
+                found = metric.compute(generated, reference, self.extractor)
+                scores |= {self._name(name): value for name, value in found.items()}
+        # Float64 sums over another grouping of the same features differ in their last bits, and the
+        # root in the distance magnifies that to about 1e-9: keep the digits that are always equal.
+        return {f"{name}{suffix}": float(f"{value:.6g}") for name, value in scores.items()}
+
+    def _name(self, metric: str) -> str:
+        """Of another metric: plain for FID's Inception, else with the features it is made of."""
+        features = self.extractor.metric.removeprefix("fd_").removeprefix("fid").strip("_")
+        return f"{metric}_{features}" if features else metric
+
+    def _suffix(self, n: int) -> str:
+        """What sets a score of fewer images than its protocol's apart."""
+        if n >= (self.extractor.protocol_images or 0):
+            return ""
+        return f"@{n // 1000}k" if n % 1000 == 0 else f"@{n}"
+
+    def _entry(self, name: str, value: float, group: int, module: Any) -> dict[str, Any]:
         """One element of ``scores.json``."""
-        protocol = pl_module.protocol() | {
+        plan = self.plans[group]
+        protocol = module.protocol(plan.setting) | {
             "extractor": self.extractor.describe(),
             "reference": self.reference.fingerprint,
-            "n": n,
-            "seeds": [0, n - 1],
+            "n": len(plan),
+            "seeds": [plan.seeds[0], plan.seeds[-1]],
             "evaluation_seconds": round(time.perf_counter() - self.began, 3),
-            "wall_clock_seconds": round(pl_module.wall_clock(), 3),
             "git_commit": git_commit(),
         }
         shared = {key: protocol[key] for key in ("step", "weights", "guidance")}
-        return {"metric": self.extractor.metric, "value": score, **shared, "protocol": protocol}
+        return {"schema": SCHEMA, "metric": name, "value": value, **shared, "protocol": protocol}

@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 from torch import Tensor
 
 from w2s_train.autoencoder import Vectors
-from w2s_train.callbacks.run_record import append_scores, git_commit
+from w2s_train.callbacks.run_record import SCHEMA, append_scores, git_commit
+from w2s_train.callbacks.scorer import Scorer, gather
 from w2s_train.errors import UserError
+from w2s_train.generation import Setting
 from w2s_train.guidance import VelocityField
 from w2s_train.interpolant import Interpolant
 from w2s_train.leaves import Leaves
@@ -69,7 +71,7 @@ def velocity_errors(
     return errors
 
 
-class LeavesScores(Callback):
+class LeavesScores(Scorer):
     """Scores the points of every validation and appends the scores to ``scores.json``.
 
     Args:
@@ -79,7 +81,6 @@ class LeavesScores(Callback):
 
     def __init__(self, num_classes: int, depth: int) -> None:
         self.leaves = Leaves(num_classes, depth)
-        self.batches: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def check_model(self, module: Any) -> None:
         """Refuse a network for other data.
@@ -98,69 +99,72 @@ class LeavesScores(Callback):
                 "w2s_train.autoencoder.Vectors"
             )
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the points (B, 2, 1, 1) of one batch, and their seeds."""
-        y = batch["label"].cpu()
-        if pl_module.unconditional:
-            y = torch.full_like(y, self.leaves.num_classes)
-        self.batches.append((outputs.flatten(1).cpu(), y, batch["seed"].cpu()))
+    def describe(self) -> str:
+        """The density."""
+        return f"leaves({self.leaves.num_classes}, {self.leaves.depth})"
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Compute, log and append the scores."""
-        shares = [self.batches]
-        if trainer.world_size > 1:
-            shares = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(shares, self.batches)
-        self.batches = []
-        parts = zip(*(batch for share in shares for batch in share), strict=True)
-        x, y, seeds = (torch.cat(part) for part in parts)
-        order = torch.argsort(seeds)  # whatever the number of processes
-        x, y = x[order], y[order]
-        scores = sample_scores(self.leaves, x, y)
-        scores["velocity_error"] = self._velocity_error(pl_module)
-        scores = {name: float(f"{value:.5g}") for name, value in scores.items()}
-        pl_module.record({f"val/{name}": value for name, value in scores.items()})
+    def begin(self, trainer: Trainer, module: Any) -> None:
+        """Start with no points."""
+        self.batches: list[list[Any]] = [[] for _ in self.plans]
+        self.null = self.leaves.num_classes if module.unconditional else None
+
+    def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
+        """Keep the points (B, 2, 1, 1) of one batch, and their places in the plan."""
+        y = batch["label"].cpu()
+        if self.null is not None:
+            y = torch.full_like(y, self.null)
+        self.batches[group].append([images.flatten(1).cpu(), y, batch["index"].cpu()])
+
+    def state(self) -> Any:
+        """Points of every group."""
+        return self.batches
+
+    def merge(self, state: Any) -> None:
+        """Add those of another process."""
+        for mine, other in zip(self.batches, state, strict=True):
+            mine += other
+
+    def score(self, trainer: Trainer, module: Any) -> None:
+        """Compute, log and append the scores of every group."""
+        entries = []
+        for group, plan in enumerate(self.plans):
+            shares = gather(self.batches[group], trainer)
+            parts = zip(*(batch for share in shares for batch in share), strict=True)
+            x, y, index = (torch.cat(part) for part in parts)
+            order = index.argsort()  # whatever the number of processes
+            scores = sample_scores(self.leaves, x[order], y[order])
+            scores["velocity_error"] = self._velocity_error(module, module.settings[plan.setting])
+            scores = {name: float(f"{value:.5g}") for name, value in scores.items()}
+            tag = "" if group == 0 else f" ({module.settings[plan.setting].name}, {plan.seeds[0]})"
+            module.record({f"val/{name}{tag}": value for name, value in scores.items()})
+            entries += [self._entry(name, v, plan, module) for name, v in scores.items()]
         if trainer.is_global_zero:
-            entries = [self._entry(name, v, len(y), pl_module) for name, v in scores.items()]
             append_scores(Path(trainer.default_root_dir), entries)
 
-    on_test_batch_end = on_validation_batch_end
-    on_test_end = on_validation_end
-
     @torch.no_grad()
-    def _velocity_error(self, pl_module: Any) -> float:
+    def _velocity_error(self, module: Any, setting: Setting) -> float:
         """Mean over times of the error of what is sampled, on 2,000 points."""
         y = torch.arange(2000) % self.leaves.num_classes
-        if pl_module.unconditional:
-            y = torch.full_like(y, self.leaves.num_classes)
-        times = pl_module.sampler.times()
-        field = pl_module.guidance.field(pl_module.ema.module, y.to(pl_module.device), times)
+        if self.null is not None:
+            y = torch.full_like(y, self.null)
+        times = module.sampler.times()
+        field = setting.guidance.field(setting.network, y.to(module.device), times)
 
         def on_host(x_t: Tensor, t: float, start: float) -> Tensor:
             start = min(time for time in times if time >= t)  # of the step that t falls into
-            return field(x_t.to(pl_module.device), t, start).cpu()
+            return field(x_t.to(module.device), t, start).cpu()
 
-        with pl_module.trainer.precision_plugin.forward_context():
-            errors = velocity_errors(self.leaves, on_host, y, pl_module.objective.interpolant)
+        with module.trainer.precision_plugin.forward_context():
+            errors = velocity_errors(self.leaves, on_host, y, module.objective.interpolant)
         return sum(errors) / len(errors)
 
-    def _entry(self, name: str, value: float, n: int, pl_module: Any) -> dict[str, Any]:
+    def _entry(self, name: str, value: float, plan: Any, module: Any) -> dict[str, Any]:
         """One element of ``scores.json``."""
-        data = f"leaves({self.leaves.num_classes}, {self.leaves.depth})"
-        protocol = pl_module.protocol() | {
-            "reference": data,
-            "n": n,
-            "seeds": [0, n - 1],
-            "wall_clock_seconds": round(pl_module.wall_clock(), 3),
+        protocol = module.protocol(plan.setting) | {
+            "reference": self.describe(),
+            "n": len(plan),
+            "seeds": [plan.seeds[0], plan.seeds[-1]],
             "git_commit": git_commit(),
         }
         shared = {key: protocol[key] for key in ("step", "weights", "guidance")}
-        return {"metric": name, "value": value, **shared, "protocol": protocol}
+        return {"schema": SCHEMA, "metric": name, "value": value, **shared, "protocol": protocol}

@@ -1,5 +1,6 @@
 """Steps, loss, images per second and remaining time: a bar in a terminal, lines elsewhere."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -78,7 +79,7 @@ class Progress(ProgressBar):
         """Open a bar over this rank's images."""
         self._open()
         counts = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-        self._start_generation(sum(int(n) for n in counts))
+        self._start_generation(sum(counts))
 
     def on_validation_batch_end(
         self,
@@ -90,12 +91,19 @@ class Progress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the batch."""
+        self.images += len(outputs)
+        now, note = time.monotonic(), f"{self.images:,} images"
         if self.bar is not None:
-            self.bar.advance(self.generation)
+            self.bar.update(self.generation, advance=1, note=note)
+        elif self.enabled and now - self.printed > self.seconds:
+            self.printed = now
+            rate = self.images / (now - self.generation_began)
+            print(f"{note} on this process, {rate:,.0f} a second", flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Say how it went, and go back to training."""
         numbers = {k: v for k, v in pl_module.last_metrics.items() if k.startswith("val/")}
+        numbers.pop("val/evaluation_share", None)  # of the evaluation before this one
         scores = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
         seconds = time.monotonic() - self.generation_began
         if self.bar is not None:
@@ -114,7 +122,7 @@ class Progress(ProgressBar):
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open a bar over this rank's images."""
         self._open()
-        self._start_generation(sum(int(n) for n in trainer.num_predict_batches))
+        self._start_generation(sum(trainer.num_predict_batches))
 
     on_predict_batch_end = on_validation_batch_end
 
@@ -136,14 +144,16 @@ class Progress(ProgressBar):
             self.bar.stop()
             self.bar = None
 
-    def _task(self, name: str, total: int, completed: int = 0) -> Any:
+    def _task(self, name: str, total: int | None, completed: int = 0) -> Any:
         if self.bar is None:
             return None
         return self.bar.add_task(name, total=total, completed=completed, note="")
 
-    def _start_generation(self, batches: int) -> None:
-        self.generation = self._task("generate", batches)
-        self.generation_began = time.monotonic()
+    def _start_generation(self, batches: float) -> None:
+        """A stream of unknown length has infinitely many batches."""
+        self.generation = self._task("images", None if batches == math.inf else int(batches))
+        self.generation_began = self.printed = time.monotonic()
+        self.images = 0
 
     def _reset_clock(self, trainer: Trainer) -> None:
         self.clock = (trainer.global_step, time.monotonic())

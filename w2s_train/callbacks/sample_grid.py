@@ -1,18 +1,35 @@
 """An image grid per validation."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from w2s_train.callbacks.scorer import Scorer, gather
 from w2s_train.errors import UserError
 
 
-class SampleGrid(Callback):
+def image_grid(images: Tensor, columns: int, scale: int) -> Tensor:
+    """Images (N, C, H, W) uint8 row by row, as one of float32 (3, H', W') in [0, 1].
+
+    Args:
+        images: What to show.
+        columns: Images per row.
+        scale: Each pixel becomes a square of this side.
+    """
+    large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return make_grid(large.float() / 255, nrow=columns, padding=2, pad_value=0.5)
+
+
+class SampleGrid(Scorer):
     """Writes the first images of the generation plan as ``grids/step-XXXXXX.png``.
+
+    Of several settings (weights, guidances) each gets a grid, from the same seeds.
 
     Args:
         num_images: How many; seeds 0 ... num_images - 1.
@@ -28,42 +45,45 @@ class SampleGrid(Callback):
             if value < 1:
                 raise UserError(f"{name}={value}: must be at least 1")
         self.num_images, self.columns, self.scale = num_images, columns, scale
-        self.images: dict[int, torch.Tensor] = {}
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: dict[str, torch.Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep this rank's share of the first images."""
-        for seed, image in zip(batch["seed"].tolist(), outputs, strict=True):
+    def describe(self) -> str:
+        """What is kept of the images."""
+        return f"grid of {self.num_images}"
+
+    def begin(self, trainer: Trainer, module: Any) -> None:
+        """Start with no images."""
+        self.images: dict[int, dict[int, Tensor]] = {}  # setting -> seed -> image
+
+    def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
+        """Keep this process's share of the first images."""
+        for seed, image in zip(batch["seed"].tolist(), images, strict=True):
             if seed < self.num_images:
-                self.images[seed] = image.cpu()
+                self.images.setdefault(self.plans[group].setting, {})[seed] = image.cpu()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Put the shares of all ranks together and write the grid."""
-        shares = [self.images]
-        if trainer.world_size > 1:
-            shares = [{} for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(shares, self.images)
-        self.images = {}
+    def state(self) -> Any:
+        """Images by setting and seed."""
+        return self.images
+
+    def merge(self, state: Any) -> None:
+        """Add those of another process."""
+        for setting, images in state.items():
+            self.images.setdefault(setting, {}).update(images)
+
+    def score(self, trainer: Trainer, module: Any) -> None:
+        """Put the shares of all processes together and write the grids."""
+        shares = gather(self.images, trainer)
         if not trainer.is_global_zero:
             return
-        merged = {seed: image for share in shares for seed, image in share.items()}
-        images = torch.stack([merged[seed] for seed in sorted(merged)]).float() / 255
-        large = images.repeat_interleave(self.scale, 2).repeat_interleave(self.scale, 3)
         folder = Path(trainer.default_root_dir) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{pl_module.steps_taken:06d}.png"
-        grid = make_grid(large, nrow=self.columns, padding=2, pad_value=0.5)
-        save_image(grid, path)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", grid, pl_module.steps_taken)
-
-    on_test_batch_end = on_validation_batch_end
-    on_test_end = on_validation_end
+        for number, setting in enumerate(module.settings):
+            found = {k: v for share in shares for k, v in share.get(number, {}).items()}
+            images = torch.stack([found[seed] for seed in sorted(found)])
+            grid = image_grid(images, self.columns, self.scale)
+            name = re.sub(r"[^\w.]+", "-", setting.name).strip("-") if number else ""
+            stem = f"step-{module.steps_taken:06d}"
+            save_image(grid, folder / f"{'-'.join(filter(None, (stem, name)))}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    tag = f"samples {name}".strip()
+                    logger.experiment.add_image(tag, grid, module.steps_taken)

@@ -1,0 +1,221 @@
+"""Scores that do not depend on processes, batches or interruptions; several settings in one go."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+from w2s_train.clock import FitClock
+from w2s_train.module import DiffusionModule
+from w2s_train.plan import GenerationPlan, Remaining
+
+CALLBACKS = """
+trainer:
+  callbacks:
+    - class_path: w2s_train.callbacks.FID
+      init_args:
+        reference: {reference}
+        features:
+          class_path: w2s_train.features.ClassifierFeatures
+          init_args: {{weights: data/digits/classifier.safetensors}}
+        metrics:
+          - {{class_path: w2s_train.metrics.KernelDistance, init_args: {{subset_size: 40}}}}
+          - {{class_path: w2s_train.metrics.PrecisionRecall}}
+          - {{class_path: w2s_train.metrics.InceptionScore, init_args: {{splits: 2}}}}
+    - class_path: w2s_train.callbacks.SampleGrid
+      init_args: {{num_images: 20, columns: 10}}
+    - {{class_path: w2s_train.callbacks.ResumableEvaluation, init_args: {{every: 0}}}}
+"""
+SETTINGS = """
+model:
+  scored_weights: [ema, raw]
+  ema_decay: [0.5, 0.9]
+  guidance:
+    - {class_path: w2s_train.guidance.Unguided}
+    - {class_path: w2s_train.guidance.ClassifierFree, init_args: {scale: 3.0}}
+data: {sampling_seeds: 2, num_generated: 50}
+"""
+
+
+def scores(folder: Path) -> list[dict]:
+    return json.loads((folder / "scores.json").read_text())
+
+
+def numbers(entries: list[dict]) -> list[tuple]:
+    return [
+        (s["metric"], s["value"], s["weights"], s["guidance"], s["protocol"]["seeds"])
+        for s in entries
+    ]
+
+
+@pytest.fixture
+def metrics(command, tmp_path: Path) -> Path:
+    """An overlay with all metrics, and a reference that `lightning reference` made for it."""
+    path = tmp_path / "metrics.yaml"
+    path.write_text(CALLBACKS.format(reference=tmp_path / "reference.npz"))
+    command("reference", "-c", str(path), "--keep_features=200")
+    return path
+
+
+def test_all_settings_in_one_go(command, metrics: Path, tmp_path: Path):
+    """Each setting and seed range scores as it does alone."""
+    (tmp_path / "settings.yaml").write_text(SETTINGS)
+    overlays = ["-c", str(metrics), "-c", str(tmp_path / "settings.yaml")]
+    folder = command("fit", *overlays, "--model.label_dropout=0.5")
+    fitted = len(scores(folder))
+    assert fitted == 2 * 3 * 2 * 2 * 5  # evaluations, weights, guidances, seed ranges, metrics
+    command("validate", *overlays, "--ckpt_path=last", "--data.generation_batch_size=7")
+    every = numbers(scores(folder)[fitted:])
+    assert every == numbers(scores(folder)[fitted // 2 : fitted])
+    assert len({value for metric, value, *_ in every if metric == "fd_digits"}) == 12
+    guided = (
+        "--model.guidance={class_path: w2s_train.guidance.ClassifierFree, init_args: {scale: 3}}"
+    )
+    command("validate", *overlays, guided, "--model.scored_weights=[raw]", "--ckpt_path=last")
+    alone = numbers(scores(folder)[-10:])
+    assert alone == [s for s in every if s[2] == "raw" and s[3] != "none"]
+    grids = sorted(path.name for path in (folder / "grids").glob("step-000006*"))
+    assert len(grids) == 6 and "step-000006.png" in grids
+
+
+@pytest.mark.parametrize("options", [(), ("--data.generation_batch_size=11",)])
+def test_an_interrupted_evaluation_goes_on(command, metrics: Path, monkeypatch, options):
+    """The same scores and grid, and nothing is generated twice."""
+    folder = command("fit", "-c", str(metrics))
+    expected, grid = scores(folder)[-5:], (folder / "grids/step-000006.png").read_bytes()
+    (folder / "grids/step-000006.png").unlink()
+    generate, seeds = DiffusionModule.generate, []
+
+    def watched(self, batch: list[int], *rest: Any):
+        if len(seeds) >= 40 and not resumed:
+            raise RuntimeError("stopped")
+        seeds.extend(batch)
+        return generate(self, batch, *rest)
+
+    monkeypatch.setattr(DiffusionModule, "generate", watched)
+    resumed = False
+    arguments = ("validate", "-c", str(metrics), "--ckpt_path=last", *options)
+    with pytest.raises(RuntimeError, match="stopped"):
+        command(*arguments)
+    assert 40 <= len(seeds) < 90
+    assert numbers(scores(folder)) != [] and len(list((folder / "evaluation").glob("*/*.pt"))) == 1
+    resumed = True
+    command(*arguments)
+    assert sorted(seeds) == list(range(90))
+    assert numbers(scores(folder)[-5:]) == numbers(expected)
+    assert (folder / "grids/step-000006.png").read_bytes() == grid
+    assert not (folder / "evaluation").exists()
+
+
+def test_another_checkpoint_does_not_take_over(command, metrics: Path, monkeypatch):
+    """What an interrupted evaluation left belongs to its weights alone."""
+    folder = command("fit", "-c", str(metrics))
+    expected = numbers(scores(folder)[:5])
+    generate = DiffusionModule.generate
+
+    def broken(self, batch: list[int], *rest: Any):
+        if batch[0] >= 32:
+            raise RuntimeError("stopped")
+        return generate(self, batch, *rest)
+
+    monkeypatch.setattr(DiffusionModule, "generate", broken)
+    with pytest.raises(RuntimeError, match="stopped"):
+        command("validate", "-c", str(metrics), "--ckpt_path=last")
+    monkeypatch.setattr(DiffusionModule, "generate", generate)
+    command("validate", "-c", str(metrics), f"--ckpt_path={folder}/checkpoints/step-000003.ckpt")
+    assert numbers(scores(folder)[-5:]) == expected
+
+
+def test_a_fit_finishes_the_evaluation_it_was_stopped_in(command, metrics: Path, monkeypatch):
+    """Lightning alone would go on with training, and the score would be missing."""
+    whole = command("fit", "-c", str(metrics), folder="whole")
+    generate = DiffusionModule.generate
+    calls = []
+
+    def broken(self, batch: list[int], *rest: Any):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise RuntimeError("stopped")
+        return generate(self, batch, *rest)
+
+    monkeypatch.setattr(DiffusionModule, "generate", broken)
+    with pytest.raises(RuntimeError, match="stopped"):
+        command("fit", "-c", str(metrics))
+    part = command("fit", "-c", str(metrics), "--ckpt_path=last")
+    assert numbers(scores(part)) == numbers(scores(whole))
+    assert [s["step"] for s in scores(part)] == [3] * 5 + [6] * 5
+    states = [
+        torch.load(f / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for f in (part, whole)
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_resumed_on_two_processes(command, metrics: Path):
+    """SIGKILL, then two processes go on: the same scores."""
+    folder = command("fit", "-c", str(metrics))
+    expected = numbers(scores(folder)[-5:])
+    arguments = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml", "-c", str(metrics)]
+    arguments += ["--ckpt_path", "last", "--trainer.default_root_dir", str(folder)]
+    start = [sys.executable, "-m", "w2s_train", "validate", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    small = ["--data.generation_batch_size=1", "--model.sampler.init_args.steps=2"]
+    process = subprocess.Popen([*start, *small], cwd=ROOT, env=environment)
+    deadline = time.monotonic() + 120
+    while not list((folder / "evaluation").glob("*/*.pt")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(scores(folder)) == 10
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = subprocess.run([*start, *two], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "of 90 images were taken in before" in done.stdout + done.stderr
+    assert numbers(scores(folder)[-5:]) == expected
+
+
+def test_shares_of_a_plan():
+    """Whatever is done already and however many processes: every index once."""
+    plan = GenerationPlan(range(100, 123), [3, 5])
+    assert plan[4] == {"index": 4, "seed": 104, "label": 3, "setting": 0}
+    for world_size in (1, 2, 3, 5):
+        for done in (set(), {0, 1, 7}, set(range(22)), set(range(23))):
+            found = []
+            for rank in range(world_size):
+                sampler = Remaining(plan, rank, world_size)
+                sampler.done = done
+                found += list(sampler)
+            assert sorted(found) == sorted(set(range(23)) - done)
+
+
+def test_clock(monkeypatch):
+    """Evaluation is part of the wall clock, over restarts; scoring a finished run is not."""
+    now = [0.0]
+    monkeypatch.setattr("w2s_train.clock.time.monotonic", lambda: now[0])
+    clock = FitClock()
+    clock.start_evaluation()
+    now[0] = 5.0
+    assert clock.evaluation_seconds == 0
+    clock.end_evaluation()
+    clock.start()
+    now[0] = 15.0
+    clock.start_evaluation()
+    now[0] = 18.0
+    assert (clock.wall_clock, clock.evaluation_seconds, clock.training_seconds) == (13, 3, 10)
+    clock.end_evaluation()
+    again = FitClock()
+    again.load_state_dict(clock.state_dict())
+    again.start()
+    now[0] = 20.0
+    assert (again.wall_clock, again.training_seconds) == (15, 12)
+    assert again.evaluation_share == pytest.approx(3 / 15)

@@ -1,0 +1,100 @@
+"""Reference statistics of a data set, for `lightning reference`."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from w2s_train.callbacks.fid import FID, FeatureSums
+from w2s_train.callbacks.scorer import gather
+from w2s_train.errors import UserError
+from w2s_train.frechet import Moments, Reference
+
+VERSIONS = ("torch", "torchvision", "clean-fid", "pillow")
+
+
+class ReferenceWriter(Callback):
+    """Takes in every image of a data set once and writes its statistics.
+
+    Args:
+        fid: Whose extractor is used.
+        output: File to write.
+        dataset: Name of the data set.
+        split: Name of its part.
+        keep: Features of at most so many images are kept one by one, for metrics that compare
+            single images. Which ones depends on the data set alone.
+    """
+
+    def __init__(self, fid: FID, output: Path, *, dataset: str, split: str, keep: int) -> None:
+        self.extractor, self.output = fid.extractor, output
+        self.dataset, self.split, self.keep = dataset, split, keep
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the extractor."""
+        self.extractor.load()
+        self.extractor.to(pl_module.device)
+        self.sums = FeatureSums(self.extractor.num_features).to(pl_module.device)
+        self.kept = (torch.zeros(0, dtype=torch.float64), torch.zeros(0, self.sums.total.numel()))
+        self.shapes: set[str] = set()
+        self.encodings: set[str] = set()
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take in one batch."""
+        images: Tensor = outputs
+        features = self.extractor(images)
+        self.sums.update(features)
+        self.shapes.add("x".join(str(side) for side in images.shape[1:]))
+        self.encodings |= set(batch["encoding"])
+        # A random subset: the smallest of one random number an image, fixed by its place.
+        numbers = torch.tensor(
+            [np.random.default_rng((0, *place)).random() for place in batch["place"]],
+            dtype=torch.float64,
+        )
+        self.kept = self._smallest([self.kept, (numbers, features.cpu())])
+
+    def _smallest(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        numbers = torch.cat([numbers for numbers, _ in parts])
+        features = torch.cat([features for _, features in parts])
+        order = numbers.argsort()[: self.keep]
+        return numbers[order], features[order]
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the processes' shares together and write the file."""
+        total, outer, count = (state.cpu() for state in self.sums.compute())
+        shares = gather((self.kept, self.shapes, self.encodings), trainer)
+        if not trainer.is_global_zero:
+            return
+        shapes = {shape for share in shares for shape in share[1]}
+        if len(shapes) != 1 or count < 2:
+            raise UserError(
+                f"images={sorted(shapes)}: must be two images or more of one shape "
+                f"(channels, height, width); these are {int(count)}"
+            )
+        encodings = {encoding for share in shares for encoding in share[2]}
+        fingerprint: dict[str, str | int] = {
+            "dataset": self.dataset,
+            "split": self.split,
+            "n": int(count),
+            "images": shapes.pop(),
+            "resize": "as stored",
+            "encoding": ", ".join(sorted(encodings)),
+            "extractor": self.extractor.describe(),
+            "versions": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in VERSIONS),
+        }
+        _, features = self._smallest([share[0] for share in shares])
+        moments = Moments.from_sums(total, outer, int(count))
+        Reference(moments, fingerprint, features).save(self.output)
+        rank_zero_info(f"{self.output}: {int(count):,} images, {self.extractor.describe()}")

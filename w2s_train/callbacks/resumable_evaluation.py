@@ -1,0 +1,152 @@
+"""An evaluation that was stopped goes on where it was."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from w2s_train.callbacks.scorer import Scorer, validation_loaders
+from w2s_train.errors import UserError
+from w2s_train.models.saved import read_file
+
+
+class ResumableEvaluation(Callback):
+    """Keeps what the scorers have so far, in ``evaluation/KEY`` of the run folder.
+
+    The key stands for weights and protocol, so that nothing of another evaluation is ever used.
+    Each process writes a file of its own, whole or not at all. The next start, on any number of
+    processes, generates what is missing. It must stand after the scorers among the callbacks.
+
+    Args:
+        every: Seconds between two saves; 0 saves after each batch.
+
+    Raises:
+        UserError: ``every`` below 0.
+    """
+
+    def __init__(self, every: float = 60.0) -> None:
+        if every < 0:
+            raise UserError(f"every={every}: must be at least 0 seconds")
+        self.every = every
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the evaluation of a fit that was stopped in the middle of it."""
+        if trainer.global_step == 0 or not any(isinstance(c, Scorer) for c in _callbacks(trainer)):
+            return
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.setup_data()
+        if not self._folder(trainer, pl_module).is_dir():
+            return
+        rank_zero_info("finishing the evaluation that was under way")
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave out what earlier starts have generated."""
+        self.folder = self._folder(trainer, pl_module)
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        trainer.strategy.barrier("evaluation folder")
+        self.earlier = sorted(self.folder.glob("*.pt"))
+        attempt = 1 + max((int(path.stem.split("-")[0]) for path in self.earlier), default=0)
+        self.path = self.folder / f"{attempt:06d}-{trainer.global_rank}.pt"
+        trainer.strategy.barrier("evaluation files")  # before anyone writes a new one
+        loaders = validation_loaders(trainer)
+        for loader in loaders:
+            loader.sampler.done = set()
+        for path in self.earlier:
+            for loader, done in zip(loaders, read_file(str(path))["done"], strict=True):
+                loader.sampler.done |= set(done)
+        known = sum(len(loader.sampler.done) for loader in loaders)
+        if known:
+            total = sum(len(loader.dataset) for loader in loaders)
+            rank_zero_info(f"{known:,} of {total:,} images were taken in before")
+        self.done: list[list[int]] = [[] for _ in loaders]
+        self.saved = time.monotonic()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Save now and then."""
+        self.done[dataloader_idx] += batch["index"].tolist()
+        if time.monotonic() - self.saved >= self.every:
+            self._save(trainer)
+            self.saved = time.monotonic()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the scorers what was taken in before."""
+        if self.path.exists():
+            self._save(trainer)
+        if trainer.is_global_zero:
+            for path in self.earlier:
+                for scorer, state in zip(
+                    _scorers(trainer), read_file(str(path))["scorers"], strict=True
+                ):
+                    scorer.merge(state)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The scores are recorded: nothing is to be kept."""
+        trainer.strategy.barrier("evaluation done")
+        if trainer.is_global_zero:
+            shutil.rmtree(self.folder)
+            if not any(self.folder.parent.iterdir()):
+                self.folder.parent.rmdir()
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end
+
+    def _save(self, trainer: Trainer) -> None:
+        partial = self.path.with_suffix(".partial")
+        content = {"done": self.done, "scorers": [s.state() for s in _scorers(trainer)]}
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+    def _folder(self, trainer: Trainer, module: Any) -> Path:
+        key = evaluation_key(trainer, module) if trainer.is_global_zero else None
+        key = trainer.strategy.broadcast(key)
+        return Path(trainer.default_root_dir) / "evaluation" / str(key)
+
+
+def evaluation_key(trainer: Trainer, module: Any) -> str:
+    """A digest of everything that the images and their scores depend on."""
+    digest = hashlib.sha256()
+    for setting in module.settings:
+        for tensor in setting.network.state_dict().values():
+            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+    loaders = validation_loaders(trainer)
+    about = {
+        "settings": [setting.describe() for setting in module.settings],
+        "sampler": [module.sampler.describe(), module.sampler.steps],
+        "decoder": [type(module.autoencoder).__name__, str(trainer.precision)],
+        "plans": [[*loader.dataset.seeds[:1], len(loader.dataset)] for loader in loaders],
+        "scorers": [scorer.describe() for scorer in _scorers(trainer)],
+    }
+    digest.update(json.dumps(about).encode())
+    return digest.hexdigest()[:16]
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _scorers(trainer: Trainer) -> list[Scorer]:
+    return [callback for callback in _callbacks(trainer) if isinstance(callback, Scorer)]

@@ -1,0 +1,190 @@
+"""What becomes of the images of `lightning predict` and `lightning sample`."""
+
+import abc
+import contextlib
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import save_image
+
+from w2s_train.callbacks.sample_grid import image_grid
+from w2s_train.callbacks.scorer import gather
+from w2s_train.errors import UserError
+
+
+class SampleWriter(Callback, abc.ABC):
+    """Writes generated images, each process its own.
+
+    Args:
+        output: File or folder to write; it must not exist.
+    """
+
+    suffix: str = ""  # of the file; none for a folder
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def check(self) -> None:
+        """Refuse to write over something, before any work.
+
+        Raises:
+            UserError: There is something.
+        """
+        if self.suffix and self.output.suffix != self.suffix:
+            raise UserError(f"output={self.output}: must end in {self.suffix}")
+        if self.output.is_dir() and any(self.output.iterdir()) or self.output.is_file():
+            raise UserError(f"output={self.output}: must be new, or an empty folder")
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+
+    @abc.abstractmethod
+    def write(self, trainer: Trainer, images: Tensor, batch: dict[str, list[int]]) -> None:
+        """Write images (B, C, H, W) uint8 with their "index", "seed" and "label"."""
+
+    def finish(self, trainer: Trainer) -> None:  # noqa: B027
+        """Put together what the processes have; all of them call it."""
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write one batch."""
+        self.write(trainer, outputs.cpu(), {key: rows.tolist() for key, rows in batch.items()})
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish."""
+        trainer.strategy.barrier("all images are there")
+        self.finish(trainer)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """An image (C, H, W) uint8, with one channel or three."""
+    array = image.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+class ImageWriter(SampleWriter):
+    """A folder of ``SEED-LABEL.png``."""
+
+    def write(self, trainer: Trainer, images: Tensor, batch: dict[str, list[int]]) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        for seed, label, image in zip(batch["seed"], batch["label"], images, strict=True):
+            to_pil(image).save(self.output / f"{seed:06d}-{label}.png")
+
+
+class GridWriter(SampleWriter):
+    """One ``.png`` with all images in the order of the plan.
+
+    Args:
+        output: File to write.
+        columns: Images per row.
+        scale: Each pixel becomes a square of this side.
+    """
+
+    suffix = ".png"
+
+    def __init__(self, output: Path, columns: int = 8, scale: int = 1) -> None:
+        super().__init__(output)
+        self.columns, self.scale = columns, scale
+        self.images: dict[int, Tensor] = {}
+
+    def write(self, trainer: Trainer, images: Tensor, batch: dict[str, list[int]]) -> None:
+        self.images |= dict(zip(batch["index"], images, strict=True))
+
+    def finish(self, trainer: Trainer) -> None:
+        images = {k: v for share in gather(self.images, trainer) for k, v in share.items()}
+        if trainer.is_global_zero:
+            rows = [images[index] for index in sorted(images)]
+            save_image(image_grid(torch.stack(rows), self.columns, self.scale), self.output)
+
+
+class NpzWriter(SampleWriter):
+    """The field's ``.npz`` for ADM's evaluator.
+
+    ``arr_0`` (N, H, W, 3) uint8, in the order of the plan, and ``arr_1`` (N,) labels. Images are
+    never held in memory all at once.
+    """
+
+    suffix = ".npz"
+
+    def write(self, trainer: Trainer, images: Tensor, batch: dict[str, list[int]]) -> None:
+        n = len(trainer.predict_dataloaders.dataset)
+        height, width = images.shape[2:]
+        rows = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+        for name, shape, part in (
+            ("arr_0", (n, height, width, 3), rows),
+            ("arr_1", (n,), np.array(batch["label"])),
+        ):
+            self._open(name, shape, part.dtype)[batch["index"]] = part
+
+    def _path(self, name: str) -> Path:
+        return self.output.with_name(f"{self.output.name}.{name}.partial.npy")
+
+    def _open(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        """The array, shared by all processes through the file."""
+        path = self._path(name)
+        if not path.is_file():
+            # Renamed when its header is there; a process that comes second finds or repeats it.
+            fresh = path.with_suffix(f".{os.getpid()}.new")
+            np.lib.format.open_memmap(fresh, mode="w+", dtype=dtype, shape=shape).flush()
+            with contextlib.suppress(FileExistsError):
+                path.hardlink_to(fresh)
+            fresh.unlink()
+        return np.lib.format.open_memmap(path, mode="r+")
+
+    def finish(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        partial = self.output.with_suffix(".partial")
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name in ("arr_0", "arr_1"):
+                archive.write(self._path(name), f"{name}.npy")
+                self._path(name).unlink()
+        partial.replace(self.output)
+
+
+class ShardWriter(SampleWriter):
+    """A folder of webdataset shards, ``samples-RANK-XXXXXX.tar``, with ``.png`` and ``.cls``.
+
+    Args:
+        output: Folder to write.
+        size: Images in a shard.
+    """
+
+    def __init__(self, output: Path, size: int = 5000) -> None:
+        super().__init__(output)
+        self.size, self.count = size, 0
+
+    def write(self, trainer: Trainer, images: Tensor, batch: dict[str, list[int]]) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        rows = list(zip(batch["seed"], batch["label"], images, strict=True))
+        while rows:
+            number, held = divmod(self.count, self.size)
+            part, rows = rows[: self.size - held], rows[self.size - held :]
+            path = self.output / f"samples-{trainer.global_rank:03d}-{number:06d}.tar"
+            with tarfile.open(path, "a") as tar:
+                for seed, label, image in part:
+                    self._add(tar, f"{seed:06d}", label, image)
+            self.count += len(part)
+
+    @staticmethod
+    def _add(tar: tarfile.TarFile, key: str, label: int, image: Tensor) -> None:
+        png = io.BytesIO()
+        to_pil(image).save(png, "png")
+        for kind, content in (("png", png.getvalue()), ("cls", b"%d" % label)):
+            info = tarfile.TarInfo(f"{key}.{kind}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))

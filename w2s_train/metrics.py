@@ -1,0 +1,152 @@
+"""Scores of generated images beside the Fréchet distance, from the same features.
+
+Each depends on the number of images: compare at equal numbers only.
+"""
+
+import abc
+
+import torch
+from torch import Tensor
+from torchmetrics.image.kid import poly_mmd
+
+from w2s_train.errors import UserError
+from w2s_train.features import FeatureExtractor
+
+
+class FeatureMetric(abc.ABC):
+    """One or more scores of feature vectors."""
+
+    needs_reference: bool = True  # compares with the features of single reference images
+
+    @abc.abstractmethod
+    def compute(
+        self, generated: Tensor, reference: Tensor, extractor: FeatureExtractor
+    ) -> dict[str, float]:
+        """Scores by name.
+
+        Args:
+            generated: Features (N, F) float32 in the order of the generation plan.
+            reference: Features (M, F) float32; empty where no reference is needed.
+            extractor: Where both come from.
+        """
+
+
+def check_at_least(name: str, value: int, least: int) -> int:
+    """``value`` itself.
+
+    Raises:
+        UserError: It is below ``least``.
+    """
+    if value < least:
+        raise UserError(f"{name}={value}: must be at least {least}")
+    return value
+
+
+class KernelDistance(FeatureMetric):
+    """KID: the squared maximum mean discrepancy with the kernel (x.y / F + 1)^3, unbiased
+    (Binkowski et al., 2018), averaged over random subsets. 0 at best, and below 0 by chance.
+
+    Args:
+        subsets: How many.
+        subset_size: Images in a subset, at least 2; no more than there are.
+        seed: Of the subsets.
+
+    Raises:
+        UserError: A number out of its range.
+    """
+
+    def __init__(self, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> None:
+        self.subsets = check_at_least("subsets", subsets, 1)
+        self.subset_size = check_at_least("subset_size", subset_size, 2)
+        self.seed = seed
+
+    def compute(
+        self, generated: Tensor, reference: Tensor, extractor: FeatureExtractor
+    ) -> dict[str, float]:
+        size = min(self.subset_size, len(generated), len(reference))
+        generator = torch.Generator().manual_seed(self.seed)
+        distances = []
+        for _ in range(self.subsets):
+            one, other = (
+                x[torch.randperm(len(x), generator=generator)[:size].to(x.device)].double()
+                for x in (generated, reference)
+            )
+            distances.append(poly_mmd(other, one))
+        return {"kid": float(torch.stack(distances).mean())}
+
+
+class InceptionScore(FeatureMetric):
+    """exp(E KL(p(class | image) || p(class))) (Salimans et al., 2016), the mean over parts of the
+    images in the order of the plan. 1 at worst, the number of classes at best.
+
+    Args:
+        splits: Number of parts, at least 1.
+
+    Raises:
+        UserError: A number out of its range; in `compute`, an extractor without classes.
+    """
+
+    needs_reference = False
+
+    def __init__(self, splits: int = 10) -> None:
+        self.splits = check_at_least("splits", splits, 1)
+
+    def compute(
+        self, generated: Tensor, reference: Tensor, extractor: FeatureExtractor
+    ) -> dict[str, float]:
+        scores = []
+        for part in generated.tensor_split(min(self.splits, len(generated))):
+            p = torch.cat([extractor.probabilities(rows) for rows in part.split(1000)]).double()
+            kl = torch.xlogy(p, p).sum(1) - torch.xlogy(p, p.mean(0)).sum(1)
+            scores.append(kl.mean().exp())
+        return {"inception_score": float(torch.stack(scores).mean())}
+
+
+class PrecisionRecall(FeatureMetric):
+    """Share of generated images near reference images, and the other way round.
+
+    "Near" an image is within the distance to its k-th nearest neighbour of its own set
+    (Kynkäänniemi et al., 2019).
+
+    Args:
+        neighbours: k, at least 1.
+
+    Raises:
+        UserError: A number out of its range; in `compute`, too few images.
+    """
+
+    def __init__(self, neighbours: int = 3) -> None:
+        self.neighbours = check_at_least("neighbours", neighbours, 1)
+
+    def compute(
+        self, generated: Tensor, reference: Tensor, extractor: FeatureExtractor
+    ) -> dict[str, float]:
+        fewest = min(len(generated), len(reference))
+        if fewest <= self.neighbours:
+            raise UserError(
+                f"neighbours={self.neighbours}: must be below the number of images, {fewest}"
+            )
+        return {
+            "precision": self._share_inside(generated, reference),
+            "recall": self._share_inside(reference, generated),
+        }
+
+    def _share_inside(self, x: Tensor, support: Tensor) -> float:
+        """Share of rows of ``x`` that are near some row of ``support``."""
+        support = support.double()
+        # The nearest of its own set is the row itself.
+        radii = torch.cat(
+            [
+                exact_distances(rows, support).kthvalue(self.neighbours + 1, dim=1).values
+                for rows in support.split(500)
+            ]
+        )
+        inside = [
+            (exact_distances(rows.double(), support) <= radii).any(1) for rows in x.split(500)
+        ]
+        return float(torch.cat(inside).double().mean())
+
+
+def exact_distances(x: Tensor, other: Tensor) -> Tensor:
+    """Distances (N, M) between rows; not by matrix products, which round small ones to nothing."""
+    return torch.cdist(x, other, compute_mode="donot_use_mm_for_euclid_dist")

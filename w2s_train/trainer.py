@@ -1,0 +1,141 @@
+"""Lightning's trainer, with the two commands that it does not have."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import LightningModule
+from lightning.pytorch import Trainer
+
+from w2s_train.callbacks import (
+    FID,
+    GridWriter,
+    ImageWriter,
+    NpzWriter,
+    ReferenceWriter,
+    ShardWriter,
+)
+from w2s_train.callbacks.sample_writer import SampleWriter
+from w2s_train.datamodule import ReferenceImages, ShardDataModule
+from w2s_train.errors import UserError
+from w2s_train.module import DiffusionModule
+from w2s_train.plan import GenerationPlan
+
+Format = Literal["png", "grid", "npz", "shards"]
+
+
+class PassThrough(LightningModule):
+    """Predicts what it is given."""
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
+        """The images themselves."""
+        return batch["image"]
+
+
+class DiffusionTrainer(Trainer):
+    """Fits, validates, tests, predicts, samples, and makes references."""
+
+    def reference(
+        self,
+        model: DiffusionModule,
+        datamodule: ShardDataModule,
+        urls: str | None = None,
+        split: str = "train",
+        output: str | None = None,
+        keep_features: int = 10_000,
+    ) -> None:
+        """Write the statistics of a data set that the FID callbacks of the config compare with.
+
+        Args:
+            model: Not used: references are made of stored images.
+            datamodule: Names the data set.
+            urls: Shards of images; those of training if not given.
+            split: Name of this part of the data set.
+            output: File to write; what the callback reads if not given.
+            keep_features: Images whose features are kept one by one, for KID, precision and recall.
+
+        Raises:
+            UserError: No callback to make a reference for, or shards that are missing.
+        """
+        scorers = [c for c in self.callbacks if isinstance(c, FID)]  # type: ignore[attr-defined]
+        if not scorers or (output and len(scorers) > 1):
+            rule = (
+                "exactly one FID, for the output" if scorers else "a FID, which needs a reference"
+            )
+            raise UserError(f"trainer.callbacks: must hold {rule}; these are {len(scorers)}")
+        writers = [
+            ReferenceWriter(
+                scorer,
+                Path(output) if output else scorer.reference_path,
+                dataset=datamodule.dataset,
+                split=split,
+                keep=keep_features,
+            )
+            for scorer in scorers
+        ]
+        self.callbacks += writers  # type: ignore[attr-defined]
+        images = ReferenceImages(urls or datamodule.train_urls, datamodule)
+        self.predict(PassThrough(), datamodule=images, return_predictions=False)
+
+    def sample(
+        self,
+        model: DiffusionModule,
+        datamodule: ShardDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        output: str = "samples",
+        format: Format = "png",
+        seeds: str = "0:64",
+        classes: list[int] | None = None,
+        columns: int = 8,
+        scale: int = 1,
+    ) -> None:
+        """Write images of a checkpoint.
+
+        Args:
+            model: The module.
+            datamodule: The data module.
+            ckpt_path: The checkpoint, or last.
+            weights_only: Set by the command.
+            output: Folder (png, shards) or file (grid, npz) to write.
+            format: A folder of PNGs, one PNG with a grid, ADM's .npz, or webdataset shards.
+            seeds: FIRST:LAST, the last one not included. An image depends on seed and class alone.
+            classes: Taken in turn; all of them if not given.
+            columns: Of a grid.
+            scale: Of a grid: each pixel becomes a square of this side.
+
+        Raises:
+            UserError: Seeds or classes that cannot be, or an output that is there already.
+        """
+        known = model.network.num_classes
+        for label in classes or []:
+            if not 0 <= label < known:
+                raise UserError(f"classes={classes}: must be in [0, {known - 1}]")
+        datamodule.plan = GenerationPlan(parse_seeds(seeds), classes or range(known))
+        path = Path(output)
+        writers: dict[Format, SampleWriter] = {
+            "png": ImageWriter(path),
+            "grid": GridWriter(path, columns, scale),
+            "npz": NpzWriter(path),
+            "shards": ShardWriter(path),
+        }
+        writers[format].check()
+        self.callbacks.append(writers[format])  # type: ignore[attr-defined]
+        self.predict(
+            model,
+            datamodule=datamodule,
+            ckpt_path=ckpt_path,
+            weights_only=weights_only,
+            return_predictions=False,
+        )
+
+
+def parse_seeds(seeds: str) -> range:
+    """FIRST:LAST as a range.
+
+    Raises:
+        UserError: It is not that, or empty.
+    """
+    first, _, last = seeds.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise UserError(f"seeds={seeds}: must be FIRST:LAST with FIRST < LAST, such as 0:64")
+    return range(int(first), int(last))
