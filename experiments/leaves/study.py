@@ -155,7 +155,9 @@ def table(entries: list[Entry], regime: str) -> str:
     for m in METRICS:
         choose = max if m == "coverage" else min
         best[m] = choose((means[name][m], name) for name in rivals)[1]
-    lines = ["| | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    columns = [*METRICS, "energy / unguided"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    plain = [e["energy_distance"] for e in rows["no guidance"]]
     for name, group in rows.items():
         cells = []
         for m in METRICS:
@@ -163,6 +165,9 @@ def table(entries: list[Entry], regime: str) -> str:
             digits = 4 if m == "energy_distance" else 3
             cell = f"{means[name][m]:.{digits}f} ± {spread:.{digits}f}"
             cells.append(f"**{cell}**" if best[m] == name else cell)
+        # Seed by seed: what training left behind differs more than the methods do.
+        ratios = [e["energy_distance"] / p for e, p in zip(group, plain, strict=True)]
+        cells.append(f"{statistics.fmean(ratios):.2f} ± {statistics.stdev(ratios):.2f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
