@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import w2s_train.weak
+from w2s_train.features import FeatureExtractor
+from w2s_train.frechet import Moments
 from w2s_train.models import DiT
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +52,23 @@ def perturbed(network: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
         if parameter.requires_grad:
             parameter.data += std * torch.randn_like(parameter)
     return network
+
+
+def images(n: int, channels: int = 3, size: int = 16) -> torch.Tensor:
+    """Random images (n, channels, size, size) uint8."""
+    return torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8)
+
+
+def moments(x: torch.Tensor) -> Moments:
+    """Of features (N, F)."""
+    x = x.double()
+    return Moments.from_sums(x.sum(0), x.T @ x, len(x))
+
+
+def loaded(extractor: FeatureExtractor) -> FeatureExtractor:
+    """The extractor, with its weights."""
+    extractor.load()
+    return extractor
 
 
 @pytest.fixture

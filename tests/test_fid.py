@@ -7,22 +7,16 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import moments
 
 from w2s_train.callbacks.fid import FID, FeatureSums
 from w2s_train.features import (
     ClassifierFeatures,
     ConvClassifier,
     FeatureExtractor,
-    InceptionFeatures,
-    train_classifier,
     write_reference,
 )
 from w2s_train.frechet import Moments, Reference, frechet_distance
-
-
-def moments(x: torch.Tensor) -> Moments:
-    x = x.double()
-    return Moments.from_sums(x.sum(0), x.T @ x, len(x))
 
 
 def random_covariance(rank: int, size: int = 12) -> torch.Tensor:
@@ -123,51 +117,6 @@ def test_missing_files(classifier, tmp_path: Path):
     np.savez(tmp_path / "clean_fid.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match="lacks fingerprint, n"):
         Reference.load(tmp_path / "clean_fid.npz")
-
-
-def test_a_classifier_learns():
-    """Rows, columns or nothing, under noise; on images it has not seen."""
-    labels = torch.arange(300) % 3
-    x = images(300) // 2
-    x[labels == 0, :, ::2] += 100
-    x[labels == 1, :, :, ::2] += 100
-    net = ConvClassifier([1, 8, 16], [1, 2], num_classes=3)
-    splits = (x[:200], labels[:200]), (x[200:], labels[200:])
-    assert train_classifier(net, *splits, seed=0, epochs=20) > 0.95
-
-
-class Layers(torch.nn.Module):
-    """As much of the TorchScript Inception as clean-fid calls: means of 2,048 places."""
-
-    def forward(self, x):
-        return x.flatten(1)[:, :2048]
-
-
-class FakeInception(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = Layers()
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-def test_inception_sees_what_clean_fid_shows_it(tmp_path: Path):
-    """The real loading and resizing code around a stand-in for the 91 MB network."""
-    from cleanfid.resize import build_resizer
-
-    torch.jit.script(FakeInception()).save(str(tmp_path / "inception-2015-12-05.pt"))
-    extractor = InceptionFeatures(folder=str(tmp_path))
-    extractor.load()
-    x = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    ours = extractor(x)
-    for image, feature in zip(x, ours, strict=True):
-        resized = build_resizer("clean")(image.permute(1, 2, 0).numpy())
-        expected = (torch.from_numpy(resized).permute(2, 0, 1).flatten()[:2048] - 128) / 128
-        torch.testing.assert_close(feature, expected)
-    grey = extractor(x[:, :1])
-    torch.testing.assert_close(grey, extractor(x[:, :1].expand(-1, 3, -1, -1)))
-    assert extractor.metric == "fid"
 
 
 def test_only_inception_is_called_fid(classifier):

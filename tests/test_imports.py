@@ -39,6 +39,8 @@ ONLY_IN = {
     "lightning": {"command", "module", "datamodule", "callbacks"},
     "webdataset": {"stream"},
     "cleanfid": {"features"},
+    "timm": {"features", "models"},
+    "torch_fidelity": {"features"},
     "torchmetrics": {"callbacks"},
     "jsonargparse": {"command"},
 }

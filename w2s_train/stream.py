@@ -27,8 +27,12 @@ Sample = dict[str, Any]
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 
 
-def expand_urls(urls: str) -> list[str]:
+def expand_urls(urls: str, name: str = "train_urls") -> list[str]:
     """Local shards that a path, a glob or a brace pattern names, sorted.
+
+    Args:
+        urls: The pattern.
+        name: What the user calls it.
 
     Raises:
         UserError: The pattern names no file, or one that does not exist.
@@ -37,7 +41,7 @@ def expand_urls(urls: str) -> list[str]:
     for pattern in braceexpand(urls):
         matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         if not matches or not Path(matches[0]).is_file():
-            raise UserError(f"train_urls={urls}: must name existing files; {pattern} does not")
+            raise UserError(f"{name}={urls}: must name existing files; {pattern} does not")
         found += matches
     return found
 

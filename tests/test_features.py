@@ -1,0 +1,329 @@
+"""Feature extractors against the libraries whose protocols they follow, offline."""
+
+import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from cleanfid.fid import get_folder_features
+from cleanfid.inception_torchscript import InceptionV3W
+from cleanfid.resize import build_resizer
+from conftest import images, loaded
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import inception_v3
+
+import w2s_train.features.base
+import w2s_train.features.dinov2
+import w2s_train.features.inception
+from w2s_train.features import (
+    ADMFeatures,
+    CIFAR10Classifier,
+    ClassifierFeatures,
+    ConvClassifier,
+    DINOv2Features,
+    FeatureExtractor,
+    InceptionFeatures,
+)
+from w2s_train.features.files import fetched
+
+SMALL_VIT = "vit_tiny_patch16_224"  # 224 pixels, like the protocol: no positions to resample
+
+
+def calibrated(network: nn.Module) -> nn.Module:
+    """Batch norms that know their input, so that random layers pass on more than a constant."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    x = nn.functional.interpolate(torch.randn(4, 3, 40, 40), (299, 299), mode="bicubic")
+    with torch.no_grad():
+        network.train()(x)
+    return network.eval()
+
+
+class Inception(nn.Module):
+    """As NVIDIA's file is used: ``layers`` up to the last pooling, and the linear ``output``."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+        self.output = nn.Linear(2048, 1008)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.layers(x))
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Torchvision's Inception-v3 with random weights, as TorchScript."""
+    torch.manual_seed(0)
+    options = dict(aux_logits=False, transform_input=False, init_weights=False)
+    network = inception_v3(weights=None, **options)
+    network.fc = nn.Identity()
+    layers = torch.jit.trace(calibrated(network), torch.randn(1, 3, 299, 299))
+    path = tmp_path_factory.mktemp("inception") / "inception-2015-12-05.pt"
+    torch.jit.script(Inception(layers)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adm_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """torch-fidelity's Inception-v3 with random weights, as a state dict."""
+    reason = "torch-fidelity is not installed: pip install w2s_train[adm]"
+    ported = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason=reason)
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:  # its constructor always loads weights
+        patch.setattr(ported, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
+        network = ported.FeatureExtractorInceptionV3("random", ["2048"])
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    network.train()(images(4, size=40))
+    path = tmp_path_factory.mktemp("adm") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def vit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vit") / "vit.safetensors"
+    save_file(timm.create_model(SMALL_VIT, num_classes=0).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def extractor(request: pytest.FixtureRequest, tmp_path: Path) -> FeatureExtractor:
+    """One extractor by name, with weights; it takes RGB images."""
+    if request.param == "inception":
+        return loaded(InceptionFeatures(weights=str(request.getfixturevalue("inception_file"))))
+    if request.param == "adm":
+        return loaded(ADMFeatures(weights=str(request.getfixturevalue("adm_file"))))
+    if request.param == "dinov2":
+        weights = str(request.getfixturevalue("vit_file"))
+        return loaded(DINOv2Features(model=SMALL_VIT, weights=weights))
+    network = {"conv": ConvClassifier([3, 8], [1], 4), "cifar10": CIFAR10Classifier()}[
+        request.param
+    ]
+    network.write(tmp_path / "c.safetensors")
+    return loaded(ClassifierFeatures(str(tmp_path / "c.safetensors"), network, "toys"))
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("inception", "adm")]
+
+
+@pytest.mark.parametrize("extractor", ["conv", "cifar10", "dinov2", *SLOW], indirect=True)
+def test_features_depend_on_the_image_alone(extractor, monkeypatch):
+    """Bitwise: whatever the batch, and wherever in it."""
+    monkeypatch.setattr(w2s_train.features.base, "BLOCK", 2)
+    x = images(3)
+    whole = extractor(x)
+    assert whole.shape == (3, extractor.num_features)
+    assert whole.dtype == torch.float32
+    assert whole.std(0).max() > 1e-3  # these weights see the images
+    assert torch.equal(torch.cat([extractor(part) for part in x.split(1)]), whole)
+    assert torch.equal(extractor(x[[2, 0, 1]]), whole[[2, 0, 1]])
+
+
+@pytest.mark.parametrize("extractor", ["conv", "dinov2", *SLOW], indirect=True)
+def test_class_probabilities(extractor, monkeypatch):
+    monkeypatch.setattr(w2s_train.features.base, "BLOCK", 2)
+    features = extractor(images(2, size=40))
+    if not extractor.has_probabilities:
+        with pytest.raises(ValueError, match="inception_score: .* DINOv2Features has none"):
+            extractor.probabilities(features)
+        return
+    p = extractor.probabilities(features)
+    torch.testing.assert_close(p.sum(1), torch.ones(2))
+    assert (p > 0).all()
+    assert not p.requires_grad
+
+
+@pytest.mark.slow
+def test_inception_is_clean_fids(inception_file: Path, tmp_path: Path, monkeypatch):
+    """The same PNG files through clean-fid's own pipeline."""
+    monkeypatch.setattr(w2s_train.features.base, "BLOCK", 3)
+    x = images(3, size=40)
+    for i, image in enumerate(x):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    model = InceptionV3W(str(inception_file.parent), download=False)
+    device = torch.device("cpu")
+    theirs = get_folder_features(str(tmp_path), model, num_workers=0, device=device, verbose=False)
+    extractor = loaded(InceptionFeatures(weights=str(inception_file)))
+    ours = extractor(x)
+    assert np.linalg.norm(ours.numpy() - theirs) <= 1e-5 * np.linalg.norm(theirs)
+    # One row of the softmax by hand: weights of the output layer, no bias.
+    logits = theirs[0].astype(np.float64) @ model.base.output.weight.detach().double().numpy().T
+    expected = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose(extractor.probabilities(ours)[0], expected, rtol=1e-3)
+    grey = extractor(x[:, :1])
+    assert torch.equal(grey, extractor(x[:, :1].expand(-1, 3, -1, -1)))
+    assert (extractor.metric, extractor.num_features) == ("fid", 2048)
+
+
+class Layers(nn.Module):
+    """As much of the TorchScript Inception as clean-fid calls: means of 2,048 places."""
+
+    def forward(self, x):
+        return x.flatten(1)[:, :2048]
+
+
+class FakeInception(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_inception_sees_what_clean_fid_shows_it(tmp_path: Path):
+    """The real loading and resizing code around a stand-in for the 91 MB network."""
+    torch.jit.script(FakeInception()).save(str(tmp_path / "inception-2015-12-05.pt"))
+    extractor = InceptionFeatures(folder=str(tmp_path))
+    extractor.load()
+    x = images(3)
+    ours = extractor(x)
+    for image, feature in zip(x, ours, strict=True):
+        resized = build_resizer("clean")(image.permute(1, 2, 0).numpy())
+        expected = (torch.from_numpy(resized).permute(2, 0, 1).flatten()[:2048] - 128) / 128
+        torch.testing.assert_close(feature, expected)
+    grey = extractor(x[:, :1])
+    torch.testing.assert_close(grey, extractor(x[:, :1].expand(-1, 3, -1, -1)))
+    assert extractor.metric == "fid"
+
+
+@pytest.mark.slow
+def test_adm_is_torch_fidelitys(adm_file: Path, monkeypatch):
+    ported = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    monkeypatch.setattr(w2s_train.features.base, "BLOCK", 2)
+    x = images(2, size=40)
+    layers = ["2048", "logits_unbiased"]
+    network = ported.FeatureExtractorInceptionV3("theirs", layers, str(adm_file))
+    theirs, logits = network(x)
+    extractor = loaded(ADMFeatures(weights=str(adm_file)))
+    torch.testing.assert_close(extractor(x), theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(extractor.probabilities(theirs), logits.softmax(1))
+    assert torch.equal(extractor(x[:, :1]), extractor(x[:, :1].expand(-1, 3, -1, -1)))
+    assert (extractor.metric, extractor.num_features) == ("fid_adm", 2048)
+
+
+def test_adm_needs_its_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs `pip install w2s_train\[adm\]`"):
+        ADMFeatures().check_files()
+
+
+def test_adm_unpickles_tensors_only(tmp_path: Path):
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
+    torch.save({"fc.weight": SimpleNamespace()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="must be the state dict of weights-inception"):
+        ADMFeatures(weights=str(tmp_path / "w.pth")).load()
+
+
+def test_dinov2_is_timms(vit_file: Path, monkeypatch):
+    """At the network's size, where nothing is resized, against timm and its own normalization."""
+    monkeypatch.setattr(w2s_train.features.base, "BLOCK", 2)
+    network = timm.create_model(SMALL_VIT, num_classes=0, checkpoint_path=str(vit_file)).eval()
+    x = images(2, size=224)
+    normalized_x = (x / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(3, 1, 1)
+    extractor = loaded(DINOv2Features(SMALL_VIT, str(vit_file)))
+    with torch.no_grad():
+        class_token = network.forward_features(normalized_x)[:, 0]
+    torch.testing.assert_close(extractor(x), class_token, rtol=1e-4, atol=1e-5)
+    assert extractor.metric == "fd_dinov2"
+    assert SMALL_VIT in extractor.describe()
+
+
+@pytest.mark.parametrize("size", [32, 256, 300])
+def test_resize_is_pils(size: int):
+    """Rounded values differ by one level at most, and rarely."""
+    x = images(1, size=size)
+    pil = Image.fromarray(x[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.BICUBIC)
+    ours = w2s_train.features.dinov2.resize_bicubic(x, 224)[0].permute(1, 2, 0).numpy()
+    difference = np.abs(ours - np.asarray(pil, dtype=np.float32))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+def test_positions_are_resampled_as_by_dinov2():
+    """From 37x37 to 16x16 by two matrices of Keys' cubic kernel, a = -0.75, at scale 16.1 / 37."""
+
+    def kernel(s: np.ndarray) -> np.ndarray:
+        s = np.abs(s)
+        near = 1.25 * s**3 - 2.25 * s**2 + 1
+        far = -0.75 * (s**3 - 5 * s**2 + 8 * s - 4)
+        return np.where(s <= 1, near, np.where(s < 2, far, 0))
+
+    matrix = np.zeros((16, 37))
+    for j in range(16):
+        source = (j + 0.5) * 37 / 16.1 - 0.5
+        for i in range(int(np.floor(source)) - 1, int(np.floor(source)) + 3):
+            matrix[j, np.clip(i, 0, 36)] += kernel(np.array(source - i))
+    grid = torch.randn(1, 37 * 37, 5)
+    ours = w2s_train.features.dinov2.resample_positions(grid, 16)
+    square = grid[0].double().numpy().reshape(37, 37, 5)
+    expected = np.einsum("ai,bj,ijd->abd", matrix, matrix, square).reshape(256, 5)
+    np.testing.assert_allclose(ours[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_dinov2_resamples_its_positions(tmp_path: Path):
+    """A network of 518 pixels serves images of 224."""
+    model = "vit_small_patch14_dinov2.lvd142m"
+    network = timm.create_model(model, num_classes=0)
+    save_file(network.state_dict(), tmp_path / "vit.safetensors")
+    extractor = loaded(DINOv2Features(model, str(tmp_path / "vit.safetensors")))
+    assert extractor.network.pos_embed.shape == (1, 1 + 16**2, 384)
+    assert torch.equal(extractor.network.pos_embed[:, :1], network.pos_embed[:, :1])
+    assert extractor.features(images(1)).shape == (1, 384)
+
+
+def test_files_of_another_form(tmp_path: Path, monkeypatch):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        ClassifierFeatures(str(path)).load()
+    with pytest.raises(ValueError, match="must be a TorchScript file"):
+        InceptionFeatures(weights=str(path)).load()
+    for build in (InceptionFeatures, ADMFeatures, DINOv2Features):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+        with pytest.raises(ValueError, match="weights=.*: must be an existing file"):
+            build(weights=str(tmp_path / "none")).check_files()
+    with pytest.raises(ValueError, match="must be a .safetensors file"):
+        DINOv2Features(SMALL_VIT, str(path)).load()
+    path.rename(path.with_suffix(".safetensors"))
+    with pytest.raises(ValueError, match=f"must be weights of {SMALL_VIT}"):
+        DINOv2Features(SMALL_VIT, str(path.with_suffix(".safetensors"))).load()
+    with pytest.raises(ValueError, match="model=resnet18: must be a vision transformer"):
+        save_file(
+            timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "r.safetensors"
+        )
+        DINOv2Features("resnet18", str(tmp_path / "r.safetensors")).load()
+    with pytest.raises(ValueError, match="model=none: must be a model of timm"):
+        DINOv2Features("none")
+
+
+def test_a_download_is_whole_or_not_there(tmp_path: Path, monkeypatch):
+    target = tmp_path / "cache" / "weights"
+
+    def broken(folder: Path) -> None:
+        (folder / "weights").write_text("half")
+        raise urllib.error.URLError("no network")
+
+    with pytest.raises(ValueError, match="weights=None: must be a local weights .*no network"):
+        fetched(target, broken)
+    assert not target.exists()
+    assert fetched(target, lambda folder: (folder / "weights").write_text("all")) == target
+    assert fetched(target, broken).read_text() == "all"
+    module = w2s_train.features.inception
+    monkeypatch.setattr(module, "check_download_inception", lambda folder: broken(Path(folder)))
+    with pytest.raises(ValueError, match="must be a local inception-2015-12-05.pt"):
+        InceptionFeatures(str(tmp_path)).load()
