@@ -1,10 +1,13 @@
 """Shared fixtures and options."""
 
 import contextlib
+import functools
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from runs import BRANCH, write_run
 
 import w2s_train.weak
 from w2s_train.features import FeatureExtractor
@@ -102,5 +105,36 @@ def command(digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         arguments = [option for file in files for option in ("-c", file)]
         main([name, *arguments, "--trainer.default_root_dir", str(path), *options])
         return path
+
+    return run
+
+
+@pytest.fixture
+def arms(tmp_path: Path) -> list[Path]:
+    """Two seeds of a baseline, and of an arm that is better and takes twice as long a step."""
+    write = functools.partial(write_run, pace=0.2, segments=BRANCH)
+    return [
+        write_run(tmp_path / "runs" / "none-0", 0, (8.0, 4.0, 2.0), grid=0),
+        write_run(tmp_path / "runs" / "none-1", 1, (8.0, 4.0, 2.02), grid=80),
+        write(tmp_path / "runs" / "branch-0", 0, (4.0, 1.0, 0.5), grid=160),
+        write(tmp_path / "runs" / "branch-1", 1, (4.0, 1.0, 0.52), grid=240),
+    ]
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    """Write one more run beside those of ``arms``."""
+    return lambda name, *args, **options: write_run(tmp_path / "runs" / name, *args, **options)
+
+
+@pytest.fixture
+def compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Run ``lightning compare``; gives comparison.json and what was printed."""
+    from w2s_train.cli import main
+
+    def run(*args: object) -> tuple[dict, str]:
+        main(["compare", *map(str, args), "--output", str(tmp_path / "out")])
+        content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+        return content, capsys.readouterr().out
 
     return run

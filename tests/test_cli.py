@@ -227,7 +227,10 @@ def test_unknown_commands():
         [sys.executable, "-m", "w2s_train", "train"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 1
-    assert done.stderr == "error: command=train: must be one of fit, validate, test, predict\n"
+    assert (
+        done.stderr
+        == "error: command=train: must be one of fit, validate, test, predict, compare\n"
+    )
 
 
 def test_test_scores_and_predict_writes(command):

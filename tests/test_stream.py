@@ -5,6 +5,7 @@ import itertools
 import tarfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,6 +164,7 @@ class Process:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.global_rank, self.world_size = rank, world_size
+        self.lightning_module = SimpleNamespace(settings=[None])
 
 
 def module(urls: list[str], **changes) -> ShardDataModule:
@@ -176,10 +178,11 @@ def test_every_seed_exactly_once(urls, world_size: int):
     """Faults row 17: nothing padded, nothing twice, on any number of ranks."""
     seeds = []
     for rank in range(world_size):
-        data = module(urls)
+        data = module(urls, sampling_seeds=2)
         data.trainer = Process(rank, world_size)
-        seeds += [s for batch in data.val_dataloader() for s in batch["seed"].tolist()]
-    assert sorted(seeds) == list(range(23))
+        for loader in data.val_dataloader():
+            seeds += [s for batch in loader for s in batch["seed"].tolist()]
+    assert sorted(seeds) == list(range(46))
 
 
 def test_too_few_shards(urls):

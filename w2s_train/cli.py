@@ -17,6 +17,7 @@ commands:
   predict     write generated images to the run folder
   sample      write images of a checkpoint: seeds, classes, and a folder, grid, .npz or shards
   reference   write the statistics of a data set that scores compare with
+  compare     judge runs against a baseline:  lightning compare RUN [RUN ...]
 
 options:
   -c FILE               a YAML config; later ones override earlier ones, KEY VALUE overrides all
@@ -27,7 +28,7 @@ options:
 
 try:  lightning fit -c configs/digits_w2s.yaml
 """
-COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference")
+COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference", "compare")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -39,6 +40,10 @@ def main(args: list[str] | None = None) -> None:
         print(__version__)
     elif args[0] not in COMMANDS:
         sys.exit(f"error: command={args[0]}: must be one of {', '.join(COMMANDS)}")
+    elif args[0] == "compare":
+        from w2s_train.compare.command import run as compare
+
+        compare(args[1:])
     else:
         # Read once, when torch loads: threads that wait must sleep. Spinning threads made a small
         # network 50 times slower on a machine whose cores were shared.

@@ -123,9 +123,10 @@ class ShardDataModule(LightningDataModule):
                 f"{self.trainer.world_size}"
             )
         n, labels = self.num_generated, range(self.num_classes)
+        module: Any = self.trainer.lightning_module
         return [
             self._generation(GenerationPlan(range(k * n, (k + 1) * n), labels, setting))
-            for setting in range(len(self.trainer.lightning_module.settings))
+            for setting in range(len(module.settings))
             for k in range(self.sampling_seeds)
         ]
 
@@ -162,7 +163,7 @@ class ReferenceImages(LightningDataModule):
         """This process's batches: "image" (B, C, H, W) uint8, "place" and "encoding" lists of B."""
         assert self.trainer is not None
         images = ShardImages(
-            expand_urls(self.urls),
+            expand_urls(self.urls, "urls"),
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             num_classes=self.data.num_classes,

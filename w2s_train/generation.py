@@ -1,5 +1,6 @@
 """Images from networks: each is fixed by its seed, its label and the weights alone."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Setting(NamedTuple):
 
 
 def all_settings(
-    network: DiT, averages: list[WeightAverage], scored: list[str], guidances: list[Guidance]
+    network: DiT, averages: list[WeightAverage], scored: Sequence[str], guidances: list[Guidance]
 ) -> list[Setting]:
     """Every pair of weights and guidance; the first average, first guided, is the main one.
 

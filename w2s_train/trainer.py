@@ -17,6 +17,7 @@ from w2s_train.callbacks import (
 from w2s_train.callbacks.sample_writer import SampleWriter
 from w2s_train.datamodule import ReferenceImages, ShardDataModule
 from w2s_train.errors import UserError
+from w2s_train.features import KEEP
 from w2s_train.module import DiffusionModule
 from w2s_train.plan import GenerationPlan
 
@@ -41,7 +42,7 @@ class DiffusionTrainer(Trainer):
         urls: str | None = None,
         split: str = "train",
         output: str | None = None,
-        keep_features: int = 10_000,
+        keep_features: int = KEEP,
     ) -> None:
         """Write the statistics of a data set that the FID callbacks of the config compare with.
 

@@ -10,12 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from w2s_train.callbacks.run_record import SCHEMA, append_scores, git_commit
+from w2s_train.callbacks.run_record import append_scores, git_commit
 from w2s_train.callbacks.scorer import Scorer, gather
 from w2s_train.errors import UserError
-from w2s_train.features import FeatureExtractor
+from w2s_train.features import FeatureExtractor, shape_name
 from w2s_train.frechet import Moments, Reference, frechet_distance
 from w2s_train.metrics import FeatureMetric
+from w2s_train.scores import SCHEMA
 
 
 class FeatureSums(Metric):
@@ -126,7 +127,7 @@ class FID(Scorer):
 
     def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
         """Take in the features of one batch."""
-        shape = "x".join(str(side) for side in images.shape[1:])
+        shape = shape_name(images)
         made_of = self.reference.fingerprint.get("images", shape)
         if made_of != shape:
             raise UserError(

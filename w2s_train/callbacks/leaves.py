@@ -8,13 +8,14 @@ from lightning import Trainer
 from torch import Tensor
 
 from w2s_train.autoencoder import Vectors
-from w2s_train.callbacks.run_record import SCHEMA, append_scores, git_commit
+from w2s_train.callbacks.run_record import append_scores, git_commit
 from w2s_train.callbacks.scorer import Scorer, gather
 from w2s_train.errors import UserError
 from w2s_train.generation import Setting
 from w2s_train.guidance import VelocityField
 from w2s_train.interpolant import Interpolant
 from w2s_train.leaves import Leaves
+from w2s_train.scores import SCHEMA
 
 TIMES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # where velocities are compared
 OUTSIDE = 0.01  # a sample is an outlier if its density is below that of all but 1 % of the data

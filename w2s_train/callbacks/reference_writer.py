@@ -1,6 +1,5 @@
 """Reference statistics of a data set, for `lightning reference`."""
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from torch import Tensor
 from w2s_train.callbacks.fid import FID, FeatureSums
 from w2s_train.callbacks.scorer import gather
 from w2s_train.errors import UserError
+from w2s_train.features import fingerprint, shape_name
 from w2s_train.frechet import Moments, Reference
-
-VERSIONS = ("torch", "torchvision", "clean-fid", "pillow")
 
 
 class ReferenceWriter(Callback):
@@ -56,7 +54,7 @@ class ReferenceWriter(Callback):
         images: Tensor = outputs
         features = self.extractor(images)
         self.sums.update(features)
-        self.shapes.add("x".join(str(side) for side in images.shape[1:]))
+        self.shapes.add(shape_name(images))
         self.encodings |= set(batch["encoding"])
         # A random subset: the smallest of one random number an image, fixed by its place.
         numbers = torch.tensor(
@@ -84,17 +82,15 @@ class ReferenceWriter(Callback):
                 f"(channels, height, width); these are {int(count)}"
             )
         encodings = {encoding for share in shares for encoding in share[2]}
-        fingerprint: dict[str, str | int] = {
-            "dataset": self.dataset,
-            "split": self.split,
-            "n": int(count),
-            "images": shapes.pop(),
-            "resize": "as stored",
-            "encoding": ", ".join(sorted(encodings)),
-            "extractor": self.extractor.describe(),
-            "versions": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in VERSIONS),
-        }
+        about = fingerprint(
+            self.extractor,
+            dataset=self.dataset,
+            split=self.split,
+            n=int(count),
+            images=shapes.pop(),
+            encoding=", ".join(sorted(encodings)),
+        )
         _, features = self._smallest([share[0] for share in shares])
         moments = Moments.from_sums(total, outer, int(count))
-        Reference(moments, fingerprint, features).save(self.output)
+        Reference(moments, about, features).save(self.output)
         rank_zero_info(f"{self.output}: {int(count):,} images, {self.extractor.describe()}")

@@ -19,7 +19,6 @@ from rich.table import Table
 
 from w2s_train.errors import UserError
 
-SCHEMA = 1  # of an entry of scores.json: docs/scores.md
 PACKAGES = ("w2s_train", "torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
 
 

@@ -121,7 +121,8 @@ class NpzWriter(SampleWriter):
     suffix = ".npz"
 
     def write(self, trainer: Trainer, images: Tensor, batch: dict[str, list[int]]) -> None:
-        n = len(trainer.predict_dataloaders.dataset)
+        loader: Any = trainer.predict_dataloaders
+        n = len(loader.dataset)
         height, width = images.shape[2:]
         rows = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
         for name, shape, part in (

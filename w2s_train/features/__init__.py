@@ -17,11 +17,12 @@ from w2s_train.features.classifiers import (
 )
 from w2s_train.features.dinov2 import DINOv2Features
 from w2s_train.features.inception import InceptionFeatures
-from w2s_train.features.reference import write_reference
+from w2s_train.features.reference import KEEP, fingerprint, shape_name, write_reference
 from w2s_train.features.training import Regularization, train_classifier
 
 __all__ = [
     "BLOCK",
+    "KEEP",
     "ADMFeatures",
     "CIFAR10Classifier",
     "Classifier",
@@ -29,6 +30,8 @@ __all__ = [
     "ConvClassifier",
     "DINOv2Features",
     "FeatureExtractor",
+    "fingerprint",
+    "shape_name",
     "InceptionFeatures",
     "Regularization",
     "mnist_classifier",

@@ -29,6 +29,7 @@ class ADMFeatures(FeatureExtractor):
     """
 
     metric = "fid_adm"
+    protocol_images = 50_000
     has_probabilities = True
 
     def __init__(self, folder: str = "~/.cache/w2s_train", weights: str | None = None) -> None:

@@ -20,6 +20,7 @@ class FeatureExtractor(nn.Module, abc.ABC):
 
     metric: str = ""  # name of the Fréchet distance in these features
     num_features: int = 0  # F, known once loaded
+    protocol_images: int | None = None  # that published scores are made of; None: no such custom
     has_probabilities: bool = False  # whether `probabilities` is defined
 
     def check_files(self) -> None:

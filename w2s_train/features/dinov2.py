@@ -58,6 +58,7 @@ class DINOv2Features(FeatureExtractor):
     """
 
     metric = "fd_dinov2"
+    protocol_images = 50_000
 
     def __init__(
         self, model: str = "vit_large_patch14_dinov2.lvd142m", weights: str | None = None

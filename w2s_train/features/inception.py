@@ -27,6 +27,7 @@ class InceptionFeatures(FeatureExtractor):
     """
 
     metric = "fid"
+    protocol_images = 50_000
     has_probabilities = True
 
     def __init__(self, folder: str = "~/.cache/w2s_train", weights: str | None = None) -> None:

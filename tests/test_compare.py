@@ -1,0 +1,320 @@
+"""Comparing runs: which may be compared, and what comes out."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from runs import BRANCH, ENTRY
+from test_scores import documented
+
+from w2s_train.cli import main
+
+
+def failure(*args: object) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", *map(str, args)])
+    return str(caught.value.code)
+
+
+def test_better_at_equal_steps_is_not_better_at_equal_time(arms, compare):
+    found, printed = compare(arms[0].parent / "none-*", arms[0].parent / "branch-*")
+    base, arm = found["arms"]
+    assert (base["name"], arm["name"], found["baseline"]) == ("none", "branch", "none")
+    assert base["seeds"] == arm["seeds"] == [0, 1]
+    assert (arm["step"], arm["mean"]) == (300, pytest.approx(0.51))
+    assert arm["std"] == pytest.approx(0.02 / math.sqrt(2))
+    assert arm["ratio_to_baseline"] == pytest.approx(0.51 / 2.01)
+    assert arm["verdict"] == "better"
+    assert {key: arm[key] for key in arm["equal_steps"]} == arm["equal_steps"]
+    # After 30 s the slow arm is halfway between 4.0 at 20 s and 1.0 at 40 s.
+    timed = arm["equal_wall_clock"]
+    assert (timed["seconds"], timed["mean"]) == (30.0, pytest.approx(2.0))
+    assert timed["verdict"] == "inconclusive: the gap is 0.5 %, the noise 6.3 %"
+    assert arm["seconds_per_step"] == pytest.approx(0.2)
+    assert arm["time_ratio"] == pytest.approx(2.0)
+    assert [point["training_seconds"] for point in arm["curve"]] == pytest.approx([20, 40, 60])
+    assert [point["mean"] for point in base["curve"]] == pytest.approx([8, 4, 2.01])
+    assert "better" in printed and "left out" not in printed
+
+
+def test_the_document_lists_the_keys_of_comparison_json(arms, compare):
+    found, _ = compare(*arms)
+    arm = found["arms"][1]
+    assert documented("Comparison") == list(found)
+    assert sorted(documented("Arm")) == sorted(arm)
+    assert documented("Point") == list(arm["curve"][0])
+    assert ["step", *documented("Result")] == list(arm["equal_steps"])
+    assert ["seconds", *documented("Result")] == list(arm["equal_wall_clock"])
+
+
+def test_what_differs_is_listed(make, arms, compare):
+    make("branch-2", 2, segments=BRANCH, ema_decay=0.999)
+    make("branch-3", 3, segments=BRANCH, ema_decay=0.9)
+    found, _ = compare(arms[0].parent / "*")
+    names = [arm["name"] for arm in found["arms"]]
+    assert sorted(names) == [
+        "branch (ema_decay=0.9)",
+        "branch (ema_decay=0.999)",
+        "branch (ema_decay=null)",
+        "none",
+    ]
+    assert found["differences"]["model.objective.segments.0.scale"] == dict.fromkeys(
+        [name for name in names if name != "none"], 0.3
+    )
+    assert found["differences"]["model.objective.segments.0.low"]["branch (ema_decay=0.9)"] == 0.0
+    assert found["differences"]["model.ema_decay"] == {
+        "branch (ema_decay=0.9)": 0.9,
+        "branch (ema_decay=0.999)": 0.999,
+    }
+    assert not any("seed" in key or "root_dir" in key for key in found["differences"])
+
+
+def test_sampling_seeds_belong_to_their_run(make, arms, compare):
+    """Another range of seeds at a step is one more score of the same training seed."""
+    for folder, value in zip(arms, (2.4, 2.42, 0.7, 0.72), strict=True):
+        scores = json.loads((folder / "scores.json").read_text())
+        scores.append(copy.deepcopy(scores[-1]) | {"value": value})
+        scores[-1]["protocol"]["seeds"] = [1000, 1999]
+        (folder / "scores.json").write_text(json.dumps(scores))
+    found, _ = compare(*arms)
+    base = found["arms"][0]
+    assert (base["seeds"], base["mean"]) == ([0, 1], pytest.approx((2.2 + 2.22) / 2))
+    assert base["sampling_std"] == pytest.approx(0.4 / math.sqrt(2))
+    assert found["protocol"]["seeds"] == [[0, 999], [1000, 1999]]
+    make("few-5", 5, segments=BRANCH)
+    found, printed = compare(*arms, arms[0].parent / "few-5")
+    assert "few-5: sampling seeds: must include 1000-1999, as the others do" in printed
+
+
+def test_a_single_odd_score_is_left_out_and_its_run_stays(arms, compare):
+    scores = json.loads((arms[2] / "scores.json").read_text())
+    scores.append(copy.deepcopy(scores[-1]) | {"value": 0.01})
+    scores[-1]["protocol"] |= {"n": 50000, "seeds": [0, 49999]}
+    (arms[2] / "scores.json").write_text(json.dumps(scores))
+    found, printed = compare(*arms)
+    assert found["arms"][1]["mean"] == pytest.approx(0.51)
+    assert f"note: {arms[2]}: the score at step 300 is left out; n=50000: the others have 1000" in (
+        printed
+    )
+
+
+def test_runs_without_times_take_no_part_at_equal_time(make, arms, compare):
+    folder = make("untimed-0", 0, segments=BRANCH, entry={"evaluation_seconds": None}, flip=True)
+    scores = json.loads((folder / "scores.json").read_text())
+    for score in scores:
+        score["protocol"]["training_seconds"] = None
+    (folder / "scores.json").write_text(json.dumps(scores))
+    found, printed = compare(*arms, folder)
+    arm = next(arm for arm in found["arms"] if arm["name"] == "untimed")
+    assert (arm["mean"], arm["equal_wall_clock"], arm["seconds_per_step"]) == (2.0, None, None)
+    assert f"note: {folder}: has no times and takes no part at equal time" in printed
+
+
+def test_options(make, arms, compare):
+    for folder in arms:
+        scores = json.loads((folder / "scores.json").read_text())
+        more = copy.deepcopy(scores)
+        for score in more:
+            score["metric"], score["value"] = "recall", score["value"] / 10
+        (folder / "scores.json").write_text(json.dumps(scores + more))
+    found, _ = compare(*arms, "--metric", "recall", "--baseline", "branch")
+    assert found["metric"] == "recall"
+    assert [arm["name"] for arm in found["arms"]] == ["branch", "none"]
+    assert found["arms"][1]["verdict"] == "better"  # four times the recall
+    single = [arms[0], arms[2]]
+    assert compare(*single)[0]["arms"][1]["verdict"] == "inconclusive: one seed, the gap is 75 %"
+    assert compare(*single, "--noise", "30")[0]["arms"][1]["verdict"] == "better"
+
+
+# ---- bad input -------------------------------------------------------------------------------
+
+
+def with_scores(change):
+    """Rewrite the entries of a run."""
+
+    def apply(folder: Path) -> None:
+        scores = json.loads((folder / "scores.json").read_text())
+        (folder / "scores.json").write_text(json.dumps(change(scores)))
+
+    return apply
+
+
+def with_protocol(**values: object):
+    return with_scores(lambda scores: [s | {"protocol": s["protocol"] | values} for s in scores])
+
+
+def with_text(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def with_reference(**values: object):
+    return with_protocol(reference=ENTRY["protocol"]["reference"] | values)
+
+
+BAD = {
+    "no scores": (lambda f: (f / "scores.json").unlink(), "scores.json: there is none"),
+    "broken scores": (with_text("scores.json", '[{"metric'), "scores.json: cannot be read"),
+    "empty scores": (with_text("scores.json", "[]"), "scores.json: must be a list with at least"),
+    "nan": (with_scores(lambda s: [s[0] | {"value": math.nan}]), "scores.json[0]: value=NaN: must"),
+    "newer": (
+        with_scores(lambda s: [s[0] | {"schema": 2}]),
+        "scores.json[0]: schema=2: must be at",
+    ),
+    "no config": (lambda f: (f / "config.yaml").unlink(), "config.yaml: there is none"),
+    "broken config": (with_text("config.yaml", "model: [}"), "config.yaml: cannot be read"),
+    "no model": (with_text("config.yaml", "a: 1"), "config.yaml: must be a config with a model"),
+    "broken record": (with_text("environment.json", "[{]"), "environment.json: cannot be read"),
+    "unfinished": (with_scores(lambda s: s[:2]), "step=200: unfinished, must be scored up to"),
+    "no fingerprint": (with_protocol(reference=None), "scores.json[0]: reference=null: must be a"),
+    "other data": (
+        with_reference(dataset="cats"),
+        "reference.dataset=cats: the others have digits",
+    ),
+    "other split": (with_reference(split="test"), "reference.split=test: the others have train"),
+    "sampler": (with_protocol(sampler="Heun"), "sampler=Heun: the others have Euler"),
+    "steps": (with_protocol(steps=50), "steps=50: the others have 25"),
+    "n": (with_protocol(n=100), "n=100: the others have 1000"),
+    "precision": (with_protocol(precision="bf16-mixed"), "precision=bf16-mixed: the others have"),
+    "extractor": (with_protocol(extractor="VGG"), "extractor=VGG: the others have classifier"),
+    "seeds": (with_protocol(seeds=[5, 1004]), "sampling seeds: must include 0-999, as the others"),
+    "other metric": (
+        with_scores(lambda s: [x | {"metric": "kid"} for x in s]),
+        "metric=fd_digits: no score with weights=ema, guidance=none; it has kid (ema, none)",
+    ),
+    "other steps": (
+        with_scores(
+            lambda s: [
+                x | {"step": x["step"] + 1, "protocol": x["protocol"] | {"step": x["step"] + 1}}
+                for x in s
+            ]
+        ),
+        "steps=101, 201, 301: must include one of 100, 200, 300, which the others have",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_run_is_named_and_the_rest_stands(make, arms, compare, name: str):
+    without, _ = compare(*arms)
+    spoil, message = BAD[name]
+    bad = make("branch-7", 7, (1.0, 0.1, 0.01), pace=0.01, segments=BRANCH)
+    spoil(bad)
+    found, printed = compare(*arms, bad)
+    assert found["arms"] == without["arms"]
+    (line,) = found["refused"]
+    assert line.startswith(f"{bad}: {message}")
+    assert "\n" not in line and f"left out: {line}\n" in printed
+
+
+def test_other_training_data_is_refused(make, arms, compare):
+    bad = make("branch-7", 7, segments=BRANCH)
+    text = (bad / "config.yaml").read_text()
+    (bad / "config.yaml").write_text(text.replace("data/digits.tar", "data/cats.tar"))
+    found, _ = compare(*arms, bad)
+    assert found["refused"] == [
+        f"{bad}: data.train_urls=data/cats.tar: the others have data/digits.tar"
+    ]
+
+
+def test_paths_that_are_no_runs_are_named(arms, compare, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    found, _ = compare(*arms, tmp_path / "empty", tmp_path / "nothing-*", arms[0])
+    assert found["refused"] == [
+        f"run={tmp_path}/nothing-*: must be a run folder, or a glob of some",
+        f"{tmp_path}/empty: the folder is empty",
+    ]
+
+
+def test_a_repeated_seed_is_no_evidence(make, arms, compare):
+    again = make("none-again-0", 0, (1.0, 1.0, 1.0))
+    found, _ = compare(*arms, again)
+    assert found["arms"][0]["mean"] == pytest.approx(2.01)
+    assert found["refused"] == [
+        f"{again}: seed_everything=0: must differ from that of {arms[0]}, which has the same config"
+    ]
+
+
+def test_unfinished_runs_can_be_asked_for(arms, compare):
+    with_scores(lambda s: s[:2])(arms[3])
+    found, _ = compare(*arms, "--unfinished")
+    assert (found["arms"][1]["seeds"], found["arms"][1]["step"]) == ([0, 1], 200)
+    assert found["refused"] == []
+
+
+def test_broken_grids_are_named(arms, compare):
+    for folder in arms[2:]:
+        path = folder / "grids" / "step-000300.png"
+        path.write_bytes(path.read_bytes()[:-20])
+    found, _ = compare(*arms)
+    assert found["notes"] == [
+        f"{folder / 'grids/step-000300.png'}: must be a PNG image; it is broken and not shown"
+        for folder in arms[2:]
+    ]
+
+
+def test_mistakes_end_with_one_line(make, arms, capsys):
+    assert failure() == "error: run=null: must be at least one run folder, or a glob of some"
+    assert failure(*arms, "--sort").startswith("error: option=--sort: must be one of --metric, ")
+    assert failure(*arms, "--metric") == "error: --metric: expected one argument"
+    assert failure(*arms, "--metric", "fid") == "error: metric=fid: must be one of fd_digits"
+    assert failure(*arms, "--weights", "raw") == "error: weights=raw: must be one of ema"
+    assert (
+        failure(*arms, "--noise", "x") == "error: noise=x: must be a number of percent, at least 0"
+    )
+    assert failure(*arms, "--baseline", "x") == "error: baseline=x: must be one of none, branch"
+    only = failure(*arms[2:])
+    assert only == "error: baseline=null: no arm has no segments; must be one of branch"
+    make("plain-0", 0, width=3)
+    assert failure(*arms, arms[0].parent / "plain-0") == (
+        "error: baseline=null: several arms have no segments; must be one of none, branch, plain"
+    )
+    assert failure(*arms[:2]) == "error: runs=none: must be at least two arms that can be compared"
+    assert failure(*arms, "--output", arms[0] / "config.yaml").startswith(
+        f"error: output={arms[0] / 'config.yaml'}: must be a folder to write to; "
+    )
+
+
+def test_nothing_can_be_read(make, capsys):
+    broken = make("none-0")
+    (broken / "scores.json").write_text("[]")
+    assert failure(broken) == "error: runs=null: must be at least two arms; no run can be read"
+    assert capsys.readouterr().err == (
+        f"left out: {broken}: scores.json: must be a list with at least one score\n"
+    )
+
+
+def test_a_metric_without_a_direction_is_refused(make, capsys):
+    for name, segments in (("none-0", None), ("branch-0", BRANCH)):
+        with_scores(lambda s: [x | {"metric": "loveliness"} for x in s])(
+            make(name, segments=segments)
+        )
+    runs = make("x-0").parent
+    assert failure(runs / "none-0", runs / "branch-0").startswith(
+        "error: metric=loveliness: must begin with one of inception_score, "
+    )
+
+
+def test_lines_about_runs_come_before_the_error(arms, capsys):
+    with_protocol(sampler="Heun")(arms[2])
+    with_protocol(sampler="Heun")(arms[3])
+    assert failure(*arms) == "error: runs=none: must be at least two arms that can be compared"
+    assert capsys.readouterr().err.splitlines() == [
+        f"left out: {folder}: sampler=Heun: the others have Euler" for folder in arms[2:]
+    ]
+
+
+def test_torch_is_not_loaded(arms, tmp_path: Path):
+    code = (
+        "import sys; from w2s_train.cli import main; main(sys.argv[1:]);"
+        "print([m for m in ('torch', 'lightning', 'matplotlib') if m in sys.modules])"
+    )
+    args = ["compare", *map(str, arms), "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,98 @@
+"""The statistics of a comparison."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from w2s_train.compare import numbers
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 3), (2, 5), (8, 3)])
+def test_welch_against_scipy(sizes: tuple[int, int]):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1, 0.3, sizes[0]).tolist(), rng.normal(2, 1.0, sizes[1]).tolist()
+    interval = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    half = numbers.welch_half_width(a, b)
+    assert half == pytest.approx((interval.high - interval.low) / 2, rel=1e-9)
+
+
+def test_three_seeds_without_an_effect_pass_one_time_in_twenty():
+    """What the verdict rests on keeps its promise; the bootstrap of three seeds does not."""
+    rng = np.random.default_rng(0)
+    welch = bootstrap = 0
+    for a, b in rng.normal(size=(1000, 2, 3)).tolist():
+        welch += abs(np.mean(a) - np.mean(b)) > numbers.welch_half_width(a, b)
+        draws = [numbers.bootstrap([[x] for x in s], seed)[:500] for seed, s in enumerate((a, b))]
+        found = numbers.percentiles(draws[0] - draws[1])
+        bootstrap += not found.low <= 0 <= found.high
+    assert welch <= 60
+    assert bootstrap >= 120
+
+
+def test_bootstrap_has_the_variance_of_two_levels():
+    """It is (variance of the run means + mean variance within / m) / n, of populations."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(6, 1)) + 1.5 * rng.normal(size=(6, 4))
+    between, within = scores.mean(1).var(), scores.var(1).mean() / 4
+    draws = numbers.bootstrap(scores.tolist())
+    assert draws.var() == pytest.approx((between + within) / 6, rel=0.06)
+    assert draws.mean() == pytest.approx(scores.mean(), abs=4 * draws.std() / math.sqrt(len(draws)))
+
+
+def test_bootstrap_covers_and_repeats():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for sample in rng.normal(3.0, 1.0, size=(200, 25)).tolist():
+        found = numbers.bootstrap_interval([[x] for x in sample])
+        covered += found.low <= 3.0 <= found.high
+    assert 0.88 <= covered / 200 <= 0.98
+    sample = [[1.0, 1.1], [2.0], [4.0, 4.5, 5.0]]
+    assert numbers.bootstrap_interval(sample) == numbers.bootstrap_interval(sample)
+    assert numbers.bootstrap_interval([[1.0, 2.0]]) is None
+
+
+def test_means_and_deviations_of_two_levels():
+    sample = [[1.0, 3.0], [4.0]]
+    assert numbers.mean(sample) == 3.0
+    assert numbers.spread(sample) == pytest.approx(math.sqrt(2))
+    assert numbers.sampling_spread(sample) == pytest.approx(math.sqrt(2))
+    assert numbers.spread([[1.0, 3.0]]) is None
+    assert numbers.sampling_spread([[1.0], [3.0]]) is None
+
+
+@pytest.mark.parametrize(
+    "ours, base, higher, noise, verdict",
+    [
+        ([0.991] * 2, [1.0] * 2, False, None, "inconclusive: the gap is 0.9 %, the noise 1.3 %"),
+        ([0.98] * 2, [1.0] * 2, False, None, "better"),
+        ([0.98] * 2, [1.0] * 2, True, None, "worse"),
+        ([1.02] * 2, [1.0] * 2, False, None, "worse"),
+        # t sqrt(0.01 + 0.01) = 4.30 x 0.141, with two degrees of freedom
+        ([0.6, 0.8], [0.9, 1.1], False, None, "inconclusive: the gap is 30 %, the noise 61 %"),
+        ([0.5], [1.0] * 3, False, None, "inconclusive: one seed, the gap is 50 %"),
+        ([0.5], [1.0] * 3, False, 0.1, "better"),
+        ([0.95], [1.0] * 3, False, 0.1, "inconclusive: the gap is 5.0 %, the noise 10 %"),
+        ([-0.1] * 2, [-0.2] * 2, False, None, "worse"),
+        ([0.1] * 2, [0.0] * 2, False, None, "inconclusive: the baseline's score is 0"),
+    ],
+)
+def test_verdicts(ours: list, base: list, higher: bool, noise: float | None, verdict: str):
+    judged = numbers.judge(
+        [[x] for x in ours], [[x] for x in base], higher_is_better=higher, noise=noise
+    )
+    assert judged.verdict == verdict
+    expected = np.mean(ours) / np.mean(base) if base[0] > 0 else None
+    assert judged.ratio == (None if expected is None else pytest.approx(expected))
+
+
+def test_interpolation():
+    x = [1.0, 2.0, 4.0]
+    assert numbers.interpolate(x, [-5.0, -3.0, 1.0], 3.0) == pytest.approx(-1.0)  # 2 x - 7
+    assert numbers.interpolate(x, [-5.0, -3.0, 1.0], 1.25) == pytest.approx(-4.5)
+    halved = [2.0**-value for value in x]
+    assert numbers.interpolate(x, halved, 3.0) == pytest.approx(2.0**-3)
+    assert numbers.interpolate(x, halved, 4.0) == halved[-1]
+    assert numbers.interpolate(x, halved, 0.9) is None
+    assert numbers.interpolate(x, halved, 4.1) is None

@@ -1,0 +1,116 @@
+"""The command line of ``lightning compare``."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from w2s_train.compare.comparison import Comparison, Options, compare
+from w2s_train.compare.page import page
+from w2s_train.compare.report import markdown, terminal, to_json
+from w2s_train.compare.runs import read_all
+from w2s_train.errors import UserError
+
+HELP = """\
+usage: lightning compare RUN [RUN ...] [options]
+
+Compares run folders: seeds of one config form an arm, arms are judged against a baseline at equal
+steps and at equal training time. Prints a table and writes comparison.md, .json and .html.
+
+  RUN                   a run folder, or a quoted glob of some
+
+options:
+  --metric NAME         the score; by default the first FID or Fréchet distance in the runs
+  --weights NAME        of the scored network; by default ema
+  --guidance TEXT       while sampling; by default none
+  --baseline NAME       an arm; by default the one whose objective has no segments
+  --noise PERCENT       noise to assume for arms with one seed, where it cannot be measured
+  --unfinished          take runs that have not reached their last step
+  --output DIR          where the files go; by default comparison
+  -h, --help            this text
+
+try:  lightning compare 'runs/none-*' 'runs/sgg-*'
+"""
+OPTIONS = ("metric", "weights", "guidance", "baseline", "noise", "unfinished", "output")
+
+
+def run(args: list[str]) -> None:
+    """Compare; a user's error ends it with one line and status 1, after those of single runs."""
+    if "-h" in args or "--help" in args:
+        print(HELP, end="")
+        return
+    try:
+        parsed = _parse(args)
+        findings = read_all(parsed.runs, unfinished=parsed.unfinished)
+        choice = {key: getattr(parsed, key) for key in ("metric", "weights", "guidance")}
+        options = Options(baseline=parsed.baseline, noise=parsed.noise, **choice)
+        comparison = compare(findings, options)
+        write(comparison, Path(parsed.output))
+    except UserError as error:
+        *lines, last = str(error).splitlines()
+        for line in lines:
+            print(f"left out: {line}", file=sys.stderr)
+        sys.exit(f"error: {last}")
+    show(comparison, Path(parsed.output))
+
+
+def _parse(args: list[str]) -> argparse.Namespace:
+    """Raises UserError for what is not an option, or has no or a wrong value."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("--metric")
+    parser.add_argument("--weights", default="ema")
+    parser.add_argument("--guidance", default="none")
+    parser.add_argument("--baseline")
+    parser.add_argument("--noise")
+    parser.add_argument("--unfinished", action="store_true")
+    parser.add_argument("--output", default="comparison")
+    try:
+        parsed, unknown = parser.parse_known_intermixed_args(args)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}") from error
+    if unknown:
+        names = ", ".join(f"--{name}" for name in OPTIONS)
+        raise UserError(f"option={unknown[0]}: must be one of {names}")
+    if not parsed.runs:
+        raise UserError("run=null: must be at least one run folder, or a glob of some")
+    if parsed.noise is not None:
+        parsed.noise = _percent(parsed.noise)
+    return parsed
+
+
+def _percent(text: str) -> float:
+    try:
+        percent = float(text)
+    except ValueError:
+        percent = math.nan
+    if not 0 <= percent < math.inf:
+        raise UserError(f"noise={text}: must be a number of percent, at least 0")
+    return percent / 100
+
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """Write the three files.
+
+    Raises:
+        UserError: The folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "comparison.md").write_text(markdown(comparison), encoding="utf-8")
+        (folder / "comparison.json").write_text(to_json(comparison), encoding="utf-8")
+        (folder / "comparison.html").write_text(page(comparison), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output={folder}: must be a folder to write to; {error}") from error
+
+
+def show(comparison: Comparison, folder: Path) -> None:
+    """Print the table, what is left out, and where the files are."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(*terminal(comparison), sep="\n")
+    for title, lines in (("left out", comparison.refused), ("note", comparison.notes)):
+        for line in lines:
+            print(f"{title}: {line}")
+    print(f"written: {folder / 'comparison.html'}, comparison.md and comparison.json")

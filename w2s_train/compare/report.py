@@ -1,0 +1,187 @@
+"""The comparison as a table in the terminal, as Markdown and as JSON (docs/scores.md)."""
+
+import json
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from w2s_train.compare.arms import short
+from w2s_train.compare.comparison import Comparison, Point, Result, Row
+from w2s_train.compare.numbers import CONFIDENCE, FLOOR, Interval, percent
+
+SCHEMA = 1
+COLUMNS = ["arm", "seeds", "score", "ratio", "verdict", "time per step", "time ratio"]
+STYLES = {"better": "green", "worse": "red"}
+METHOD = (
+    f"A verdict needs a gap of the means over training seeds that exceeds both Welch's "
+    f"{percent(CONFIDENCE)} interval and {percent(FLOOR)}; each arm is tested by itself, so of "
+    "twenty arms without an effect one may pass. Beside the means are bootstrap intervals "
+    "(training seeds, then sampling seeds), which are too narrow for two or three seeds and decide "
+    "nothing. Equal time is training time without evaluation; scores there are interpolated "
+    "between neighbouring steps, linear in the logarithm of the score."
+)
+
+
+def plus_minus(mean: float, std: float | None = None) -> str:
+    """Mean ± std with four significant digits of the mean."""
+    digits = max(0, 3 - len(str(int(abs(mean))))) + 1
+    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+
+
+def ratio(value: float | None) -> str:
+    """A ratio, or a dash."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def seconds(value: float | None) -> str:
+    """A time, or a dash."""
+    return "–" if value is None else f"{value:,.4g} s"
+
+
+def points(comparison: Comparison) -> list[str]:
+    """What the two parts of the table are headed with."""
+    heads = [f"step {comparison.step:,}"]
+    return heads + ([f"{seconds(comparison.seconds)} of training"] if comparison.seconds else [])
+
+
+def cells(result: Result | None) -> list[str]:
+    """Score, ratio to the baseline and verdict of one arm at one point."""
+    if result is None:
+        return ["–", "–", "not scored by then"]
+    judgement = result.judgement
+    return [plus_minus(result.mean, result.std), ratio(judgement.ratio), judgement.verdict]
+
+
+def tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
+    """Title and lines, in the columns of `COLUMNS`, at equal steps and at equal time."""
+    titles = points(comparison)
+    at_step = [_line(row, row.at_step) for row in comparison.rows]
+    at_time = [_line(row, row.at_seconds) for row in comparison.rows]
+    return list(zip(titles, [at_step, at_time], strict=False))
+
+
+def _line(row: Row, result: Result | None) -> list[str]:
+    seeds = ", ".join(map(str, result.seeds if result else []))
+    return [row.name, seeds, *cells(result), seconds(row.seconds_per_step), ratio(row.time_ratio)]
+
+
+def protocol_lines(comparison: Comparison) -> list[tuple[str, str]]:
+    """Name and value of everything that the scores share."""
+    chosen = comparison.selection
+    seeds = ", ".join(f"{first}–{last}" for first, last in comparison.sampling_seeds)
+    shared = {"metric": chosen.metric, "weights": chosen.weights, "guidance": chosen.guidance}
+    everything = shared | comparison.protocol | {"sampling seeds": seeds}
+    return [(key, short(value)) for key, value in everything.items() if value is not None]
+
+
+def terminal(comparison: Comparison) -> list[Table]:
+    """Tables; verdicts are coloured."""
+    made = []
+    for title, lines in tables(comparison):
+        table = Table(title=Text(f"{comparison.selection}, {title}"), title_justify="left")
+        for i, heading in enumerate(COLUMNS):
+            table.add_column(heading, justify="left" if i < 2 else "right", overflow="fold")
+        for line in lines:
+            table.add_row(*(Text(text, style=STYLES.get(text, "")) for text in line))
+        made.append(table)
+    return made
+
+
+def markdown(comparison: Comparison) -> str:
+    """The whole report without curves and grids."""
+    text = [f"# {comparison.selection}", ""]
+    for title, lines in tables(comparison):
+        text += [f"## At {title}", "", *_table(COLUMNS, lines), ""]
+    text += [METHOD, "", "## Protocol", ""]
+    text += _table(["key", "value"], [list(pair) for pair in protocol_lines(comparison)])
+    names = [row.name for row in comparison.rows]
+    text += ["", "## Settings that differ", ""]
+    text += _table(["setting", *names], difference_rows(comparison))
+    for title, entries in (("Left out", comparison.refused), ("Notes", comparison.notes)):
+        if entries:
+            text += ["", f"## {title}", "", *(f"- {entry}" for entry in entries)]
+    return "\n".join(text) + "\n"
+
+
+def difference_rows(comparison: Comparison) -> list[list[str]]:
+    """One line per setting; a dash where an arm does not have it."""
+    return [
+        [key, *(short(by_arm[row.name]) if row.name in by_arm else "–" for row in comparison.rows)]
+        for key, by_arm in comparison.differences.items()
+    ]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [
+        f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines
+    ]
+
+
+def to_json(comparison: Comparison) -> str:
+    """``comparison.json``."""
+    chosen = comparison.selection
+    content = {
+        "schema": SCHEMA,
+        "metric": chosen.metric,
+        "protocol": {"weights": chosen.weights, "guidance": chosen.guidance}
+        | comparison.protocol
+        | {"seeds": comparison.sampling_seeds},
+        "baseline": comparison.baseline,
+        "arms": [_arm(row, comparison) for row in comparison.rows],
+        "refused": comparison.refused,
+        "notes": comparison.notes,
+        "differences": comparison.differences,
+    }
+    return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _arm(row: Row, comparison: Comparison) -> dict[str, Any]:
+    at_step = _result(row.at_step)
+    timed = None
+    if row.at_seconds is not None:
+        timed = {"seconds": comparison.seconds} | _result(row.at_seconds)
+    return {
+        "name": row.name,
+        "runs": [str(run.folder) for run in row.runs],
+        "step": comparison.step,
+        **at_step,
+        "equal_steps": {"step": comparison.step} | at_step,
+        "equal_wall_clock": timed,
+        "seconds_per_step": row.seconds_per_step,
+        "time_ratio": row.time_ratio,
+        "curve": [_point(point) for point in row.curve],
+    }
+
+
+def _result(result: Result) -> dict[str, Any]:
+    judgement = result.judgement
+    return {
+        "seeds": result.seeds,
+        "mean": result.mean,
+        "std": result.std,
+        "sampling_std": result.sampling_std,
+        "interval": _interval(result.interval),
+        "ratio_to_baseline": judgement.ratio,
+        "ratio_interval": _interval(judgement.interval),
+        "gap": judgement.gap,
+        "noise": judgement.noise,
+        "verdict": judgement.verdict,
+    }
+
+
+def _interval(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else [interval.low, interval.high]
+
+
+def _point(point: Point) -> dict[str, Any]:
+    return {
+        "step": point.step,
+        "images_seen": point.images_seen,
+        "training_seconds": point.training_seconds,
+        "mean": point.mean,
+        "std": point.std,
+        "low": point.interval.low if point.interval else None,
+        "high": point.interval.high if point.interval else None,
+    }

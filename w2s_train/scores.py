@@ -1,0 +1,190 @@
+"""The entries of ``scores.json``: their schema, and how other tools read them (docs/scores.md)."""
+
+import json
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from w2s_train.errors import UserError
+
+SCHEMA = 1  # entries without a "schema" are version 0: the same, without "training_seconds"
+HIGHER = ("inception_score", "precision", "recall", "density", "coverage")
+LOWER = ("fid", "fd_", "sfid", "kid", "outliers", "energy_distance", "velocity_error")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a key may hold.
+
+    Args:
+        types: JSON types that are accepted; bool counts as none of them.
+        allowed: The same in words, for the message.
+        optional: The key may be absent or null.
+        least: Smallest number.
+    """
+
+    types: tuple[type, ...]
+    allowed: str
+    optional: bool = False
+    least: float = -math.inf
+
+    def take(self, entry: dict[str, Any], key: str) -> Any:
+        """The value of a key.
+
+        Raises:
+            UserError: Missing, of another type, not finite or too small.
+        """
+        value = entry.get(key)
+        if value is None and self.optional:
+            return None
+        good = isinstance(value, self.types) and not isinstance(value, bool) and value != {}
+        if isinstance(value, int | float):
+            good = good and math.isfinite(value) and value >= self.least
+        if not good:
+            raise UserError(f"{key}={json.dumps(value)}: must be {self.allowed}")
+        return value
+
+
+TEXT = Kind((str,), "a text")
+NUMBER = Kind((int, float), "a finite number")
+COUNT = Kind((int,), "a whole number of at least 0", least=0)
+SECONDS = Kind((int, float), "seconds, at least 0", least=0)
+MAYBE_SECONDS = replace(SECONDS, optional=True)
+MAYBE_TEXT = replace(TEXT, optional=True)
+MAYBE_NUMBER = replace(NUMBER, optional=True)
+REFERENCE = Kind((dict, str), 'a fingerprint: {"dataset": ..., ...}, or the name of a density')
+RANGE = Kind((list,), "[first, last], whole numbers, last not below first")
+PROTOCOL = Kind((dict,), "an object")
+
+
+def _key(kind: Kind) -> Any:
+    return field(metadata={"kind": kind})
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a score came about; keys that are not listed here are ignored."""
+
+    sampler: str = _key(TEXT)
+    steps: int = _key(COUNT)
+    guidance: str = _key(TEXT)
+    weights: str = _key(TEXT)
+    ema_decay: float | None = _key(MAYBE_NUMBER)
+    autoencoder: str = _key(TEXT)
+    precision: str = _key(TEXT)
+    step: int = _key(COUNT)
+    images_seen: int = _key(COUNT)
+    extractor: str | None = _key(MAYBE_TEXT)
+    reference: dict[str, Any] = _key(REFERENCE)
+    n: int = _key(COUNT)
+    seeds: tuple[int, int] = _key(RANGE)
+    evaluation_seconds: float | None = _key(MAYBE_SECONDS)
+    wall_clock_seconds: float = _key(SECONDS)
+    training_seconds: float | None = _key(MAYBE_SECONDS)
+    git_commit: str | None = _key(MAYBE_TEXT)
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> "Protocol":
+        """Check and convert.
+
+        Raises:
+            UserError: A key that is missing or cannot be used.
+        """
+        values = {key.name: key.metadata["kind"].take(entry, key.name) for key in fields(cls)}
+        reference, seeds = values["reference"], values["seeds"]
+        if isinstance(reference, str):  # of the synthetic study, where the name says everything
+            values["reference"] = reference = {"dataset": reference}
+        if not reference.get("dataset"):
+            raise UserError(f"reference={json.dumps(reference)}: must be {REFERENCE.allowed}")
+        if len(seeds) != 2 or any(type(s) is not int for s in seeds) or seeds[0] > seeds[1]:
+            raise UserError(f"seeds={json.dumps(seeds)}: must be {RANGE.allowed}")
+        values["seeds"] = (seeds[0], seeds[1])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One element of ``scores.json``."""
+
+    schema: int = _key(COUNT)
+    metric: str = _key(TEXT)
+    value: float = _key(NUMBER)
+    step: int = _key(COUNT)
+    weights: str = _key(TEXT)
+    guidance: str = _key(TEXT)
+    protocol: Protocol = _key(PROTOCOL)
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> "Score":
+        """Check and convert.
+
+        Raises:
+            UserError: A newer schema; a key that is missing or cannot be used.
+        """
+        if not isinstance(entry, dict):
+            raise UserError(f"entry={json.dumps(entry)}: must be an object")
+        entry = {"schema": 0} | entry
+        values = {key.name: key.metadata["kind"].take(entry, key.name) for key in fields(cls)}
+        if values["schema"] > SCHEMA:
+            raise UserError(
+                f"schema={values['schema']}: must be at most {SCHEMA}, update w2s_train"
+            )
+        protocol = Protocol.from_json(values["protocol"])
+        for key in ("step", "weights", "guidance"):
+            if values[key] != getattr(protocol, key):
+                raise UserError(f"{key}={values[key]}: must equal protocol.{key}")
+        return cls(**values | {"protocol": protocol})
+
+
+def read_scores(folder: Path) -> list[Score]:
+    """The scores of a run, oldest first, with training times also for entries of version 0.
+
+    Those have no ``training_seconds``. It is their ``wall_clock_seconds``, which includes their own
+    evaluation, minus the ``evaluation_seconds`` of all evaluations up to this one; the first entry
+    of a step counts, for the others score a finished checkpoint again. It stays None where an
+    evaluation did not note how long it took.
+
+    Raises:
+        UserError: No file, none with scores, or one that cannot be read.
+    """
+    path = folder / "scores.json"
+    if not path.is_file():
+        raise UserError("scores.json: there is none; the run was not scored yet")
+    try:
+        entries = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"scores.json: cannot be read; {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise UserError("scores.json: must be a list with at least one score")
+    scores = []
+    for i, entry in enumerate(entries):
+        try:
+            scores.append(Score.from_json(entry))
+        except UserError as error:
+            raise UserError(f"scores.json[{i}]: {error}") from error
+    first: dict[int, Protocol] = {}
+    for score in scores:
+        first.setdefault(score.step, score.protocol)
+    return [_timed(score, first) if score.schema == 0 else score for score in scores]
+
+
+def _timed(score: Score, first: dict[int, Protocol]) -> Score:
+    """An entry of version 0 with its training time, from the first protocol of each step."""
+    spent = [p.evaluation_seconds for step, p in first.items() if step <= score.step]
+    known = [seconds for seconds in spent if seconds is not None]
+    if len(known) < len(spent):
+        return score
+    seconds = first[score.step].wall_clock_seconds - sum(known)
+    return replace(score, protocol=replace(score.protocol, training_seconds=seconds))
+
+
+def higher_is_better(metric: str) -> bool:
+    """The direction of a metric, by the beginning of its name.
+
+    Raises:
+        UserError: A name that says nothing about the direction.
+    """
+    if not metric.startswith(HIGHER + LOWER):
+        raise UserError(f"metric={metric}: must begin with one of {', '.join(HIGHER + LOWER)}")
+    return metric.startswith(HIGHER)
