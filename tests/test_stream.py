@@ -150,7 +150,7 @@ def test_missing_shards(tmp_path: Path):
 
 
 def test_plan_covers_classes_evenly():
-    items = [GenerationPlan(95, 10)[i] for i in range(95)]
+    items = [GenerationPlan(range(95), range(10))[i] for i in range(95)]
     assert [item["seed"] for item in items] == list(range(95))
     counts = Counter(item["label"] for item in items)
     assert set(counts) == set(range(10))

@@ -105,7 +105,7 @@ class Command(LightningCLI):
             loggers = [TensorBoardLogger(folder, name="", version=""), MetricsCSV(folder)]
             kwargs["logger"] = loggers
         # A checkpoint of another folder starts a new run in this one.
-        start = Path(config.get("ckpt_path") or "").resolve().parent.parent
+        start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
         self.record = RunRecord(resumed=start == Path(folder).resolve())
         self.stop = GracefulStop()
         seed = int(config.seed_everything or 0)
@@ -236,7 +236,7 @@ def run_folder(config: Any) -> Path:
     """Where a run lives: as configured, or with its checkpoint, or ``runs/CONFIG+OVERLAY``."""
     if config.trainer.default_root_dir:
         return Path(config.trainer.default_root_dir)
-    checkpoint = Path(config.get("ckpt_path") or "")
+    checkpoint = Path(getattr(config, "ckpt_path", None) or "")
     if checkpoint.parent.name == "checkpoints":
         return checkpoint.parent.parent
     names = [Path(str(path)).stem for path in config.config or []]

@@ -1,0 +1,121 @@
+"""KID, Inception Score, precision and recall against closed forms and other implementations."""
+
+import cleanfid.fid
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.inception import InceptionScore as TorchmetricsInceptionScore
+
+from w2s_train.errors import UserError
+from w2s_train.features import FeatureExtractor
+from w2s_train.metrics import InceptionScore, KernelDistance, PrecisionRecall
+
+NONE = torch.zeros(0, 0)
+
+
+class Logits(FeatureExtractor):
+    """Features that are logits."""
+
+    metric, num_features, has_probabilities = "fd_toys", 5, True
+
+    def load(self) -> None:
+        """Nothing."""
+
+    def describe(self) -> str:
+        return "logits"
+
+    def features(self, images: Tensor) -> Tensor:
+        return images.flatten(1).float()
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        return features.softmax(1)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_kernel_distance_is_clean_fids(shift: float):
+    """One subset of everything leaves nothing to chance."""
+    x, y = torch.randn(60, 7), torch.randn(60, 7) + shift
+    ours = KernelDistance(subsets=1, subset_size=60).compute(x, y, Logits())["kid"]
+    theirs = cleanfid.fid.kernel_distance(y.numpy(), x.numpy(), num_subsets=1, max_subset_size=60)
+    assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-7)
+
+
+def test_kernel_distance_is_unbiased_and_repeats():
+    """Zero in the mean for equal distributions, and the same at every call."""
+    values = [
+        KernelDistance(20, 50).compute(torch.randn(200, 4), torch.randn(200, 4), Logits())["kid"]
+        for _ in range(30)
+    ]
+    assert abs(np.mean(values)) < 3 * np.std(values) / 30**0.5
+    x, y = torch.randn(80, 4), torch.randn(90, 4) + 1
+    metric = KernelDistance(5, 30)
+    assert metric.compute(x, y, Logits()) == metric.compute(x, y, Logits())
+    assert metric.compute(x, y, Logits())["kid"] > max(values)
+
+
+def test_inception_score_at_its_ends():
+    """Certain and even predictions give the number of classes, constant ones give 1."""
+    certain = 1e3 * torch.eye(5).repeat(20, 1)
+    assert InceptionScore(4).compute(certain, NONE, Logits())["inception_score"] == pytest.approx(5)
+    constant = torch.randn(1, 5).expand(100, -1)
+    score = InceptionScore(4).compute(constant, NONE, Logits())["inception_score"]
+    assert score == pytest.approx(1)
+
+
+def test_inception_score_is_torchmetrics():
+    x = torch.randn(200, 5) * 3
+    theirs = TorchmetricsInceptionScore(feature=nn.Identity(), splits=1)
+    theirs.update(x)
+    ours = InceptionScore(1).compute(x, NONE, Logits())["inception_score"]
+    assert ours == pytest.approx(float(theirs.compute()[0]), rel=1e-5)
+
+
+def brute_force(x: np.ndarray, support: np.ndarray, k: int) -> float:
+    """Kynkäänniemi et al., eq. 1 and 2, image by image."""
+    inside = 0
+    for row in x:
+        for centre in support:
+            radius = sorted(np.linalg.norm(support - centre, axis=1))[k]
+            if np.linalg.norm(row - centre) <= radius:
+                inside += 1
+                break
+    return inside / len(x)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_by_brute_force(k: int):
+    x, y = torch.randn(40, 3), torch.randn(50, 3) * 0.7 + 0.3
+    found = PrecisionRecall(k).compute(x, y, Logits())
+    assert found["precision"] == brute_force(x.double().numpy(), y.double().numpy(), k)
+    assert found["recall"] == brute_force(y.double().numpy(), x.double().numpy(), k)
+
+
+def test_precision_and_recall_of_a_lost_mode():
+    """Half of the modes, each well: precision 1, recall a half."""
+    modes = 100 * torch.eye(4).repeat_interleave(50, 0)
+    reference = modes + torch.randn(200, 4)
+    rows = torch.randint(0, 100, (300,))
+    generated = reference[rows] + 1e-4 * torch.randn(300, 4)
+    found = PrecisionRecall().compute(generated, reference, Logits())
+    assert found["precision"] == 1 and 0.4 < found["recall"] <= 0.5
+    same = PrecisionRecall().compute(reference, reference, Logits())
+    assert same == {"precision": 1, "recall": 1}
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: KernelDistance(subsets=0), "subsets=0"),
+        (lambda: KernelDistance(subset_size=1), "subset_size=1"),
+        (lambda: InceptionScore(splits=0), "splits=0"),
+        (lambda: PrecisionRecall(neighbours=0), "neighbours=0"),
+        (
+            lambda: PrecisionRecall(3).compute(torch.zeros(3, 2), torch.zeros(9, 2), Logits()),
+            "neighbours=3: must be below the number of images, 3",
+        ),
+    ],
+)
+def test_bad_arguments(make, message: str):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -1,0 +1,192 @@
+"""`lightning sample` and `lightning reference`."""
+
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from w2s_train.callbacks import FID
+from w2s_train.cli import main
+from w2s_train.command import compose
+from w2s_train.features import ClassifierFeatures, InceptionFeatures
+from w2s_train.frechet import Moments, Reference
+
+DIGITS = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml"]
+
+
+@pytest.fixture
+def run(command) -> Path:
+    return command("fit")
+
+
+def expected(folder: Path, seeds: range, labels: list[int]) -> torch.Tensor:
+    """Images of the checkpoint, (N, 1, 8, 8), straight from the module."""
+    module = compose(["fit", *DIGITS], run=False).model
+    path = folder / "checkpoints/last.ckpt"
+    module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    module.eval()
+    return module.generate(list(seeds), labels)
+
+
+def sample(folder: Path, *options: str) -> None:
+    main(
+        ["sample", *DIGITS, "--trainer.default_root_dir", str(folder), "--ckpt_path=last", *options]
+    )
+
+
+def test_every_format_holds_the_same_images(run: Path, tmp_path: Path):
+    """Folder, .npz, shards and grid; an image depends on seed and class alone."""
+    images = expected(run, range(5, 14), [3, 7, 3, 7, 3, 7, 3, 7, 3])
+    which = ("--seeds=5:14", "--classes=[3,7]")
+    few = "--data.generation_batch_size=4"
+    sample(run, *which, f"--output={tmp_path}/png")
+    for i, image in enumerate(images):
+        path = tmp_path / "png" / f"{5 + i:06d}-{3 if i % 2 == 0 else 7}.png"
+        assert np.array_equal(np.array(Image.open(path)), image[0])
+    sample(run, *which, few, "--format=npz", f"--output={tmp_path}/samples.npz")
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert arrays["arr_0"].dtype == np.uint8 and arrays["arr_0"].shape == (9, 8, 8, 3)
+        for channel in range(3):
+            assert np.array_equal(arrays["arr_0"][..., channel], images[:, 0])
+        assert arrays["arr_1"].tolist() == [3, 7, 3, 7, 3, 7, 3, 7, 3]
+    sample(run, *which, few, "--format=shards", f"--output={tmp_path}/shards")
+    with tarfile.open(tmp_path / "shards/samples-000-000000.tar") as tar:
+        names = tar.getnames()
+        assert names[:2] == ["000005.png", "000005.cls"] and len(names) == 18
+        for i, image in enumerate(images):
+            png = tar.extractfile(f"{5 + i:06d}.png").read()
+            assert np.array_equal(np.array(Image.open(io.BytesIO(png))), image[0])
+    sample(run, *which, "--format=grid", "--columns=3", f"--output={tmp_path}/grid.png")
+    grid = np.array(Image.open(tmp_path / "grid.png"))[..., 0]
+    assert np.array_equal(grid[2:10, 12:20], images[1, 0]) and grid.shape == (32, 32)
+    assert not list(tmp_path.glob("*partial*"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--seeds=5"], "seeds=5: must be FIRST:LAST"),
+        (["--seeds=7:7"], "seeds=7:7: must be FIRST:LAST"),
+        (["--classes=[3,10]"], r"classes=\[3, 10\]: must be in \[0, 9\]"),
+        (["--format=npz", "--output=x.png"], "output=x.png: must end in .npz"),
+        (["--output=configs"], "output=configs: must be new"),
+        (["--format=gif"], "format"),
+    ],
+)
+def test_bad_samples(run: Path, options: list[str], message: str):
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        sample(run, *options)
+
+
+def test_reference_is_that_of_the_preparation(command, tmp_path: Path):
+    """Shard by shard in batches equals all images at once; a subset keeps what it should."""
+    made = Reference.load(ROOT / "data/digits/reference.npz")
+    for size, keep in ((250, 10_000), (7, 100)):
+        path = tmp_path / f"{size}.npz"
+        options = [f"--data.generation_batch_size={size}", f"--keep_features={keep}"]
+        command("reference", f"--output={path}", *options)
+        ours = Reference.load(path)
+        assert ours.fingerprint == made.fingerprint
+        torch.testing.assert_close(ours.moments.mu, made.moments.mu, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours.moments.sigma, made.moments.sigma, rtol=1e-9, atol=1e-12)
+        assert len(ours.features) == min(keep, 1497)
+        rows = {tuple(row) for row in made.features.tolist()}
+        assert {tuple(row) for row in ours.features.tolist()} <= rows
+    whole = Reference.load(tmp_path / "250.npz").features
+    assert torch.equal(Reference.load(tmp_path / "7.npz").features, whole[:100])
+
+
+def test_reference_of_another_split(command, tmp_path: Path):
+    path = tmp_path / "heldout.npz"
+    urls = "--urls=data/digits/heldout-*.tar"
+    command("reference", urls, "--split=heldout", f"--output={path}")
+    ours, made = Reference.load(path), Reference.load(ROOT / "data/digits/heldout.npz")
+    assert ours.fingerprint == made.fingerprint and ours.fingerprint["n"] == 300
+    torch.testing.assert_close(ours.moments.sigma, made.moments.sigma, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_reference_on_two_processes(command, tmp_path: Path):
+    one = tmp_path / "one.npz"
+    command("reference", f"--output={one}", "--keep_features=50")
+    two = tmp_path / "two.npz"
+    start = [sys.executable, "-m", "w2s_train", "reference", *DIGITS, f"--output={two}"]
+    start += ["--keep_features=50", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    subprocess.run(start, check=True, cwd=ROOT)
+    ours, other = Reference.load(one), Reference.load(two)
+    assert ours.fingerprint == other.fingerprint
+    torch.testing.assert_close(ours.moments.sigma, other.moments.sigma, rtol=1e-10, atol=1e-12)
+    assert torch.equal(ours.features, other.features)
+
+
+def changed(path: Path, **changes: str | int) -> Path:
+    """The digits' reference with another fingerprint and without single features."""
+    made = Reference.load(ROOT / "data/digits/reference.npz")
+    Reference(made.moments, made.fingerprint | changes).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(dataset="mnist"), "reference=.*: was made of mnist, must be of digits"),
+        (dict(images="3x8x8"), "reference=.*: was made of images 3x8x8, must be 1x8x8"),
+        (dict(extractor="other"), "reference=.*: was made with other, must be classifier digits"),
+    ],
+)
+def test_a_reference_of_something_else(command, tmp_path: Path, changes: dict, message: str):
+    path = changed(tmp_path / "other.npz", **changes)
+    features = "{class_path: w2s_train.features.ClassifierFeatures, "
+    features += "init_args: {weights: data/digits/classifier.safetensors}}"
+    callback = f"{{class_path: w2s_train.callbacks.FID, init_args: {{reference: {path}, "
+    option = f"--trainer.callbacks={callback}features: {features}}}}}"
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        command("fit", option)
+
+
+def test_metrics_that_need_single_features(command, tmp_path: Path):
+    path = changed(tmp_path / "bare.npz")
+    features = "{class_path: w2s_train.features.ClassifierFeatures, "
+    features += "init_args: {weights: data/digits/classifier.safetensors}}"
+    callback = f"{{class_path: w2s_train.callbacks.FID, init_args: {{reference: {path}, "
+    metrics = "metrics: [{class_path: w2s_train.metrics.KernelDistance}]"
+    option = f"--trainer.callbacks={callback}features: {features}, {metrics}}}}}"
+    with pytest.raises(SystemExit, match="holds no features of single images, which KernelDist"):
+        command("fit", option)
+
+
+def test_a_reference_needs_a_callback(command):
+    with pytest.raises(SystemExit, match="error: trainer.callbacks: must hold a FID"):
+        command("reference", "--trainer.callbacks=[]")
+
+
+@pytest.mark.parametrize(
+    "n, name", [(50_000, "fid"), (60_000, "fid"), (5000, "fid@5k"), (49_999, "fid@49999")]
+)
+def test_fewer_images_than_the_protocol(n: int, name: str):
+    """Never plain FID; the classifiers have no such custom."""
+    fid = FID("none.npz", InceptionFeatures())
+    assert "fid" + fid._suffix(n) == name
+    assert FID("none.npz", ClassifierFeatures("toys/none.safetensors"))._suffix(n) == ""
+
+
+def test_too_few_images_for_the_covariance(command):
+    """A warning with both numbers."""
+    with pytest.warns(UserWarning, match="40 images are too few for a covariance of 64 features"):
+        command("fit", "--data.num_generated=40")
+
+
+def test_moments_survive_the_file(tmp_path: Path):
+    x = torch.randn(30, 4, dtype=torch.float64)
+    moments = Moments.from_sums(x.sum(0), x.T @ x, 30)
+    Reference(moments, {"dataset": "toys"}, x.float()).save(tmp_path / "r.npz")
+    loaded = Reference.load(tmp_path / "r.npz")
+    assert torch.equal(loaded.moments.sigma, moments.sigma)
+    assert torch.equal(loaded.features, x.float())
