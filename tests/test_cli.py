@@ -229,7 +229,8 @@ def test_unknown_commands():
     assert done.returncode == 1
     assert (
         done.stderr
-        == "error: command=train: must be one of fit, validate, test, predict, sample, reference, compare\n"
+        == "error: command=train: must be one of fit, validate, test, predict, sample, reference, "
+        "compare\n"
     )
 
 

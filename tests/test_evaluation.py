@@ -184,6 +184,39 @@ def test_killed_in_the_middle_and_resumed_on_two_processes(command, metrics: Pat
     assert numbers(scores(folder)[-5:]) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_do_not_change_scores(command, metrics: Path, processes: int):
+    """Faults row 17: every metric to the last digit, and the grid byte for byte."""
+    folder = command("fit", "-c", str(metrics))
+    grid = folder / "grids/step-000006.png"
+    before = grid.read_bytes()
+    grid.unlink()
+    start = [sys.executable, "-m", "w2s_train", "validate", "-c", "configs/digits_w2s.yaml"]
+    start += ["-c", "tests/tiny.yaml", "-c", str(metrics), "--ckpt_path=last"]
+    start += [f"--trainer.default_root_dir={folder}", "--trainer.strategy=ddp"]
+    start += [f"--trainer.devices={processes}", "--data.generation_batch_size=13"]
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(scores(folder)) == 15
+    assert numbers(scores(folder)[-5:]) == numbers(scores(folder)[-10:-5])
+    assert grid.read_bytes() == before
+
+
+def test_a_part_of_the_images_is_counted_as_such(command, metrics: Path):
+    """Lightning's own limit leaves batches out; the record must say so."""
+    folder = command("fit", "-c", str(metrics))
+    command("validate", "-c", str(metrics), "--ckpt_path=last", "--trainer.limit_val_batches=2")
+    assert {s["protocol"]["n"] for s in scores(folder)[-5:]} == {64}
+
+
+def test_unknown_metrics(command, metrics: Path):
+    metrics.write_text(metrics.read_text().replace("PrecisionRecall", "Precision"))
+    with pytest.raises(SystemExit, match="^error: .*w2s_train.metrics.Precision") as error:
+        command("fit", "-c", str(metrics))
+    assert "\n" not in str(error.value)
+
+
 def test_shares_of_a_plan():
     """Whatever is done already and however many processes: every index once."""
     plan = GenerationPlan(range(100, 123), [3, 5])

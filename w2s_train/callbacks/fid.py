@@ -16,6 +16,7 @@ from w2s_train.errors import UserError
 from w2s_train.features import FeatureExtractor, shape_name
 from w2s_train.frechet import Moments, Reference, frechet_distance
 from w2s_train.metrics import FeatureMetric
+from w2s_train.plan import GenerationPlan
 from w2s_train.scores import SCHEMA
 
 
@@ -155,14 +156,15 @@ class FID(Scorer):
         """Compute, log and append the scores of every group."""
         entries = []
         for group, plan in enumerate(self.plans):
-            scores = self._scores(group, trainer)
+            scores, n = self._scores(group, trainer)
             tag = "" if group == 0 else f" ({module.settings[plan.setting].name}, {plan.seeds[0]})"
             module.record({f"val/{name}{tag}": value for name, value in scores.items()})
-            entries += [self._entry(name, value, group, module) for name, value in scores.items()]
+            entries += [self._entry(name, v, n, plan, module) for name, v in scores.items()]
         if trainer.is_global_zero:
             append_scores(Path(trainer.default_root_dir), entries)
 
-    def _scores(self, group: int, trainer: Trainer) -> dict[str, float]:
+    def _scores(self, group: int, trainer: Trainer) -> tuple[dict[str, float], int]:
+        """The scores of a group by name, and the number of images behind them."""
         total, outer, count = (state.cpu() for state in self.sums[group].compute())
         n, suffix = int(count), self._suffix(int(count))
         if n < 2:
@@ -185,7 +187,7 @@ class FID(Scorer):
                 scores |= {self._name(name): value for name, value in found.items()}
         # Float64 sums over another grouping of the same features differ in their last bits, and the
         # root in the distance magnifies that to about 1e-9: keep the digits that are always equal.
-        return {f"{name}{suffix}": float(f"{value:.6g}") for name, value in scores.items()}
+        return {f"{name}{suffix}": float(f"{v:.6g}") for name, v in scores.items()}, n
 
     def _name(self, metric: str) -> str:
         """Of another metric: plain for FID's Inception, else with the features it is made of."""
@@ -198,13 +200,14 @@ class FID(Scorer):
             return ""
         return f"@{n // 1000}k" if n % 1000 == 0 else f"@{n}"
 
-    def _entry(self, name: str, value: float, group: int, module: Any) -> dict[str, Any]:
+    def _entry(
+        self, name: str, value: float, n: int, plan: GenerationPlan, module: Any
+    ) -> dict[str, Any]:
         """One element of ``scores.json``."""
-        plan = self.plans[group]
         protocol = module.protocol(plan.setting) | {
             "extractor": self.extractor.describe(),
             "reference": self.reference.fingerprint,
-            "n": len(plan),
+            "n": n,
             "seeds": [plan.seeds[0], plan.seeds[-1]],
             "evaluation_seconds": round(time.perf_counter() - self.began, 3),
             "git_commit": git_commit(),

@@ -138,7 +138,7 @@ class LeavesScores(Scorer):
             scores = {name: float(f"{value:.5g}") for name, value in scores.items()}
             tag = "" if group == 0 else f" ({module.settings[plan.setting].name}, {plan.seeds[0]})"
             module.record({f"val/{name}{tag}": value for name, value in scores.items()})
-            entries += [self._entry(name, v, plan, module) for name, v in scores.items()]
+            entries += [self._entry(name, v, len(x), plan, module) for name, v in scores.items()]
         if trainer.is_global_zero:
             append_scores(Path(trainer.default_root_dir), entries)
 
@@ -159,11 +159,11 @@ class LeavesScores(Scorer):
             errors = velocity_errors(self.leaves, on_host, y, module.objective.interpolant)
         return sum(errors) / len(errors)
 
-    def _entry(self, name: str, value: float, plan: Any, module: Any) -> dict[str, Any]:
+    def _entry(self, name: str, value: float, n: int, plan: Any, module: Any) -> dict[str, Any]:
         """One element of ``scores.json``."""
         protocol = module.protocol(plan.setting) | {
             "reference": self.describe(),
-            "n": len(plan),
+            "n": n,
             "seeds": [plan.seeds[0], plan.seeds[-1]],
             "git_commit": git_commit(),
         }
