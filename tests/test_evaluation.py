@@ -134,7 +134,10 @@ def test_another_checkpoint_does_not_take_over(command, metrics: Path, monkeypat
     assert numbers(scores(folder)[-5:]) == expected
 
 
-def test_a_fit_finishes_the_evaluation_it_was_stopped_in(command, metrics: Path, monkeypatch):
+@pytest.mark.parametrize("call", [2, 5])  # in the first evaluation, and in that of the last step
+def test_a_fit_finishes_the_evaluation_it_was_stopped_in(
+    command, metrics: Path, monkeypatch: pytest.MonkeyPatch, call: int
+):
     """Lightning alone would go on with training, and the score would be missing."""
     whole = command("fit", "-c", str(metrics), folder="whole")
     generate = DiffusionModule.generate
@@ -142,7 +145,7 @@ def test_a_fit_finishes_the_evaluation_it_was_stopped_in(command, metrics: Path,
 
     def broken(self, batch: list[int], *rest: Any):
         calls.append(batch)
-        if len(calls) == 2:
+        if len(calls) == call:
             raise RuntimeError("stopped")
         return generate(self, batch, *rest)
 
@@ -201,6 +204,48 @@ def test_processes_do_not_change_scores(command, metrics: Path, processes: int):
     assert len(scores(folder)) == 15
     assert numbers(scores(folder)[-5:]) == numbers(scores(folder)[-10:-5])
     assert grid.read_bytes() == before
+
+
+def test_resumable_evaluation_may_stand_anywhere(command, metrics: Path, monkeypatch):
+    """Before the scorers it would mark images as done that they have not seen."""
+    *head, last = metrics.read_text().rstrip().splitlines()
+    metrics.write_text("\n".join([*head[:3], last, *head[3:]]))
+    folder = command("fit", "-c", str(metrics))
+    generate, calls = DiffusionModule.generate, []
+
+    def broken(self, batch: list[int], *rest: Any):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise RuntimeError("stopped")
+        return generate(self, batch, *rest)
+
+    monkeypatch.setattr(DiffusionModule, "generate", broken)
+    with pytest.raises(RuntimeError, match="stopped"):
+        command("validate", "-c", str(metrics), "--ckpt_path=last")
+    command("validate", "-c", str(metrics), "--ckpt_path=last")
+    assert numbers(scores(folder)[-5:]) == numbers(scores(folder)[-10:-5])
+
+
+def test_a_learned_scale_belongs_to_the_key(command, metrics: Path, monkeypatch):
+    """Checkpoints of one frozen network that differ in the guidance alone do not share images."""
+    network = command("fit", folder="base") / "checkpoints/last.ckpt"
+    options = ["-c", str(metrics), "-c", "configs/guidance/learned_fit.yaml"]
+    options.append(f"--model.network.init_args.path={network}")
+    folder = command("fit", *options)
+    generate, calls = DiffusionModule.generate, []
+
+    def broken(self, batch: list[int], *rest: Any):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise RuntimeError("stopped")
+        return generate(self, batch, *rest)
+
+    monkeypatch.setattr(DiffusionModule, "generate", broken)
+    with pytest.raises(RuntimeError, match="stopped"):
+        command("validate", *options, f"--ckpt_path={folder}/checkpoints/step-000003.ckpt")
+    (left,) = (folder / "evaluation").iterdir()
+    command("validate", *options, "--ckpt_path=last")
+    assert list((folder / "evaluation").iterdir()) == [left]
 
 
 def test_a_part_of_the_images_is_counted_as_such(command, metrics: Path):

@@ -34,11 +34,11 @@ class Logits(FeatureExtractor):
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_kernel_distance_is_clean_fids(shift: float):
-    """One subset of everything leaves nothing to chance."""
+    """One subset of everything leaves nothing to chance; theirs is float32."""
     x, y = torch.randn(60, 7), torch.randn(60, 7) + shift
     ours = KernelDistance(subsets=1, subset_size=60).compute(x, y, Logits())["kid"]
     theirs = cleanfid.fid.kernel_distance(y.numpy(), x.numpy(), num_subsets=1, max_subset_size=60)
-    assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-7)
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
 def test_kernel_distance_is_unbiased_and_repeats():

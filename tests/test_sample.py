@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from PIL import Image
 from w2s_train.callbacks import FID
 from w2s_train.cli import main
 from w2s_train.command import compose
+from w2s_train.errors import UserError
 from w2s_train.features import ClassifierFeatures, InceptionFeatures
 from w2s_train.frechet import Moments, Reference
+from w2s_train.module import DiffusionModule
 
 DIGITS = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml"]
 
@@ -78,6 +81,7 @@ def test_every_format_holds_the_same_images(run: Path, tmp_path: Path):
         (["--format=npz", "--output=x.png"], "output=x.png: must end in .npz"),
         (["--output=configs"], "output=configs: must be new"),
         (["--format=gif"], "format"),
+        (["--format=grid", "--columns=0", "--output=x.png"], "columns=0: must be at least 1"),
     ],
 )
 def test_bad_samples(run: Path, options: list[str], message: str):
@@ -106,7 +110,7 @@ def test_reference_is_that_of_the_preparation(command, tmp_path: Path):
 def test_reference_of_another_split(command, tmp_path: Path):
     path = tmp_path / "heldout.npz"
     urls = "--urls=data/digits/heldout-*.tar"
-    command("reference", urls, "--split=heldout", f"--output={path}")
+    command("reference", urls, f"--output={path}")
     ours, made = Reference.load(path), Reference.load(ROOT / "data/digits/heldout.npz")
     assert ours.fingerprint == made.fingerprint and ours.fingerprint["n"] == 300
     torch.testing.assert_close(ours.moments.sigma, made.moments.sigma, rtol=1e-9, atol=1e-12)
@@ -136,9 +140,9 @@ def changed(path: Path, **changes: str | int) -> Path:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(dataset="mnist"), "reference=.*: was made of mnist, must be of digits"),
-        (dict(images="3x8x8"), "reference=.*: was made of images 3x8x8, must be 1x8x8"),
-        (dict(extractor="other"), "reference=.*: was made with other, must be classifier digits"),
+        (dict(dataset="mnist"), "reference=.*: was made with dataset mnist, must be digits"),
+        (dict(images="3x8x8"), "reference=.*: was made with images 3x8x8, must be 1x8x8"),
+        (dict(extractor="other"), "reference=.*: was made with extractor other, must be classif"),
     ],
 )
 def test_a_reference_of_something_else(command, tmp_path: Path, changes: dict, message: str):
@@ -147,8 +151,62 @@ def test_a_reference_of_something_else(command, tmp_path: Path, changes: dict, m
     features += "init_args: {weights: data/digits/classifier.safetensors}}"
     callback = f"{{class_path: w2s_train.callbacks.FID, init_args: {{reference: {path}, "
     option = f"--trainer.callbacks={callback}features: {features}}}}}"
+    run = command("fit")
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         command("fit", option)
+    assert not run.with_name("run.1").exists()  # refused before the earlier run is moved aside
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "cannot be read .EOFError"),
+        (b"text", "cannot be read .ValueError"),
+        (b"PK\x03\x04 and no more", "cannot be read .BadZipFile"),
+    ],
+)
+def test_broken_references(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "r.npz").write_bytes(content)
+    with pytest.raises(UserError, match=f"^reference=.*{message}"):
+        Reference.load(tmp_path / "r.npz")
+
+
+def test_a_reference_that_says_nothing(tmp_path: Path):
+    moments = Moments(torch.zeros(3).double(), torch.eye(3).double(), 9)
+    Reference(moments, {"n": 9}).save(tmp_path / "r.npz")
+    with pytest.raises(UserError, match="its fingerprint lacks dataset, extractor, split"):
+        Reference.load(tmp_path / "r.npz")
+    about = dict(dataset="a", split="b", n=9, extractor="c")
+    Reference(Moments(moments.mu, torch.eye(2).double(), 9), about).save(tmp_path / "r.npz")
+    with pytest.raises(UserError, match="must be .F,. and .F, F."):
+        Reference.load(tmp_path / "r.npz")
+
+
+def test_a_reference_is_not_overwritten_by_another(command, tmp_path: Path):
+    with pytest.raises(SystemExit, match="holds digits train, must be new for digits heldout"):
+        command("reference", "--urls=data/digits/heldout-*.tar")
+
+
+def test_left_overs_of_a_stopped_npz(run: Path, tmp_path: Path, monkeypatch):
+    """A second start with fewer images does not take the first one's rows."""
+    generate = DiffusionModule.generate
+
+    def broken(self, batch: list[int], *rest: Any):
+        if batch[0] >= 8:
+            raise RuntimeError("stopped")
+        return generate(self, batch, *rest)
+
+    options = ("--format=npz", f"--output={tmp_path}/s.npz", "--data.generation_batch_size=8")
+    monkeypatch.setattr(DiffusionModule, "generate", broken)
+    with pytest.raises(RuntimeError, match="stopped"):
+        sample(run, "--seeds=0:20", *options)
+    monkeypatch.setattr(DiffusionModule, "generate", generate)
+    sample(run, "--seeds=0:10", *options)
+    with np.load(tmp_path / "s.npz") as arrays:
+        assert len(arrays["arr_0"]) == 10 and arrays["arr_0"].any(axis=(1, 2, 3)).all()
+    (tmp_path / "s.npz").unlink()
+    with pytest.raises(SystemExit, match="must hold 20 images, only 8 came"):
+        sample(run, "--seeds=0:20", *options, "--trainer.limit_predict_batches=1")
 
 
 def test_metrics_that_need_single_features(command, tmp_path: Path):
@@ -186,7 +244,8 @@ def test_too_few_images_for_the_covariance(command):
 def test_moments_survive_the_file(tmp_path: Path):
     x = torch.randn(30, 4, dtype=torch.float64)
     moments = Moments.from_sums(x.sum(0), x.T @ x, 30)
-    Reference(moments, {"dataset": "toys"}, x.float()).save(tmp_path / "r.npz")
+    about = dict(dataset="toys", split="train", n=30, extractor="none")
+    Reference(moments, about, x.float()).save(tmp_path / "r.npz")
     loaded = Reference.load(tmp_path / "r.npz")
     assert torch.equal(loaded.moments.sigma, moments.sigma)
     assert torch.equal(loaded.features, x.float())

@@ -110,11 +110,12 @@ class Command(LightningCLI):
         self.stop = GracefulStop()
         seed = int(config.seed_everything or 0)
         ours = [self.record, StepSeed(seed), self.stop, Progress()]
-        if not any(isinstance(callback, ResumableEvaluation) for callback in self._callbacks()):
-            ours.append(ResumableEvaluation())
+        given = self._callbacks()
+        resumable = [callback for callback in given if isinstance(callback, ResumableEvaluation)]
+        given = [callback for callback in given if callback not in resumable]
         if self.subcommand == "predict":
             ours.append(ImageWriter(Path(folder) / "samples"))
-        kwargs["callbacks"] = [*self._callbacks(), *ours]
+        kwargs["callbacks"] = [*given, *ours, *(resumable or [ResumableEvaluation()])]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError) as error:
@@ -151,7 +152,10 @@ class Command(LightningCLI):
                     callback.check_files()
         for callback in self._callbacks():
             if isinstance(callback, LeavesScores):
-                callback.check_model(self.model)
+                callback.check_model(self.model, self.datamodule.num_generated)
+            if isinstance(callback, FID) and subcommand in ("fit", "validate", "test"):
+                if callback.files_exist():  # else a script makes them when the trainer starts
+                    callback.load(self.model, self.datamodule)
         try:
             super()._run_subcommand(subcommand)
         except (pickle.UnpicklingError, EOFError) as error:

@@ -75,7 +75,7 @@ class ShardDataModule(LightningDataModule):
         self.in_memory, self.seed = in_memory, seed
         self.num_generated, self.generation_batch_size = num_generated, generation_batch_size
         self.sampling_seeds = sampling_seeds
-        self.dataset = dataset or Path(train_urls).parent.name
+        self.dataset = dataset or Path(train_urls).resolve().parent.name
         self.plan: GenerationPlan | None = None  # of `lightning sample`
 
     def prepare_data(self) -> None:
@@ -134,8 +134,15 @@ class ShardDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """This rank's part of the plan of `lightning sample`, or of the first of validation."""
+        assert self.trainer is not None
         seeds, labels = range(self.num_generated), range(self.num_classes)
-        return self._generation(self.plan or GenerationPlan(seeds, labels))
+        plan = self.plan or GenerationPlan(seeds, labels)
+        if len(plan) < self.trainer.world_size:
+            raise UserError(
+                f"seeds={plan.seeds[0]}:{plan.seeds[-1] + 1}: must be at least as many as "
+                f"processes, {self.trainer.world_size}"
+            )
+        return self._generation(plan)
 
     def _generation(self, plan: GenerationPlan) -> DataLoader:
         assert self.trainer is not None
@@ -192,7 +199,8 @@ def _find_script(name: str) -> Path:
     """A script in the project's ``data/`` folder and nowhere else: a config may not run more."""
     folder = Path(__file__).resolve().parent.parent / "data"
     script = folder / f"{name}.py"
-    if script.parent != folder or not script.is_file():
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.py"))) or "none"
-        raise UserError(f"prepare={name}: must be one of the scripts in {folder}: {known}")
+    known = [path for path in sorted(folder.glob("*.py")) if "def prepare(" in path.read_text()]
+    if script not in known:
+        names = ", ".join(path.stem for path in known) or "none"
+        raise UserError(f"prepare={name}: must be one of the scripts in {folder}: {names}")
     return script

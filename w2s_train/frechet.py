@@ -9,6 +9,7 @@ differs between SciPy versions, is needed.
 
 import json
 import os
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,15 +73,29 @@ class Reference:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: No such file, or one without a fingerprint.
+            UserError: No such file, a broken one, or one without a fingerprint.
         """
         if not path.is_file():
             raise UserError(f"reference={path}: must be an existing file")
-        with np.load(path, allow_pickle=False) as arrays:
-            if missing := {"mu", "sigma", "n", "fingerprint"} - set(arrays.files):
-                raise UserError(f"reference={path}: lacks {', '.join(sorted(missing))}")
-            mu, sigma = torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])
-            moments = Moments(mu.double(), sigma.double(), int(arrays["n"]))
-            fingerprint = json.loads(str(arrays["fingerprint"]))
-            some = arrays["features"] if "features" in arrays.files else np.zeros((0, len(mu)))
-            return cls(moments, fingerprint, torch.from_numpy(some).float())
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"reference={path}: cannot be read ({type(error).__name__}); must be a file of "
+                "lightning reference"
+            ) from error
+        if missing := {"mu", "sigma", "n", "fingerprint"} - set(arrays):
+            raise UserError(f"reference={path}: lacks {', '.join(sorted(missing))}")
+        fingerprint = json.loads(str(arrays["fingerprint"]))
+        if missing := {"dataset", "split", "n", "extractor"} - set(fingerprint):
+            raise UserError(f"reference={path}: its fingerprint lacks {', '.join(sorted(missing))}")
+        mu, sigma = torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise UserError(
+                f"reference={path}: mu and sigma have shapes {tuple(mu.shape)} and "
+                f"{tuple(sigma.shape)}, must be (F,) and (F, F)"
+            )
+        moments = Moments(mu.double(), sigma.double(), int(arrays["n"]))
+        some = arrays.get("features", np.zeros((0, len(mu))))
+        return cls(moments, fingerprint, torch.from_numpy(some).float())

@@ -18,6 +18,24 @@ class FeatureMetric(abc.ABC):
 
     needs_reference: bool = True  # compares with the features of single reference images
 
+    def check(self, generated: int | None, reference: int, extractor: FeatureExtractor) -> None:
+        """Refuse what cannot be computed, before any image is made.
+
+        Args:
+            generated: Number of images to come, if that is known.
+            reference: Number of single reference images.
+            extractor: Where features come from.
+
+        Raises:
+            UserError: Too few images, or an extractor without what the metric needs.
+        """
+        return None
+
+    def describe(self) -> str:
+        """Name and settings, for the record of a score."""
+        settings = ", ".join(f"{key}={value}" for key, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
     @abc.abstractmethod
     def compute(
         self, generated: Tensor, reference: Tensor, extractor: FeatureExtractor
@@ -83,13 +101,17 @@ class InceptionScore(FeatureMetric):
         splits: Number of parts, at least 1.
 
     Raises:
-        UserError: A number out of its range; in `compute`, an extractor without classes.
+        UserError: A number out of its range; in `check`, an extractor without classes.
     """
 
     needs_reference = False
 
     def __init__(self, splits: int = 10) -> None:
         self.splits = check_at_least("splits", splits, 1)
+
+    def check(self, generated: int | None, reference: int, extractor: FeatureExtractor) -> None:
+        if not extractor.has_probabilities:
+            extractor.probabilities(torch.zeros(0, 0))  # says so
 
     def compute(
         self, generated: Tensor, reference: Tensor, extractor: FeatureExtractor
@@ -112,20 +134,23 @@ class PrecisionRecall(FeatureMetric):
         neighbours: k, at least 1.
 
     Raises:
-        UserError: A number out of its range; in `compute`, too few images.
+        UserError: A number out of its range; in `check`, too few images.
     """
 
     def __init__(self, neighbours: int = 3) -> None:
         self.neighbours = check_at_least("neighbours", neighbours, 1)
 
-    def compute(
-        self, generated: Tensor, reference: Tensor, extractor: FeatureExtractor
-    ) -> dict[str, float]:
-        fewest = min(len(generated), len(reference))
+    def check(self, generated: int | None, reference: int, extractor: FeatureExtractor) -> None:
+        fewest = reference if generated is None else min(generated, reference)
         if fewest <= self.neighbours:
             raise UserError(
                 f"neighbours={self.neighbours}: must be below the number of images, {fewest}"
             )
+
+    def compute(
+        self, generated: Tensor, reference: Tensor, extractor: FeatureExtractor
+    ) -> dict[str, float]:
+        self.check(len(generated), len(reference), extractor)
         return {
             "precision": self._share_inside(generated, reference),
             "recall": self._share_inside(reference, generated),

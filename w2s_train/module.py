@@ -73,6 +73,9 @@ class DiffusionModule(LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.autoencoder = autoencoder or PixelSpace()
         self.guidances = guidance if isinstance(guidance, list) else [guidance or Unguided()]
+        for name, given in dict(guidance=guidance, ema_decay=ema_decay).items():
+            if given == []:
+                raise UserError(f"{name}=[]: must name at least one")
         self.label_dropout, self.generation_block = label_dropout, generation_block
         self.compile_networks = compile
         self.objective.bind(network)

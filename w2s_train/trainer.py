@@ -6,6 +6,7 @@ from typing import Any, Literal
 from lightning import LightningModule
 from lightning.pytorch import Trainer
 
+from w2s_train.autoencoder import Vectors
 from w2s_train.callbacks import (
     FID,
     GridWriter,
@@ -22,6 +23,7 @@ from w2s_train.module import DiffusionModule
 from w2s_train.plan import GenerationPlan
 
 Format = Literal["png", "grid", "npz", "shards"]
+SUFFIXES: dict[Format, str] = {"png": "", "grid": ".png", "npz": ".npz", "shards": ""}
 
 
 class PassThrough(LightningModule):
@@ -40,7 +42,8 @@ class DiffusionTrainer(Trainer):
         model: DiffusionModule,
         datamodule: ShardDataModule,
         urls: str | None = None,
-        split: str = "train",
+        dataset: str | None = None,
+        split: str | None = None,
         output: str | None = None,
         keep_features: int = KEEP,
     ) -> None:
@@ -50,7 +53,8 @@ class DiffusionTrainer(Trainer):
             model: Not used: references are made of stored images.
             datamodule: Names the data set.
             urls: Shards of images; those of training if not given.
-            split: Name of this part of the data set.
+            dataset: Name of the data set; if not given, the run's, or the folder of ``urls``.
+            split: Name of this part of it; the first word of the shards' names if not given.
             output: File to write; what the callback reads if not given.
             keep_features: Images whose features are kept one by one, for KID, precision and recall.
 
@@ -63,16 +67,21 @@ class DiffusionTrainer(Trainer):
                 "exactly one FID, for the output" if scorers else "a FID, which needs a reference"
             )
             raise UserError(f"trainer.callbacks: must hold {rule}; these are {len(scorers)}")
+        if keep_features < 0:
+            raise UserError(f"keep_features={keep_features}: must be at least 0")
+        name = Path(urls).resolve().parent.name if urls else datamodule.dataset
         writers = [
             ReferenceWriter(
                 scorer,
                 Path(output) if output else scorer.reference_path,
-                dataset=datamodule.dataset,
-                split=split,
+                dataset=dataset or name,
+                split=split or Path(urls or datamodule.train_urls).name.partition("-")[0],
                 keep=keep_features,
             )
             for scorer in scorers
         ]
+        for each in writers:
+            each.check()
         self.callbacks += writers  # type: ignore[attr-defined]
         images = ReferenceImages(urls or datamodule.train_urls, datamodule)
         self.predict(PassThrough(), datamodule=images, return_predictions=False)
@@ -83,7 +92,7 @@ class DiffusionTrainer(Trainer):
         datamodule: ShardDataModule,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-        output: str = "samples",
+        output: str | None = None,
         format: Format = "png",
         seeds: str = "0:64",
         classes: list[int] | None = None,
@@ -97,7 +106,8 @@ class DiffusionTrainer(Trainer):
             datamodule: The data module.
             ckpt_path: The checkpoint, or last.
             weights_only: Set by the command.
-            output: Folder (png, shards) or file (grid, npz) to write.
+            output: Folder (png, shards) or file (grid, npz) to write; "samples", with the suffix of
+                the format, if not given.
             format: A folder of PNGs, one PNG with a grid, ADM's .npz, or webdataset shards.
             seeds: FIRST:LAST, the last one not included. An image depends on seed and class alone.
             classes: Taken in turn; all of them if not given.
@@ -112,15 +122,16 @@ class DiffusionTrainer(Trainer):
             if not 0 <= label < known:
                 raise UserError(f"classes={classes}: must be in [0, {known - 1}]")
         datamodule.plan = GenerationPlan(parse_seeds(seeds), classes or range(known))
-        path = Path(output)
-        writers: dict[Format, SampleWriter] = {
-            "png": ImageWriter(path),
-            "grid": GridWriter(path, columns, scale),
-            "npz": NpzWriter(path),
-            "shards": ShardWriter(path),
-        }
-        writers[format].check()
-        self.callbacks.append(writers[format])  # type: ignore[attr-defined]
+        if isinstance(model.autoencoder, Vectors):
+            raise UserError("autoencoder=Vectors: must make images; these are points")
+        path = Path(output or f"samples{SUFFIXES[format]}")
+        writer: SampleWriter
+        if format == "grid":
+            writer = GridWriter(path, columns, scale)
+        else:
+            writer = {"png": ImageWriter, "npz": NpzWriter, "shards": ShardWriter}[format](path)
+        writer.check()
+        self.callbacks.append(writer)  # type: ignore[attr-defined]
         self.predict(
             model,
             datamodule=datamodule,

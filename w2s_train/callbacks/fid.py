@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from w2s_train.autoencoder import PixelSpace
 from w2s_train.callbacks.run_record import append_scores, git_commit
 from w2s_train.callbacks.scorer import Scorer, gather
 from w2s_train.errors import UserError
@@ -78,6 +79,7 @@ class FID(Scorer):
     ) -> None:
         self.reference_path, self.extractor = Path(reference), features
         self.metrics = metrics or []
+        self.reference: Reference | None = None  # from `load`
 
     def check_files(self) -> None:
         """Refuse files that are not there, without reading them.
@@ -89,34 +91,62 @@ class FID(Scorer):
             raise UserError(f"reference={self.reference_path}: must be an existing file")
         self.extractor.check_files()
 
+    def files_exist(self) -> bool:
+        """Whether `check_files` has nothing to refuse."""
+        try:
+            self.check_files()
+        except UserError:
+            return False
+        return True
+
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Load extractor and reference, and refuse what does not belong together."""
-        if stage == "predict":
-            return
+        """Load extractor and reference, unless the command did so already."""
+        if stage != "predict" and self.reference is None:
+            self.load(pl_module, getattr(trainer, "datamodule", None))
+
+    def load(self, module: Any, data: Any) -> None:
+        """Load extractor and reference, and refuse what does not belong together.
+
+        Args:
+            module: The Lightning module, or None.
+            data: The data module, or None.
+
+        Raises:
+            UserError: A reference that cannot be read, or of another extractor, data set or image
+                shape; a metric that cannot be computed of so few images or with this extractor.
+        """
         self.extractor.load()
-        self.reference = Reference.load(self.reference_path)
-        made_with, ours = self.reference.fingerprint["extractor"], self.extractor.describe()
-        if made_with != ours:
-            raise UserError(
-                f"reference={self.reference_path}: was made with {made_with}, must be {ours}"
-            )
-        data = getattr(trainer, "datamodule", None)
-        made_of = self.reference.fingerprint["dataset"]
-        if data is not None and made_of != data.dataset:
-            raise UserError(
-                f"reference={self.reference_path}: was made of {made_of}, must be of {data.dataset}"
-            )
-        names = [type(m).__name__ for m in self.metrics if m.needs_reference]
-        if names and not len(self.reference.features):
-            raise UserError(
-                f"reference={self.reference_path}: holds no features of single images, which "
-                f"{names[0]} needs; make it with lightning reference"
-            )
+        reference = Reference.load(self.reference_path)
+        pairs = [("extractor", self.extractor.describe())]
+        if data is not None:
+            pairs.append(("dataset", data.dataset))
+        if module is not None and isinstance(module.autoencoder, PixelSpace):
+            pairs.append(("images", "x".join(str(side) for side in module.input_shape)))
+        for key, ours in pairs:
+            if (made := reference.fingerprint.get(key, ours)) != ours:
+                raise UserError(
+                    f"reference={self.reference_path}: was made with {key} {made}, must be {ours}"
+                )
+        n = data.num_generated if data is not None else None
+        if n is not None and n < 2:
+            raise UserError(f"num_generated={n}: must be at least 2 for a covariance")
+        for metric in self.metrics:
+            if metric.needs_reference and not len(reference.features):
+                raise UserError(
+                    f"reference={self.reference_path}: holds no features of single images, which "
+                    f"{type(metric).__name__} needs; make it with lightning reference"
+                )
+            metric.check(n, len(reference.features), self.extractor)
+        self.reference = reference
 
     def describe(self) -> str:
         """What is computed from the images."""
-        names = [type(metric).__name__ for metric in self.metrics]
-        return " ".join([self.extractor.describe(), *names])
+        return ", ".join([self.extractor.describe(), *(m.describe() for m in self.metrics)])
+
+    @property
+    def _loaded(self) -> Reference:
+        assert self.reference is not None
+        return self.reference
 
     def begin(self, trainer: Trainer, module: Any) -> None:
         """Start with empty sums, on the device of the module."""
@@ -124,16 +154,16 @@ class FID(Scorer):
         size = self.extractor.num_features
         self.sums = [FeatureSums(size).to(module.device) for _ in self.plans]
         self.kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.plans]
+        self.settings: dict[str, FeatureMetric] = {}  # by the name of a score
         self.began = time.perf_counter()
 
     def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
         """Take in the features of one batch."""
         shape = shape_name(images)
-        made_of = self.reference.fingerprint.get("images", shape)
+        made_of = self._loaded.fingerprint.get("images", shape)
         if made_of != shape:
             raise UserError(
-                f"reference={self.reference_path}: was made of images {made_of}, must be {shape} "
-                "(channels, height, width)"
+                f"reference={self.reference_path}: was made with images {made_of}, must be {shape}"
             )
         features = self.extractor(images)
         self.sums[group].update(features)
@@ -167,24 +197,23 @@ class FID(Scorer):
         """The scores of a group by name, and the number of images behind them."""
         total, outer, count = (state.cpu() for state in self.sums[group].compute())
         n, suffix = int(count), self._suffix(int(count))
-        if n < 2:
-            raise UserError(f"num_generated={n}: must be at least 2 for a covariance")
         if n <= self.extractor.num_features:
             rank_zero_warn(
                 f"{n:,} images are too few for a covariance of {self.extractor.num_features:,} "
                 "features: the distance is far too large, and comparable at equal numbers only"
             )
         moments = Moments.from_sums(total, outer, n)
-        scores = {self.extractor.metric: frechet_distance(moments, self.reference.moments)}
+        scores = {self.extractor.metric: frechet_distance(moments, self._loaded.moments)}
         if self.metrics:
             parts = [part for share in gather(self.kept[group], trainer) for part in share]
             order = torch.cat([index for index, _ in parts]).argsort()
             features = torch.cat([features for _, features in parts])[order]
             device = next(self.extractor.parameters()).device
-            generated, reference = features.to(device), self.reference.features.to(device)
+            generated, reference = features.to(device), self._loaded.features.to(device)
             for metric in self.metrics:
                 found = metric.compute(generated, reference, self.extractor)
                 scores |= {self._name(name): value for name, value in found.items()}
+                self.settings |= {f"{self._name(name)}{suffix}": metric for name in found}
         # Float64 sums over another grouping of the same features differ in their last bits, and the
         # root in the distance magnifies that to about 1e-9: keep the digits that are always equal.
         return {f"{name}{suffix}": float(f"{v:.6g}") for name, v in scores.items()}, n
@@ -206,11 +235,14 @@ class FID(Scorer):
         """One element of ``scores.json``."""
         protocol = module.protocol(plan.setting) | {
             "extractor": self.extractor.describe(),
-            "reference": self.reference.fingerprint,
+            "reference": self._loaded.fingerprint,
             "n": n,
             "seeds": [plan.seeds[0], plan.seeds[-1]],
             "evaluation_seconds": round(time.perf_counter() - self.began, 3),
             "git_commit": git_commit(),
         }
+        if metric := self.settings.get(name):
+            protocol["metric_settings"] = metric.describe()
+            protocol["reference_features"] = len(self._loaded.features)
         shared = {key: protocol[key] for key in ("step", "weights", "guidance")}
         return {"schema": SCHEMA, "metric": name, "value": value, **shared, "protocol": protocol}

@@ -83,13 +83,17 @@ class LeavesScores(Scorer):
     def __init__(self, num_classes: int, depth: int) -> None:
         self.leaves = Leaves(num_classes, depth)
 
-    def check_model(self, module: Any) -> None:
-        """Refuse a network for other data.
+    def check_model(self, module: Any, num_generated: int) -> None:
+        """Refuse a network for other data, and too few points.
 
         Raises:
-            UserError: Other classes, or no points of two coordinates.
+            UserError: Other classes, no points of two coordinates, or fewer than two a class.
         """
         network, classes = module.network, self.leaves.num_classes
+        if num_generated < 2 * classes:
+            raise UserError(
+                f"num_generated={num_generated}: must be at least two points a class, {2 * classes}"
+            )
         if network.num_classes != classes:
             raise UserError(
                 f"num_classes={classes}: must equal the network's, {network.num_classes}"

@@ -32,6 +32,24 @@ class ReferenceWriter(Callback):
         self.extractor, self.output = fid.extractor, output
         self.dataset, self.split, self.keep = dataset, split, keep
 
+    def check(self) -> None:
+        """Refuse to write over the statistics of something else.
+
+        Raises:
+            UserError: There are some.
+        """
+        if not self.output.is_file():
+            return
+        try:
+            there = Reference.load(self.output).fingerprint
+        except UserError:
+            return  # a broken file, which is to be made anew
+        if (there["dataset"], there["split"]) != (self.dataset, self.split):
+            raise UserError(
+                f"output={self.output}: holds {there['dataset']} {there['split']}, must be new for "
+                f"{self.dataset} {self.split}"
+            )
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the extractor."""
         self.extractor.load()

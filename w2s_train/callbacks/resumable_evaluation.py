@@ -5,15 +5,18 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 
 from w2s_train.callbacks.scorer import Scorer, validation_loaders
 from w2s_train.errors import UserError
+from w2s_train.guidance import Guidance
 from w2s_train.models.saved import read_file
 
 
@@ -22,7 +25,7 @@ class ResumableEvaluation(Callback):
 
     The key stands for weights and protocol, so that nothing of another evaluation is ever used.
     Each process writes a file of its own, whole or not at all. The next start, on any number of
-    processes, generates what is missing. It must stand after the scorers among the callbacks.
+    processes, generates what is missing. It stands after the scorers: the command sees to that.
 
     Args:
         every: Seconds between two saves; 0 saves after each batch.
@@ -36,18 +39,29 @@ class ResumableEvaluation(Callback):
             raise UserError(f"every={every}: must be at least 0 seconds")
         self.every = every
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing is looked for yet."""
+        self.looked = False
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the evaluation of a fit that was stopped in the middle of it."""
-        if trainer.global_step == 0 or not any(isinstance(c, Scorer) for c in _callbacks(trainer)):
+        self.looked = True
+        if trainer.global_step == 0 or not _scorers(trainer):
             return
         loop = trainer.fit_loop.epoch_loop.val_loop
         loop.setup_data()
-        if not self._folder(trainer, pl_module).is_dir():
+        if trainer.val_dataloaders is None or not self._folder(trainer, pl_module).is_dir():
             return
         rank_zero_info("finishing the evaluation that was under way")
         trainer.validating = True
+        loop.restarting = False  # its counters are those of the evaluation before
         loop.run()
         trainer.training = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same after the last step, where Lightning does not start to train."""
+        if not self.looked:
+            self.on_train_start(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave out what earlier starts have generated."""
@@ -129,19 +143,30 @@ class ResumableEvaluation(Callback):
 def evaluation_key(trainer: Trainer, module: Any) -> str:
     """A digest of everything that the images and their scores depend on."""
     digest = hashlib.sha256()
-    for setting in module.settings:
-        for tensor in setting.network.state_dict().values():
-            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+    for part in [module, *_parts(module.guidances)]:
+        for tensor in part.state_dict().values():
+            if isinstance(tensor, Tensor):
+                digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
     loaders = validation_loaders(trainer)
     about = {
+        "config": str(module.hparams),
         "settings": [setting.describe() for setting in module.settings],
-        "sampler": [module.sampler.describe(), module.sampler.steps],
-        "decoder": [type(module.autoencoder).__name__, str(trainer.precision)],
+        "where": [module.steps_taken, str(trainer.precision), module.device.type],
         "plans": [[*loader.dataset.seeds[:1], len(loader.dataset)] for loader in loaders],
         "scorers": [scorer.describe() for scorer in _scorers(trainer)],
     }
     digest.update(json.dumps(about).encode())
     return digest.hexdigest()[:16]
+
+
+def _parts(guidances: list[Guidance]) -> Iterator[nn.Module]:
+    """Networks that guidances hold, such as those of files."""
+    for guidance in guidances:
+        for value in vars(guidance).values():
+            if isinstance(value, nn.Module):
+                yield value
+            elif isinstance(value, Guidance):
+                yield from _parts([value])
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -23,12 +23,18 @@ PACKAGES = ("w2s_train", "torch", "torchvision", "lightning", "timm", "webdatase
 
 
 def append_scores(folder: Path, entries: list[dict[str, Any]]) -> None:
-    """Append to ``scores.json``, a JSON list; the file is replaced whole or not at all."""
+    """Append to ``scores.json``, a JSON list; the file is replaced whole or not at all.
+
+    Raises:
+        ValueError: A number that is not finite.
+    """
     path = folder / "scores.json"
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(read_scores(folder) + entries, indent=1) + "\n")
-    partial.replace(path)
+    with FileLock(folder / ".scores.lock"):  # a fit and a validate may score at the same time
+        partial = path.with_suffix(".partial")
+        scores = read_scores(folder) + entries
+        partial.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
+        partial.replace(path)
 
 
 def read_scores(folder: Path) -> list[dict[str, Any]]:

@@ -70,6 +70,12 @@ class SampleWriter(Callback, abc.ABC):
         self.finish(trainer)
 
 
+def planned(trainer: Trainer) -> int:
+    """Number of images in the plan."""
+    loader: Any = trainer.predict_dataloaders
+    return len(loader.dataset)
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """An image (C, H, W) uint8, with one channel or three."""
     array = image.permute(1, 2, 0).numpy()
@@ -98,6 +104,9 @@ class GridWriter(SampleWriter):
 
     def __init__(self, output: Path, columns: int = 8, scale: int = 1) -> None:
         super().__init__(output)
+        for name, value in dict(columns=columns, scale=scale).items():
+            if value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
         self.columns, self.scale = columns, scale
         self.images: dict[int, Tensor] = {}
 
@@ -120,9 +129,20 @@ class NpzWriter(SampleWriter):
 
     suffix = ".npz"
 
+    def __init__(self, output: Path) -> None:
+        super().__init__(output)
+        self.written = 0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop what a run that was stopped may have left."""
+        if trainer.is_global_zero:
+            for name in ("arr_0", "arr_1"):
+                self._path(name).unlink(missing_ok=True)
+        trainer.strategy.barrier("nothing is left")
+
     def write(self, trainer: Trainer, images: Tensor, batch: dict[str, list[int]]) -> None:
-        loader: Any = trainer.predict_dataloaders
-        n = len(loader.dataset)
+        n = planned(trainer)
+        self.written += len(images)
         height, width = images.shape[2:]
         rows = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
         for name, shape, part in (
@@ -147,6 +167,9 @@ class NpzWriter(SampleWriter):
         return np.lib.format.open_memmap(path, mode="r+")
 
     def finish(self, trainer: Trainer) -> None:
+        written, n = sum(gather(self.written, trainer)), planned(trainer)
+        if written < n:
+            raise UserError(f"output={self.output}: must hold {n:,} images, only {written:,} came")
         if not trainer.is_global_zero:
             return
         partial = self.output.with_suffix(".partial")
