@@ -1,8 +1,6 @@
 """`lightning sample` and `lightning reference`."""
 
 import io
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -121,13 +119,24 @@ def test_reference_on_two_processes(command, tmp_path: Path):
     one = tmp_path / "one.npz"
     command("reference", f"--output={one}", "--keep_features=50")
     two = tmp_path / "two.npz"
-    start = [sys.executable, "-m", "w2s_train", "reference", *DIGITS, f"--output={two}"]
-    start += ["--keep_features=50", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    subprocess.run(start, check=True, cwd=ROOT)
+    several = ("--trainer.devices=2", "--trainer.strategy=ddp_fork")
+    command("reference", f"--output={two}", "--keep_features=50", *several)
     ours, other = Reference.load(one), Reference.load(two)
     assert ours.fingerprint == other.fingerprint
     torch.testing.assert_close(ours.moments.sigma, other.moments.sigma, rtol=1e-10, atol=1e-12)
     assert torch.equal(ours.features, other.features)
+
+
+@pytest.mark.slow
+def test_samples_of_two_processes(run: Path, tmp_path: Path):
+    """One file, the same bytes; fewer images than processes are refused."""
+    several = ("--trainer.devices=2", "--trainer.strategy=ddp_fork", "--format=npz")
+    sample(run, "--seeds=3:20", "--format=npz", f"--output={tmp_path}/one.npz")
+    sample(run, "--seeds=3:20", f"--output={tmp_path}/two.npz", *several)
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert all(np.array_equal(one[name], two[name]) for name in ("arr_0", "arr_1"))
+    with pytest.raises(Exception, match="seeds=0:1: must be at least as many as processes, 2"):
+        sample(run, "--seeds=0:1", f"--output={tmp_path}/few.npz", *several)
 
 
 def changed(path: Path, **changes: str | int) -> Path:
