@@ -43,7 +43,9 @@ class Kind:
         if isinstance(value, int | float):
             good = good and self.least <= value <= LARGEST
         if not good:
-            raise UserError(f"{key}={json.dumps(value)}: must be {self.allowed}")
+            text = json.dumps(value)
+            text = text if len(text) <= 100 else f"{text[:100]}..."
+            raise UserError(f"{key}={text}: must be {self.allowed}")
         return value
 
 

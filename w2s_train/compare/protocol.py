@@ -183,7 +183,8 @@ class Rules:
             return len(voters), sum(run.is_plain for run in voters)
 
         ruling = max(per_run, key=votes)
-        agreeing = [found for found in per_run if not clashes(found, ruling)]
+        first = sorted(zip(runs, per_run, strict=True), key=lambda pair: not pair[0].is_plain)
+        agreeing = [found for _, found in first if not clashes(found, ruling)]
         keys = dict.fromkeys(key for found in agreeing for key in found)
         ruling = {key: _most(found[key] for found in agreeing if key in found) for key in keys}
         ranges = [
@@ -217,8 +218,7 @@ class Rules:
             found = facts(score, run)
             reasons = self.differences(found, clashes(found, self.facts))
             if not reasons and score.protocol.seeds not in self.ranges:
-                ours, theirs = _ranges([score.protocol.seeds]), _ranges(self.ranges)
-                reasons = [f"sampling seeds={ours}: the others have {theirs}"]
+                reasons = [f"sampling seeds: the others have {_ranges(self.ranges)}"]
             if reasons:
                 left.setdefault("; ".join(reasons), set()).add(score.step)
             else:
@@ -232,7 +232,8 @@ class Rules:
             raise UserError(f"sampling seeds: must include {_ranges(missing)}, as the others do")
         for reason, steps in left.items():
             notes.append(f"{run.folder}: scores at step {_steps(steps)} are left out; {reason}")
-        notes += [f"{run.folder}: {difference}" for difference in harmless]
+        if harmless:
+            notes.append(f"{run.folder}: {'; '.join(harmless)}")
         return Series.of(run, kept)
 
 
