@@ -175,21 +175,24 @@ def test_one_foreign_plain_run_changes_nothing(make, arms, compare, change, reas
     assert [reason in line for line in found["refused"]] == [True, True]
 
 
-@pytest.mark.parametrize("segments", [None, BRANCH])
-def test_of_two_baseline_runs_that_differ_most_runs_decide(make, arms, compare, segments):
-    first = make("aa-7", 7, segments=segments)
-    edit(
-        first,
-        lambda s: [
-            x | {"step": x["step"] + 1, "protocol": x["protocol"] | {"step": x["step"] + 1}}
-            for x in s
-        ],
-    )
-    found, _ = compare(first, arms[0], *arms[2:])
+def later(scores: list) -> list:
+    """The same one step later each."""
+    return [with_protocol(step=s["step"] + 1)([s | {"step": s["step"] + 1}])[0] for s in scores]
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (later, "steps=101, 201, 301: must include one of 100, 200, 300, which the others have"),
+        (with_protocol(n=10), "n=10: the others have 1000"),
+    ],
+)
+def test_of_two_baseline_runs_that_differ_most_runs_decide(make, arms, compare, change, reason):
+    first = make("aa-0", 0)
+    edit(first, change)
+    found, _ = compare(first, *arms[1:])
     assert names(found) == ["none", "branch"]
-    assert found["refused"] == [
-        f"{first}: steps=101, 201, 301: must include one of 100, 200, 300, which the others have"
-    ]
+    assert found["refused"] == [f"{first}: {reason}"]
 
 
 def test_versions_places_and_missing_keys_are_notes(arms, compare):

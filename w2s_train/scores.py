@@ -1,4 +1,4 @@
-"""The entries of ``scores.json``: their schema, and how other tools read them (docs/scores.md)."""
+"""What runs leave for other tools: ``scores.json`` (docs/scores.md), and the names of grids."""
 
 import json
 import re
