@@ -74,7 +74,7 @@ def write_run(
         "seed_everything": seed,
         "trainer": {"max_steps": 300, "default_root_dir": str(folder)},
         "model": {"objective": objective, **settings},
-        "data": {"train_urls": "data/digits.tar"},
+        "data": {"train_urls": "data/digits/train.tar"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     entries = []

@@ -98,7 +98,7 @@ def test_a_single_odd_score_is_left_out_and_its_run_stays(arms, compare):
     (arms[2] / "scores.json").write_text(json.dumps(scores))
     found, printed = compare(*arms)
     assert found["arms"][1]["mean"] == pytest.approx(0.51)
-    assert f"note: {arms[2]}: the score at step 300 is left out; n=50000: the others have 1000" in (
+    assert f"note: {arms[2]}: scores at step 300 are left out; n=50000: the others have 1000" in (
         printed
     )
 
@@ -128,7 +128,6 @@ def test_options(make, arms, compare):
     assert found["arms"][1]["verdict"] == "better"  # four times the recall
     single = [arms[0], arms[2]]
     assert compare(*single)[0]["arms"][1]["verdict"] == "inconclusive: one seed, the gap is 75 %"
-    assert compare(*single, "--noise", "30")[0]["arms"][1]["verdict"] == "better"
 
 
 # ---- bad input -------------------------------------------------------------------------------
@@ -160,7 +159,10 @@ BAD = {
     "no scores": (lambda f: (f / "scores.json").unlink(), "scores.json: there is none"),
     "broken scores": (with_text("scores.json", '[{"metric'), "scores.json: cannot be read"),
     "empty scores": (with_text("scores.json", "[]"), "scores.json: must be a list with at least"),
-    "nan": (with_scores(lambda s: [s[0] | {"value": math.nan}]), "scores.json[0]: value=NaN: must"),
+    "nan": (
+        with_scores(lambda s: [s[0] | {"value": math.nan}]),
+        'scores.json[0]: value="NaN": must',
+    ),
     "newer": (
         with_scores(lambda s: [s[0] | {"schema": 2}]),
         "scores.json[0]: schema=2: must be at",
@@ -168,7 +170,6 @@ BAD = {
     "no config": (lambda f: (f / "config.yaml").unlink(), "config.yaml: there is none"),
     "broken config": (with_text("config.yaml", "model: [}"), "config.yaml: cannot be read"),
     "no model": (with_text("config.yaml", "a: 1"), "config.yaml: must be a config with a model"),
-    "broken record": (with_text("environment.json", "[{]"), "environment.json: cannot be read"),
     "unfinished": (with_scores(lambda s: s[:2]), "step=200: unfinished, must be scored up to"),
     "no fingerprint": (with_protocol(reference=None), "scores.json[0]: reference=null: must be a"),
     "other data": (
@@ -214,11 +215,9 @@ def test_a_bad_run_is_named_and_the_rest_stands(make, arms, compare, name: str):
 def test_other_training_data_is_refused(make, arms, compare):
     bad = make("branch-7", 7, segments=BRANCH)
     text = (bad / "config.yaml").read_text()
-    (bad / "config.yaml").write_text(text.replace("data/digits.tar", "data/cats.tar"))
+    (bad / "config.yaml").write_text(text.replace("data/digits/", "data/cats/"))
     found, _ = compare(*arms, bad)
-    assert found["refused"] == [
-        f"{bad}: data.train_urls=data/cats.tar: the others have data/digits.tar"
-    ]
+    assert found["refused"] == [f"{bad}: data.dataset=cats: the others have digits"]
 
 
 def test_paths_that_are_no_runs_are_named(arms, compare, tmp_path: Path):
@@ -263,9 +262,6 @@ def test_mistakes_end_with_one_line(make, arms, capsys):
     assert failure(*arms, "--metric") == "error: --metric: expected one argument"
     assert failure(*arms, "--metric", "fid") == "error: metric=fid: must be one of fd_digits"
     assert failure(*arms, "--weights", "raw") == "error: weights=raw: must be one of ema"
-    assert (
-        failure(*arms, "--noise", "x") == "error: noise=x: must be a number of percent, at least 0"
-    )
     assert failure(*arms, "--baseline", "x") == "error: baseline=x: must be one of none, branch"
     only = failure(*arms[2:])
     assert only == "error: baseline=null: no arm has no segments; must be one of branch"

@@ -11,11 +11,25 @@ from w2s_train.compare import numbers
 
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 3), (2, 5), (8, 3)])
 def test_welch_against_scipy(sizes: tuple[int, int]):
+    """The same standard error, and never more degrees of freedom than Welch's."""
     rng = np.random.default_rng(0)
     a, b = rng.normal(1, 0.3, sizes[0]).tolist(), rng.normal(2, 1.0, sizes[1]).tolist()
-    interval = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    found = scipy.stats.ttest_ind(a, b, equal_var=False)
     half = numbers.welch_half_width(a, b)
-    assert half == pytest.approx((interval.high - interval.low) / 2, rel=1e-9)
+    error = (np.mean(a) - np.mean(b)) / found.statistic
+    assert half == pytest.approx(abs(error) * scipy.stats.t.ppf(0.975, min(sizes) - 1), rel=1e-9)
+    interval = found.confidence_interval(0.95)
+    assert half >= (interval.high - interval.low) / 2
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (3.0, 1.0), (1.0, 3.0)])
+def test_unequal_numbers_of_seeds_without_an_effect_pass_no_more_often(scales: tuple):
+    rng = np.random.default_rng(0)
+    passed = 0
+    for _ in range(1000):
+        a, b = (rng.normal(0, s, n).tolist() for s, n in zip(scales, (2, 20), strict=True))
+        passed += abs(np.mean(a) - np.mean(b)) > numbers.welch_half_width(a, b)
+    assert passed <= 65
 
 
 def test_three_seeds_without_an_effect_pass_one_time_in_twenty():
@@ -31,14 +45,24 @@ def test_three_seeds_without_an_effect_pass_one_time_in_twenty():
     assert bootstrap >= 120
 
 
-def test_bootstrap_has_the_variance_of_two_levels():
-    """It is (variance of the run means + mean variance within / m) / n, of populations."""
+def test_bootstrap_has_the_variance_of_crossed_seeds():
+    """Of populations: runs / n + sampling seeds / m + the rest / (n m)."""
     rng = np.random.default_rng(0)
-    scores = rng.normal(size=(6, 1)) + 1.5 * rng.normal(size=(6, 4))
-    between, within = scores.mean(1).var(), scores.var(1).mean() / 4
+    scores = rng.normal(size=(6, 1)) + 2.0 * rng.normal(size=(1, 4)) + rng.normal(size=(6, 4))
+    runs, seeds = scores.mean(1, keepdims=True), scores.mean(0, keepdims=True)
+    rest = scores - runs - seeds + scores.mean()
     draws = numbers.bootstrap(scores.tolist())
-    assert draws.var() == pytest.approx((between + within) / 6, rel=0.06)
+    expected = runs.var() / 6 + seeds.var() / 4 + rest.var() / 24
+    assert draws.var() == pytest.approx(expected, rel=0.06)
     assert draws.mean() == pytest.approx(scores.mean(), abs=4 * draws.std() / math.sqrt(len(draws)))
+
+
+def test_both_arms_draw_the_same_sampling_seeds():
+    """What sampling seeds do to both arms alike does nothing to the ratio."""
+    base = [[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]]
+    half = [[0.5, 1.0, 2.0]] * 3
+    found = numbers.judge(half, base, higher_is_better=False).interval
+    assert (found.low, found.high) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
 def test_bootstrap_covers_and_repeats():
@@ -48,7 +72,7 @@ def test_bootstrap_covers_and_repeats():
         found = numbers.bootstrap_interval([[x] for x in sample])
         covered += found.low <= 3.0 <= found.high
     assert 0.88 <= covered / 200 <= 0.98
-    sample = [[1.0, 1.1], [2.0], [4.0, 4.5, 5.0]]
+    sample = [[1.0, 1.1], [2.0, 2.0], [4.0, 4.5]]
     assert numbers.bootstrap_interval(sample) == numbers.bootstrap_interval(sample)
     assert numbers.bootstrap_interval([[1.0, 2.0]]) is None
 
@@ -63,25 +87,21 @@ def test_means_and_deviations_of_two_levels():
 
 
 @pytest.mark.parametrize(
-    "ours, base, higher, noise, verdict",
+    "ours, base, higher, verdict",
     [
-        ([0.991] * 2, [1.0] * 2, False, None, "inconclusive: the gap is 0.9 %, the noise 1.3 %"),
-        ([0.98] * 2, [1.0] * 2, False, None, "better"),
-        ([0.98] * 2, [1.0] * 2, True, None, "worse"),
-        ([1.02] * 2, [1.0] * 2, False, None, "worse"),
-        # t sqrt(0.01 + 0.01) = 4.30 x 0.141, with two degrees of freedom
-        ([0.6, 0.8], [0.9, 1.1], False, None, "inconclusive: the gap is 30 %, the noise 61 %"),
-        ([0.5], [1.0] * 3, False, None, "inconclusive: one seed, the gap is 50 %"),
-        ([0.5], [1.0] * 3, False, 0.1, "better"),
-        ([0.95], [1.0] * 3, False, 0.1, "inconclusive: the gap is 5.0 %, the noise 10 %"),
-        ([-0.1] * 2, [-0.2] * 2, False, None, "worse"),
-        ([0.1] * 2, [0.0] * 2, False, None, "inconclusive: the baseline's score is 0"),
+        ([0.991] * 2, [1.0] * 2, False, "inconclusive: the gap is 0.9 %, the noise 1.3 %"),
+        ([0.98] * 2, [1.0] * 2, False, "better"),
+        ([0.98] * 2, [1.0] * 2, True, "worse"),
+        ([1.02] * 2, [1.0] * 2, False, "worse"),
+        # t sqrt(0.01 + 0.01) = 12.7 x 0.141, with one degree of freedom
+        ([0.6, 0.8], [0.9, 1.1], False, "inconclusive: the gap is 30 %, the noise 180 %"),
+        ([0.5], [1.0] * 3, False, "inconclusive: one seed, the gap is 50 %"),
+        ([-0.1] * 2, [-0.2] * 2, False, "worse"),
+        ([0.1] * 2, [0.0] * 2, False, "inconclusive: the baseline's score is 0"),
     ],
 )
-def test_verdicts(ours: list, base: list, higher: bool, noise: float | None, verdict: str):
-    judged = numbers.judge(
-        [[x] for x in ours], [[x] for x in base], higher_is_better=higher, noise=noise
-    )
+def test_verdicts(ours: list, base: list, higher: bool, verdict: str):
+    judged = numbers.judge([[x] for x in ours], [[x] for x in base], higher_is_better=higher)
     assert judged.verdict == verdict
     expected = np.mean(ours) / np.mean(base) if base[0] > 0 else None
     assert judged.ratio == (None if expected is None else pytest.approx(expected))

@@ -1,7 +1,7 @@
-"""The entries of ``scores.json``: their schema, and how other tools read them (docs/scores.md)."""
+"""What runs leave for other tools: ``scores.json`` (docs/scores.md), and the names of grids."""
 
 import json
-import math
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from w2s_train.errors import UserError
 SCHEMA = 1  # entries without a "schema" are version 0: the same, without "training_seconds"
 HIGHER = ("inception_score", "precision", "recall", "density", "coverage")
 LOWER = ("fid", "fd_", "sfid", "kid", "outliers", "energy_distance", "velocity_error")
+LARGEST = 1e100  # sums and squares of smaller numbers are finite
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Kind:
     types: tuple[type, ...]
     allowed: str
     optional: bool = False
-    least: float = -math.inf
+    least: float = -LARGEST
 
     def take(self, entry: dict[str, Any], key: str) -> Any:
         """The value of a key.
@@ -40,9 +41,11 @@ class Kind:
             return None
         good = isinstance(value, self.types) and not isinstance(value, bool) and value != {}
         if isinstance(value, int | float):
-            good = good and math.isfinite(value) and value >= self.least
+            good = good and self.least <= value <= LARGEST
         if not good:
-            raise UserError(f"{key}={json.dumps(value)}: must be {self.allowed}")
+            text = json.dumps(value)
+            text = text if len(text) <= 100 else f"{text[:100]}..."
+            raise UserError(f"{key}={text}: must be {self.allowed}")
         return value
 
 
@@ -137,6 +140,28 @@ class Score:
         return cls(**values | {"protocol": protocol})
 
 
+@dataclass(frozen=True)
+class Fault:
+    """An entry that cannot be used, as it stands, and why."""
+
+    entry: Any
+    message: str
+
+    def may_be_of(self, metric: str, weights: str, guidance: str) -> bool:
+        """Whether it is, or does not say that it is not, of this kind."""
+        kind = {"metric": metric, "weights": weights, "guidance": guidance}
+        entry = self.entry if isinstance(self.entry, dict) else {}
+        return all(entry.get(key, value) == value for key, value in kind.items())
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a ``scores.json`` holds: at least one score, oldest first, and unusable entries."""
+
+    scores: list[Score]
+    faults: list[Fault]
+
+
 def read_scores(folder: Path) -> list[Score]:
     """The scores of a run, oldest first, with training times also for entries of version 0.
 
@@ -146,27 +171,42 @@ def read_scores(folder: Path) -> list[Score]:
     evaluation did not note how long it took.
 
     Raises:
-        UserError: No file, none with scores, or one that cannot be read.
+        UserError: No file, none with scores, one that cannot be read, or an entry that cannot.
+    """
+    record = read_record(folder)
+    if record.faults:
+        raise UserError(record.faults[0].message)
+    return record.scores
+
+
+def read_record(folder: Path) -> Record:
+    """As `read_scores`, but entries that cannot be used are returned beside the others.
+
+    Raises:
+        UserError: No file, none with a usable score, or one that cannot be read.
     """
     path = folder / "scores.json"
     if not path.is_file():
         raise UserError("scores.json: there is none; the run was not scored yet")
     try:
-        entries = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        entries = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"scores.json: cannot be read; {error}") from error
     if not isinstance(entries, list) or not entries:
         raise UserError("scores.json: must be a list with at least one score")
-    scores = []
+    scores, faults = [], []
     for i, entry in enumerate(entries):
         try:
             scores.append(Score.from_json(entry))
         except UserError as error:
-            raise UserError(f"scores.json[{i}]: {error}") from error
+            faults.append(Fault(entry, f"scores.json[{i}]: {error}"))
+    if not scores:
+        raise UserError(faults[0].message)
     first: dict[int, Protocol] = {}
     for score in scores:
         first.setdefault(score.step, score.protocol)
-    return [_timed(score, first) if score.schema == 0 else score for score in scores]
+    timed = [_timed(score, first) if score.schema == 0 else score for score in scores]
+    return Record(timed, faults)
 
 
 def _timed(score: Score, first: dict[int, Protocol]) -> Score:
@@ -188,3 +228,10 @@ def higher_is_better(metric: str) -> bool:
     if not metric.startswith(HIGHER + LOWER):
         raise UserError(f"metric={metric}: must begin with one of {', '.join(HIGHER + LOWER)}")
     return metric.startswith(HIGHER)
+
+
+def grid_name(step: int, weights: str | None = None, guidance: str = "none") -> str:
+    """The file of a sample grid; that of the main setting has no weights in its name."""
+    setting = ", ".join(text for text in (weights, guidance) if text and text != "none")
+    slug = re.sub(r"[^\w.]+", "-", setting).strip("-") if weights else ""
+    return f"{'-'.join(filter(None, (f'step-{step:06d}', slug)))}.png"

@@ -1,6 +1,5 @@
 """An image grid per validation."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torchvision.utils import make_grid, save_image
 
 from w2s_train.callbacks.scorer import Scorer, gather
 from w2s_train.errors import UserError
+from w2s_train.scores import grid_name
 
 
 def image_grid(images: Tensor, columns: int, scale: int) -> Tensor:
@@ -80,10 +80,9 @@ class SampleGrid(Scorer):
             found = {k: v for share in shares for k, v in share.get(number, {}).items()}
             images = torch.stack([found[seed] for seed in sorted(found)])
             grid = image_grid(images, self.columns, self.scale)
-            name = re.sub(r"[^\w.]+", "-", setting.name).strip("-") if number else ""
-            stem = f"step-{module.steps_taken:06d}"
-            save_image(grid, folder / f"{'-'.join(filter(None, (stem, name)))}.png")
+            kind = (setting.weights, setting.guidance.describe()) if number else ()
+            save_image(grid, folder / grid_name(module.steps_taken, *kind))
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    tag = f"samples {name}".strip()
+                    tag = f"samples {setting.name}" if number else "samples"
                     logger.experiment.add_image(tag, grid, module.steps_taken)

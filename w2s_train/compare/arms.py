@@ -18,39 +18,52 @@ class Arm:
 
     Args:
         name: As in the tables.
-        runs: By seed.
+        series: Of its runs, by training seed.
     """
 
     name: str
-    runs: list[Run]
+    series: list[Series]
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The config that the runs share."""
-        return self.runs[0].settings
+    def runs(self) -> list[Run]:
+        """Its runs, by seed."""
+        return [one.run for one in self.series]
 
 
-def group(runs: Sequence[Run]) -> list[Arm]:
-    """Put runs of the same config together, in the order given."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps(run.settings, sort_keys=True, default=str), []).append(run)
-    together = [sorted(found, key=lambda run: run.seed) for found in groups.values()]
-    return [Arm(name, runs) for name, runs in zip(_names(together), together, strict=True)]
+def group(series: Sequence[Series], refused: list[str]) -> list[Arm]:
+    """Put runs of the same config together, in the order given.
+
+    The same config and seed is the same experiment, no further evidence: ``refused`` says which.
+    """
+    groups: dict[str, dict[int, Series]] = {}
+    for one in series:
+        run = one.run
+        same = groups.setdefault(json.dumps(run.recipe, sort_keys=True), {})
+        if same.setdefault(run.seed, one) is not one:
+            refused.append(
+                f"{run.folder}: seed_everything={run.seed}: must differ from that of "
+                f"{same[run.seed].run.folder}, which has the same config"
+            )
+    together = [[same[seed] for seed in sorted(same)] for same in groups.values()]
+    names = _names([some[0].run for some in together])
+    return [Arm(name, some) for name, some in zip(names, together, strict=True)]
 
 
-def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
+def _names(runs: Sequence[Run]) -> list[str]:
     """The folders' names without seeds; where two agree, with what differs in their configs."""
-    stems = [runs[0].stem for runs in groups]
     names: list[str] = []
-    for stem, runs in zip(stems, groups, strict=True):
-        same = [
-            other[0].settings for other, name in zip(groups, stems, strict=True) if name == stem
+    for run in runs:
+        keys = _differing([other.recipe for other in runs if other.stem == run.stem])
+        values = [
+            f"{key.rpartition('.')[2]}={short(run.settings.get(key))}"
+            for key in keys[:SHOWN_IN_NAME]
         ]
-        keys = _differing(same)[:SHOWN_IN_NAME]
-        values = [f"{key.rpartition('.')[2]}={short(runs[0].settings.get(key))}" for key in keys]
-        name = f"{stem} ({', '.join(values)})" if values else stem
-        names.append(f"{name} #{names.count(name) + 1}" if name in names else name)
+        name = unique = f"{run.stem} ({', '.join(values)})" if values else run.stem
+        number = 1
+        while unique in names:
+            number += 1
+            unique = f"{name} #{number}"
+        names.append(unique)
     return names
 
 
@@ -63,36 +76,36 @@ def _differing(all_settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _plain(value: Any) -> str:
-    return json.dumps(None if value is False else value, default=str)
+    return json.dumps(None if value is False else value)
 
 
 def short(value: Any) -> str:
     """A setting for people: classes without their module."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else json.dumps(value)
     is_class = "/" not in text and " " not in text and text.rpartition(".")[2][:1].isupper()
     return text.rpartition(".")[2] if is_class else text
 
 
-def differences(arms: Sequence[Arm], series: dict[str, list[Series]]) -> dict[str, dict[str, Any]]:
+def differences(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     """Settings that differ by key and arm; arms that do not have a setting are left out of it.
 
     The commit of the code and the machine are among them.
     """
+    settings = {arm.name: arm.runs[0].settings for arm in arms}
     found = {
-        key: {arm.name: arm.settings[key] for arm in arms if arm.settings.get(key) is not None}
-        for key in _differing([arm.settings for arm in arms])
+        key: {name: had[key] for name, had in settings.items() if had.get(key) is not None}
+        for key in _differing(list(settings.values()))
     }
-    for key in ("git_commit", "machine"):
-        values = {}
-        for arm in arms:
-            if key == "machine":
-                had = {run.machine or "unknown" for run in arm.runs}
-            else:
-                had = {commit[:7] for one in series[arm.name] for commit in one.commits}
-            values[arm.name] = ", ".join(sorted(had))
-        if len(set(values.values())) > 1:
-            found[key] = values
+    commits = {arm.name: {_commit(c) for s in arm.series for c in s.commits} for arm in arms}
+    machines = {arm.name: {run.machine or "unknown" for run in arm.runs} for arm in arms}
+    for key, values in (("git_commit", commits), ("machine", machines)):
+        if len(set(map(frozenset, values.values()))) > 1:
+            found[key] = {name: ", ".join(sorted(had)) for name, had in values.items()}
     return found
+
+
+def _commit(name: str) -> str:
+    return name[:7] + ("-dirty" if name.endswith("-dirty") else "")
 
 
 def find_baseline(arms: Sequence[Arm], name: str | None) -> Arm:

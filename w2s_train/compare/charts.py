@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 490, 325  # of the picture, in its own units; text is 12 of them high
-LEFT, RIGHT, TOP, BOTTOM = 54, 140, 12, 48  # margins
-LABEL_DISTANCE = 15
-LABEL_LENGTH = 16  # characters beside a line; the legend has the whole name
+LEFT, RIGHT, TOP, BOTTOM = 74, 22, 12, 48  # margins
 LOG_FROM = 10  # a logarithmic axis where the largest value is more than this times the smallest
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without the pale yellow.
 COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -128,7 +126,6 @@ def chart(lines: Sequence[Line], x_label: str, y_label: str) -> str:
         *_frame(x, y, x_label, y_label + (" (log scale)" if y.log else "")),
         *(_band(line, x, y) for line in lines),
         *(_curve(line, x, y) for line in lines),
-        *_labels(lines, x, y),
         "</svg>",
     ]
     return "\n".join(parts)
@@ -191,33 +188,3 @@ def _curve(line: Line, x: Axis, y: Axis) -> str:
     path = "L".join(f"{at:.1f} {value:.1f}" for at, value in places)
     markers = "".join(_marker(line.look, *place) for place in places)
     return f'<path d="M{path}" {_stroke(line.look)}/>{markers}'
-
-
-def _labels(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
-    """Names right of the lines, apart from each other, each with a thin line to its line's end."""
-    order = sorted(lines, key=lambda line: y(line.y[-1]))
-    heights = spread_out([y(line.y[-1]) for line in order], TOP + 4, HEIGHT - BOTTOM)
-    parts = []
-    for line, height in zip(order, heights, strict=True):
-        end_x, end_y, at = x(line.x[-1]), y(line.y[-1]), WIDTH - RIGHT + 14
-        long = len(line.name) > LABEL_LENGTH
-        name = line.name[: LABEL_LENGTH - 1] + "…" if long else line.name
-        parts.append(
-            f'<path d="M{end_x + 5:.1f} {end_y:.1f}L{at - 3} {height:.1f}" class="leader" '
-            f'stroke="{line.look.colour}"/>'
-            f'<text x="{at}" y="{height + 4:.1f}" class="label">'
-            f"{escape(name)}</text>"
-        )
-    return parts
-
-
-def spread_out(heights: Sequence[float], low: float, high: float) -> list[float]:
-    """Ascending heights moved apart, to `LABEL_DISTANCE` or what room there is, within limits."""
-    room = (high - low) / max(len(heights) - 1, 1)
-    distance = min(LABEL_DISTANCE, room)
-    placed: list[float] = []
-    for i, height in enumerate(heights):
-        least = placed[-1] + distance if placed else low
-        most = high - distance * (len(heights) - 1 - i)
-        placed.append(min(max(height, least), most))
-    return placed

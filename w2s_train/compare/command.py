@@ -1,7 +1,7 @@
 """The command line of ``lightning compare``."""
 
 import argparse
-import math
+import io
 import sys
 from pathlib import Path
 
@@ -22,18 +22,17 @@ steps and at equal training time. Prints a table and writes comparison.md, .json
   RUN                   a run folder, or a quoted glob of some
 
 options:
-  --metric NAME         the score; by default the first FID or Fréchet distance in the runs
+  --metric NAME         the score; by default the FID or Fréchet distance that most runs have
   --weights NAME        of the scored network; by default ema
   --guidance TEXT       while sampling; by default none
   --baseline NAME       an arm; by default the one whose objective has no segments
-  --noise PERCENT       noise to assume for arms with one seed, where it cannot be measured
   --unfinished          take runs that have not reached their last step
   --output DIR          where the files go; by default comparison
   -h, --help            this text
 
 try:  lightning compare 'runs/none-*' 'runs/sgg-*'
 """
-OPTIONS = ("metric", "weights", "guidance", "baseline", "noise", "unfinished", "output")
+OPTIONS = ("metric", "weights", "guidance", "baseline", "unfinished", "output")
 
 
 def run(args: list[str]) -> None:
@@ -41,11 +40,14 @@ def run(args: list[str]) -> None:
     if "-h" in args or "--help" in args:
         print(HELP, end="")
         return
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of folders need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         parsed = _parse(args)
         findings = read_all(parsed.runs, unfinished=parsed.unfinished)
         choice = {key: getattr(parsed, key) for key in ("metric", "weights", "guidance")}
-        options = Options(baseline=parsed.baseline, noise=parsed.noise, **choice)
+        options = Options(baseline=parsed.baseline, **choice)
         comparison = compare(findings, options)
         write(comparison, Path(parsed.output))
     except UserError as error:
@@ -64,7 +66,6 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--weights", default="ema")
     parser.add_argument("--guidance", default="none")
     parser.add_argument("--baseline")
-    parser.add_argument("--noise")
     parser.add_argument("--unfinished", action="store_true")
     parser.add_argument("--output", default="comparison")
     try:
@@ -76,19 +77,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         raise UserError(f"option={unknown[0]}: must be one of {names}")
     if not parsed.runs:
         raise UserError("run=null: must be at least one run folder, or a glob of some")
-    if parsed.noise is not None:
-        parsed.noise = _percent(parsed.noise)
     return parsed
-
-
-def _percent(text: str) -> float:
-    try:
-        percent = float(text)
-    except ValueError:
-        percent = math.nan
-    if not 0 <= percent < math.inf:
-        raise UserError(f"noise={text}: must be a number of percent, at least 0")
-    return percent / 100
 
 
 def write(comparison: Comparison, folder: Path) -> None:
@@ -99,9 +88,10 @@ def write(comparison: Comparison, folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "comparison.md").write_text(markdown(comparison), encoding="utf-8")
-        (folder / "comparison.json").write_text(to_json(comparison), encoding="utf-8")
-        (folder / "comparison.html").write_text(page(comparison), encoding="utf-8")
+        for suffix, made in (("md", markdown), ("json", to_json), ("html", page)):
+            # Names of folders need not be UTF-8.
+            content = made(comparison).encode("utf-8", "backslashreplace")
+            (folder / f"comparison.{suffix}").write_bytes(content)
     except OSError as error:
         raise UserError(f"output={folder}: must be a folder to write to; {error}") from error
 

@@ -1,15 +1,23 @@
 """The comparison: arms against a baseline, at equal steps and at equal training time."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from w2s_train.compare import numbers
 from w2s_train.compare.arms import Arm, differences, find_baseline, group
 from w2s_train.compare.grids import Grid, choose
-from w2s_train.compare.numbers import Interval, Judgement, Sample
-from w2s_train.compare.protocol import Rules, Selection, Series, select
+from w2s_train.compare.numbers import Interval, Judgement
+from w2s_train.compare.protocol import (
+    Range,
+    Scores,
+    Selection,
+    Series,
+    admit,
+    select,
+    with_selection,
+)
 from w2s_train.compare.runs import Findings, Run
 from w2s_train.errors import UserError
 from w2s_train.scores import higher_is_better
@@ -70,10 +78,10 @@ class Comparison:
     Args:
         selection: Metric, weights and guidance.
         protocol: What all scores share, by name.
-        sampling_seeds: Ranges of the images' seeds.
+        sampling_seeds: Ranges of the images' seeds at equal steps.
         baseline: Name of its arm.
         step: Of the comparison at equal steps.
-        seconds: Training time of the comparison at equal time; None if times are not recorded.
+        seconds: Training time of the comparison at equal time; None without times.
         rows: Baseline first, then by mean at equal steps, best first.
         refused: A line for each run that is left out.
         notes: Lines about what else is worth knowing.
@@ -102,7 +110,6 @@ class Options:
     weights: str = "ema"
     guidance: str = "none"
     baseline: str | None = None
-    noise: float | None = None
 
 
 def compare(findings: Findings, options: Options) -> Comparison:
@@ -112,131 +119,99 @@ def compare(findings: Findings, options: Options) -> Comparison:
         UserError: Fewer than two arms can be compared, or an option does not fit the runs.
     """
     refused, notes = list(findings.refused), list[str]()
-    arms = group(findings.runs)
     try:
-        if not arms:
+        if not findings.runs:
             raise UserError("runs=null: must be at least two arms; no run can be read")
         selection = select(findings.runs, options.metric, options.weights, options.guidance)
         higher = higher_is_better(selection.metric)
+        rules, series = admit(
+            with_selection(findings.runs, selection, refused), selection, refused, notes
+        )
+        arms = group(series, refused)
         baseline = find_baseline(arms, options.baseline)
-        scored = [run for run in baseline.runs if selection.of(run)]
-        if not scored:
-            raise UserError(f"baseline={baseline.name}: must have scores of {selection}")
-        rules = Rules.of_majority(scored, selection)
-        series = _admit(arms, baseline, rules, selection, refused, notes)
-        arms = [replace(arm, runs=[s.run for s in series[arm.name]]) for arm in arms]
-        arms = [arm for arm in arms if arm.runs]
         if len(arms) < 2:
-            names = ", ".join(arm.name for arm in arms)
-            raise UserError(f"runs={names}: must be at least two arms that can be compared")
+            raise UserError(f"runs={arms[0].name}: must be at least two arms that can be compared")
     except UserError as error:
         raise UserError("\n".join([*refused, str(error)])) from error
-    rows = _rows(arms, series, baseline.name, higher, options.noise, notes)
+    step, ranges = _common_step(arms)
+    _note_runs(arms, step, notes)
+    seconds = _common_seconds(arms, baseline, notes)
+    rows = _rows(arms, baseline.name, step, seconds, higher, notes)
     order = [row.name for row in rows]
     arms.sort(key=lambda arm: order.index(arm.name))
-    grids = choose(arms, _common_step(series), notes)
-    _note_machines(arms, notes)
     return Comparison(
         selection,
         rules.facts,
-        sorted(rules.ranges),
+        ranges,
         baseline.name,
-        _common_step(series),
-        _common_seconds(series),
+        step,
+        seconds,
         rows,
         refused,
         notes,
-        differences(arms, series),
-        grids,
+        differences(arms),
+        choose(arms, step, selection, notes),
     )
 
 
-def _admit(
-    arms: Sequence[Arm],
-    baseline: Arm,
-    rules: Rules,
-    selection: Selection,
-    refused: list[str],
-    notes: list[str],
-) -> dict[str, list[Series]]:
-    """The runs of each arm that agree in protocol and share a step, those of the baseline first."""
-    series: dict[str, list[Series]] = {arm.name: [] for arm in arms}
-    common: set[int] = set()
-    for arm in [baseline, *(arm for arm in arms if arm is not baseline)]:
-        for run in arm.runs:
-            try:
-                one = rules.admit(run, selection, notes)
-                _check_new(run, series[arm.name])
-                common = _shared_steps(one, common)
-                series[arm.name].append(one)
-            except UserError as error:
-                refused.append(f"{run.folder}: {error}")
-    return series
+def _common_step(arms: Sequence[Arm]) -> tuple[int, list[Range]]:
+    """The largest step that all runs have scored, and the sampling seeds that all have there."""
+    keys = set.intersection(*(one.keys for arm in arms for one in arm.series))
+    step = max(step for step, _ in keys)
+    return step, sorted(seeds for at, seeds in keys if at == step)
 
 
-def _check_new(run: Run, series: Sequence[Series]) -> None:
-    """Refuse a repetition: the same config and seed is the same experiment, no further evidence."""
-    for other in series:
-        if other.run.seed == run.seed:
-            raise UserError(
-                f"seed_everything={run.seed}: must differ from that of {other.run.folder}, which "
-                "has the same config"
-            )
+def _note_runs(arms: Sequence[Arm], step: int, notes: list[str]) -> None:
+    """What is broken in runs that take part, and which runs keep the others from a later step."""
+    series = [one for arm in arms for one in arm.series]
+    for one in series:
+        run = one.run
+        notes += [f"{run.folder}: {note}" for note in run.notes]
+        if run.faults:
+            more = f" (and {len(run.faults) - 1} more)" if len(run.faults) > 1 else ""
+            notes.append(f"{run.folder}: not compared here: {run.faults[0].message}{more}")
+    last, least = max(one.last for one in series), min(one.last for one in series)
+    if last > least:
+        first = ", ".join(str(one.run.folder) for one in series if one.last == least)
+        notes.append(
+            f"equal steps are step {step}: {first} ends at {least}, others at up to {last}"
+        )
 
 
-def _shared_steps(series: Series, common: set[int]) -> set[int]:
-    """The steps that this run and the earlier ones, if any, have scored."""
-    steps = set(series.seconds)
-    if common and not steps & common:
-        ours, theirs = (", ".join(map(str, sorted(some))) for some in (steps, common))
-        raise UserError(f"steps={ours}: must include one of {theirs}, which the others have")
-    return steps & common if common else steps
-
-
-def _all(series: dict[str, list[Series]]) -> list[Series]:
-    return [one for some in series.values() for one in some]
-
-
-def _common_step(series: dict[str, list[Series]]) -> int:
-    """The largest step that all runs have scored."""
-    return max(set.intersection(*(set(one.seconds) for one in _all(series))))
-
-
-def _common_seconds(series: dict[str, list[Series]]) -> float | None:
-    """The largest training time that all runs with recorded times have reached."""
-    totals = [total for one in _all(series) if (total := one.total_seconds()) is not None]
-    return min(totals, default=None)
+def _common_seconds(arms: Sequence[Arm], baseline: Arm, notes: list[str]) -> float | None:
+    """The largest training time up to which all runs with times have the same sampling seeds."""
+    if not any(one.ends() for one in baseline.series):
+        notes.append(f"{baseline.name}: the baseline has no times, so none are equal")
+        return None
+    ends = [found for arm in arms for one in arm.series if (found := one.ends())]
+    shared = set.intersection(*map(set, ends))
+    return max((min(found[seeds] for found in ends) for seeds in shared), default=None)
 
 
 def _rows(
     arms: Sequence[Arm],
-    series: dict[str, list[Series]],
     baseline: str,
+    step: int,
+    seconds: float | None,
     higher: bool,
-    noise: float | None,
     notes: list[str],
 ) -> list[Row]:
-    step, seconds = _common_step(series), _common_seconds(series)
-    at_step = {name: {s.run.seed: s.at_step(step) for s in some} for name, some in series.items()}
-    at_time: dict[str, dict[int, list[float]]] = {name: {} for name in series}
+    at_step = _results(arms, lambda one: one.at_step(step), baseline, higher)
+    timed: dict[str, Result] = {}
     if seconds is not None:
-        at_time = {name: _timed(some, seconds, notes) for name, some in series.items()}
-    results = _results(at_step, baseline, higher, noise)
-    timed = _results(at_time, baseline, higher, noise)
-    rows = [_row(arm, series[arm.name], results[arm.name], timed.get(arm.name)) for arm in arms]
+        timed = _results(arms, lambda one: one.at_seconds(seconds), baseline, higher)
+        _note_untimed(arms, seconds, notes)
+    rows = [_row(arm, at_step[arm.name], timed.get(arm.name)) for arm in arms]
     base = next(row for row in rows if row.name == baseline)
     rows.sort(key=lambda r: (r is not base, r.at_step.mean * (-1 if higher else 1)))
     return [replace(row, time_ratio=_ratio(row, base)) for row in rows]
 
 
-def _timed(series: Sequence[Series], seconds: float, notes: list[str]) -> dict[int, list[float]]:
-    """Scores by training seed after a training time; says in ``notes`` which runs have none."""
-    found = {one.run.seed: one.at_seconds(seconds) for one in series}
-    for one in series:
-        if not found[one.run.seed]:
-            why = "no times" if one.total_seconds() is None else f"no score before {seconds:.4g} s"
+def _note_untimed(arms: Sequence[Arm], seconds: float, notes: list[str]) -> None:
+    for one in (one for arm in arms for one in arm.series):
+        if not one.at_seconds(seconds):
+            why = f"no score before {seconds:.4g} s" if one.ends() else "no times"
             notes.append(f"{one.run.folder}: has {why} and takes no part at equal time")
-    return {seed: values for seed, values in found.items() if values}
 
 
 def _ratio(row: Row, base: Row) -> float | None:
@@ -245,34 +220,54 @@ def _ratio(row: Row, base: Row) -> float | None:
     return row.seconds_per_step / base.seconds_per_step
 
 
+def _shared(found: Sequence[Scores]) -> list[list[float]]:
+    """Scores of runs (rows) for the sampling seeds that all of them have (columns)."""
+    ranges = sorted(set.intersection(*map(set, found))) if found else []
+    return [[scores[seeds] for seeds in ranges] for scores in found] if ranges else []
+
+
 def _results(
-    values: dict[str, dict[int, list[float]]], baseline: str, higher: bool, noise: float | None
+    arms: Sequence[Arm], scores: Callable[[Series], Scores], baseline: str, higher: bool
 ) -> dict[str, Result]:
-    """Results of the arms that have values; none at all if the baseline has none."""
-    base: Sample = list(values[baseline].values())
-    found = {}
-    for name, by_seed in values.items() if base else ():
+    """Results of the arms that have scores, with the same sampling seeds in all.
+
+    There are none at all if the baseline has none.
+    """
+    found = [
+        (arm.name, one.run.seed, some)
+        for arm in arms
+        for one in arm.series
+        if (some := scores(one))
+    ]
+    samples: dict[str, dict[int, list[float]]] = {}
+    for (name, seed, _), row in zip(found, _shared([some for *_, some in found]), strict=False):
+        samples.setdefault(name, {})[seed] = row
+    if baseline not in samples:
+        return {}
+    base = list(samples[baseline].values())
+    results = {}
+    for name, by_seed in samples.items():
         sample = list(by_seed.values())
-        if sample:
-            judged = numbers.judge(sample, base, higher_is_better=higher, noise=noise)
-            found[name] = Result(
-                list(by_seed),
-                numbers.mean(sample),
-                numbers.spread(sample),
-                numbers.sampling_spread(sample),
-                numbers.bootstrap_interval(sample),
-                BASELINE if name == baseline else judged,
-            )
-    return found
+        judged = numbers.judge(sample, base, higher_is_better=higher)
+        results[name] = Result(
+            list(by_seed),
+            numbers.mean(sample),
+            numbers.spread(sample),
+            numbers.sampling_spread(sample),
+            numbers.bootstrap_interval(sample),
+            BASELINE if name == baseline else judged,
+        )
+    return results
 
 
-def _row(arm: Arm, series: Sequence[Series], at_step: Result, at_seconds: Result | None) -> Row:
-    """One arm; its curve has the steps that all its runs have scored."""
-    steps = set.intersection(*(set(one.seconds) for one in series))
+def _row(arm: Arm, at_step: Result, at_seconds: Result | None) -> Row:
+    """One arm; its curve has the steps that all its runs have scored with the same seeds."""
+    series = arm.series
+    keys = set.intersection(*(one.keys for one in series))
     per_step = [x for one in series if (x := one.seconds_per_step()) is not None]
     curve = []
-    for step in sorted(steps):
-        sample = [one.at_step(step) for one in series]
+    for step in sorted({step for step, _ in keys}):
+        sample = _shared([one.at_step(step) for one in series])
         times = [x for one in series if (x := one.seconds[step]) is not None]
         curve.append(
             Point(
@@ -286,10 +281,3 @@ def _row(arm: Arm, series: Sequence[Series], at_step: Result, at_seconds: Result
         )
     median = statistics.median(per_step) if per_step else None
     return Row(arm.name, arm.runs, at_step, at_seconds, median, None, curve)
-
-
-def _note_machines(arms: Sequence[Arm], notes: list[str]) -> None:
-    """Times of different machines do not compare."""
-    machines = {run.machine or "unknown" for arm in arms for run in arm.runs}
-    if len(machines) > 1:
-        notes.append(f"times are of different machines: {'; '.join(sorted(machines))}")

@@ -1,8 +1,9 @@
-"""The statistics of a comparison, over training seeds and, within them, sampling seeds.
+"""The statistics of a comparison, over training seeds and the sampling seeds that cross them.
 
 A sample is a list with one element per training seed: the scores of that run, one per range of
-sampling seeds. Training seeds are the unit: retraining moves an FID about three times more than
-sampling again does, so scores of one run are no independent evidence about its recipe.
+sampling seeds, the same ranges in all runs. Training seeds are the unit: retraining moves an FID
+about three times more than sampling again does, so scores of one run are no independent evidence
+about its recipe.
 """
 
 import math
@@ -71,18 +72,16 @@ def sampling_spread(sample: Sample) -> float | None:
 
 
 def bootstrap(sample: Sample, seed: int = 0) -> np.ndarray:
-    """Means (DRAWS,) of resampled samples: training seeds, within them sampling seeds.
+    """Means (DRAWS,) of resampled samples: training seeds, and ranges of sampling seeds.
 
-    The same seed gives the same draws.
+    Ranges are drawn once for all runs, and for all samples with as many of them, since the runs
+    share their noise. The same seed gives the same draws of training seeds.
     """
-    rng = np.random.default_rng(seed)
-    picked = rng.integers(len(sample), size=(DRAWS, len(sample)))
-    means = np.empty(picked.shape)
-    for i, scores in enumerate(sample):
-        here = picked == i
-        again = rng.integers(len(scores), size=(int(here.sum()), len(scores)))
-        means[here] = np.asarray(scores, dtype=float)[again].mean(1)
-    return means.mean(1)
+    scores = np.asarray(sample, dtype=float)
+    n, m = scores.shape
+    ranges = np.random.default_rng(m).integers(m, size=(DRAWS, 1, m))
+    runs = np.random.default_rng([seed, n]).integers(n, size=(DRAWS, n, 1))
+    return scores[runs, ranges].mean((1, 2))
 
 
 def percentiles(draws: np.ndarray) -> Interval:
@@ -101,35 +100,23 @@ def bootstrap_interval(sample: Sample) -> Interval | None:
 
 
 def welch_half_width(a: Sequence[float], b: Sequence[float]) -> float:
-    """Half the 95 % interval of mean(a) - mean(b), at least two numbers each (Welch, 1947).
+    """Half the 95 % interval of mean(a) - mean(b), at least two numbers each.
 
-    With v = s^2 / n of each side: t(df) sqrt(v_a + v_b), df = (v_a + v_b)^2 / sum v^2 / (n - 1).
+    t(df) sqrt(s_a^2 / n_a + s_b^2 / n_b), df = min(n_a, n_b) - 1: never too narrow for normal
+    numbers, while Welch's own df (1947) is where the smaller side has the larger variance.
     """
-    v_a, v_b = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
-    if v_a + v_b == 0:
-        return 0.0
-    freedom = (v_a + v_b) ** 2 / (v_a**2 / (len(a) - 1) + v_b**2 / (len(b) - 1))
-    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(v_a + v_b)
+    error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
+    return float(stdtrit(min(len(a), len(b)) - 1, (1 + CONFIDENCE) / 2)) * error
 
 
-def judge(
-    sample: Sample, baseline: Sample, *, higher_is_better: bool, noise: float | None = None
-) -> Judgement:
-    """Compare with the baseline: a gap counts if it exceeds Welch's interval and `FLOOR`.
-
-    Args:
-        sample: Of the arm.
-        baseline: Of the baseline.
-        higher_is_better: The metric's direction.
-        noise: Relative noise to assume where one side has a single run; None says that the
-            comparison is inconclusive there.
-    """
+def judge(sample: Sample, baseline: Sample, *, higher_is_better: bool) -> Judgement:
+    """Compare with the baseline: a gap counts if it exceeds Welch's interval and `FLOOR`."""
     ours, base = mean(sample), mean(baseline)
     if base == 0:
         return Judgement(None, None, None, None, "inconclusive: the baseline's score is 0")
     gap = (ours - base) / abs(base)
-    ratio, interval = None, None
     single = min(len(sample), len(baseline)) == 1
+    ratio, interval, noise = None, None, None
     if base > 0:
         ratio = ours / base
         below = bootstrap(baseline, seed=1)
@@ -138,8 +125,6 @@ def judge(
     if not single:
         width = welch_half_width(run_means(sample), run_means(baseline)) / abs(base)
         noise = max(width, FLOOR)
-    elif noise is not None:
-        noise = max(noise, FLOOR)
     return Judgement(ratio, interval, gap, noise, _verdict(gap, noise, higher_is_better))
 
 

@@ -52,7 +52,7 @@ def _results(comparison: Comparison, looks: dict[str, Style]) -> str:
     body = "".join(
         f'<tr><th scope="row" class="arm">{swatch(looks[row.name])}{escape(row.name)}</th>'
         f'<td class="seeds">{escape(", ".join(map(str, row.at_step.seeds)))}</td>'
-        + "".join(_result(r) for r in (row.at_step, row.at_seconds)[: len(points)])
+        + "".join(_result(row, r) for r in (row.at_step, row.at_seconds)[: len(points)])
         + f'<td class="num first">{escape(report.seconds(row.seconds_per_step))}'
         f"<small>× {escape(report.ratio(row.time_ratio))}</small></td></tr>"
         for row in comparison.rows
@@ -64,9 +64,9 @@ def _results(comparison: Comparison, looks: dict[str, Style]) -> str:
     )
 
 
-def _result(result: Result | None) -> str:
+def _result(row: Row, result: Result | None) -> str:
     """Three cells: score, ratio, verdict, each with what it rests on."""
-    score, ratio, verdict = report.cells(result)
+    score, ratio, verdict = report.cells(row, result)
     if result is None:
         return f'<td class="first">{score}</td><td>{ratio}</td><td>{escape(verdict)}</td>'
     kind, _, reason = verdict.partition(": ")
@@ -74,12 +74,16 @@ def _result(result: Result | None) -> str:
     if judged.gap is not None and judged.noise is not None and kind != "baseline":
         reason = f"gap {percent(judged.gap)}, noise {percent(judged.noise)}".replace("-", "−")
     notes = [
-        f"{report.plus_minus(i.low)} to {report.plus_minus(i.high)}"
+        f"{report.score(i.low, result.mean)} to {report.score(i.high, result.mean)}"
         if (i := result.interval)
         else "one seed",
-        f"{i.low:.3f} to {i.high:.3f}" if (i := judged.interval) and kind != "baseline" else "",
+        f"{report.ratio(i.low)} to {report.ratio(i.high)}"
+        if (i := judged.interval) and kind != "baseline"
+        else "",
         reason,
     ]
+    if result.sampling_std is not None:
+        notes[0] += f"; {report.sampling(result)}"
     badge = f'<span class="badge {escape(kind)}">{escape(kind)}</span>'
     cells = [escape(score), escape(ratio), badge]
     classes = ("num first", "num", "num")
@@ -136,15 +140,14 @@ def _grids(grids: list[Grid]) -> str:
     figures = []
     for grid in grids:
         png = base64.b64encode(grid.png).decode()
-        images = "" if grid.images is None else f", sampling seeds 0–{grid.images - 1}"
-        text = f"step {grid.step:,}, training seed {grid.run.seed}{images}"
+        text = f"step {grid.step:,}, training seed {grid.run.seed}"
         figures.append(
             f'<figure><img alt="Samples of {escape(grid.arm)}, {escape(text)}" '
             f'src="data:image/png;base64,{png}"><figcaption><b>{escape(grid.arm)}</b><br>'
             f"{escape(text)}</figcaption></figure>"
         )
     return (
-        '<section aria-labelledby="grids"><h2 id="grids">Samples from the same noise</h2>'
+        '<section aria-labelledby="grids"><h2 id="grids">Samples</h2>'
         f'<div class="grids">{"".join(figures)}</div></section>'
     )
 

@@ -4,7 +4,7 @@ import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from w2s_train.compare.numbers import interpolate
@@ -13,9 +13,11 @@ from w2s_train.errors import UserError
 from w2s_train.scores import Score
 
 Range = tuple[int, int]
+Scores = dict[Range, float]
 # Must agree. Metric, weights and guidance agree because they select the scores; the decay of the
 # EMA is a setting of the arm.
 AGREE = ("sampler", "steps", "autoencoder", "precision", "extractor", "n")
+NOTED = ("reference.versions", "data.train_urls")  # may differ; a note says so
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,17 @@ def _selection(score: Score) -> Selection:
 
 
 def select(runs: Sequence[Run], metric: str | None, weights: str, guidance: str) -> Selection:
-    """What to compare: without a metric, the first FID or Fréchet distance, or the first of all.
+    """What to compare: without a metric the FID or Fréchet distance that most runs have, or any.
 
     Raises:
         UserError: No run has such a score; the message lists what there is.
     """
-    there = list(dict.fromkeys(_selection(score) for run in runs for score in run.scores))
+    per_run = [list(dict.fromkeys(map(_selection, run.scores))) for run in runs]
+    there = [selection for some in per_run for selection in some]
     if metric is None:
-        names = [s.metric for s in there]
-        metric = next((name for name in names if name.startswith(("fid", "fd_"))), names[0])
+        fitting = [s for s in there if (s.weights, s.guidance) == (weights, guidance)] or there
+        names = [s.metric for s in fitting]
+        metric = _most([n for n in names if n.startswith(("fid", "fd_"))] or names)
     wanted = Selection(metric, weights, guidance)
     for key in ("metric", "weights", "guidance"):
         names = list(dict.fromkeys(getattr(s, key) for s in there))
@@ -55,6 +59,25 @@ def select(runs: Sequence[Run], metric: str | None, weights: str, guidance: str)
             raise UserError(f"{key}={getattr(wanted, key)}: must be one of {', '.join(names)}")
         there = [s for s in there if getattr(s, key) == getattr(wanted, key)]
     return wanted
+
+
+def with_selection(runs: Sequence[Run], selection: Selection, refused: list[str]) -> list[Run]:
+    """The runs with such scores, none of which is unusable; ``refused`` gets a line for others."""
+    kept = []
+    for run in runs:
+        hit = [f for f in run.faults if f.may_be_of(*astuple(selection))]
+        if hit:
+            refused.append(f"{run.folder}: {hit[0].message}")
+        elif selection.of(run):
+            kept.append(run)
+        else:
+            has = sorted({f"{s.metric} ({s.weights}, {s.guidance})" for s in run.scores})
+            refused.append(
+                f"{run.folder}: metric={selection.metric}: no score with "
+                f"weights={selection.weights}, guidance={selection.guidance}; "
+                f"it has {', '.join(has)}"
+            )
+    return kept
 
 
 @dataclass(frozen=True)
@@ -88,22 +111,38 @@ class Series:
         commits = frozenset(score.protocol.git_commit or "unknown" for score in scores)
         return cls(run, dict(sorted(values.items())), seconds, images, commits)
 
-    def at_step(self, step: int) -> list[float]:
-        """Scores at a step, one per range of sampling seeds that has it."""
-        return [curve[step] for curve in self.values.values() if step in curve]
+    @property
+    def last(self) -> int:
+        """The last step."""
+        return max(self.seconds)
 
-    def at_seconds(self, at: float) -> list[float]:
+    @property
+    def keys(self) -> set[tuple[int, Range]]:
+        """Step and sampling seeds of every score."""
+        return {(step, seeds) for seeds, curve in self.values.items() for step in curve}
+
+    def at_step(self, step: int) -> Scores:
+        """Scores at a step by range of sampling seeds; empty if it was not scored."""
+        return {seeds: curve[step] for seeds, curve in self.values.items() if step in curve}
+
+    def at_seconds(self, at: float) -> Scores:
         """Scores after a training time in seconds, between those of the neighbouring steps."""
-        found = []
-        for curve in self.values.values():
-            times = ((self.seconds[step], score) for step, score in curve.items())
-            points = sorted((x, y) for x, y in times if x is not None)
-            found.append(interpolate([x for x, _ in points], [y for _, y in points], at))
-        return [score for score in found if score is not None]
+        found = {}
+        for seeds, curve in self.values.items():
+            points = self._timed(curve)
+            score = interpolate([x for x, _ in points], [y for _, y in points], at)
+            if score is not None:
+                found[seeds] = score
+        return found
 
-    def total_seconds(self) -> float | None:
-        """Training time of the last score that has one."""
-        return max((x for x in self.seconds.values() if x is not None), default=None)
+    def ends(self) -> dict[Range, float]:
+        """Training time of the last score of each range of sampling seeds that has one."""
+        timed = {seeds: self._timed(curve) for seeds, curve in self.values.items()}
+        return {seeds: points[-1][0] for seeds, points in timed.items() if points}
+
+    def _timed(self, curve: dict[int, float]) -> list[tuple[float, float]]:
+        times = ((self.seconds[step], score) for step, score in curve.items())
+        return sorted((x, y) for x, y in times if x is not None)
 
     def seconds_per_step(self) -> float | None:
         """Median over consecutive scores; from the start where there is only one."""
@@ -114,69 +153,119 @@ class Series:
 
 
 def facts(score: Score, run: Run) -> dict[str, Any]:
-    """What must agree, by name: protocol, reference fingerprint and training data."""
+    """What should agree, by name: protocol, reference fingerprint and training data."""
     agree = {key: getattr(score.protocol, key) for key in AGREE}
     reference = flatten(score.protocol.reference, "reference")
-    return agree | reference | {"data.train_urls": run.settings.get("data.train_urls")}
+    urls = run.settings.get("data.train_urls")
+    return agree | reference | {"data.dataset": run.dataset, "data.train_urls": urls}
+
+
+def clashes(found: dict[str, Any], ruling: dict[str, Any]) -> list[str]:
+    """The keys of both that forbid a comparison."""
+    return [k for k in ruling if k in found and found[k] != ruling[k] and k not in NOTED]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the majority of some runs, those of the baseline, has."""
+    """The protocol that most runs agree with, and the sampling seeds that most of those have."""
 
     facts: dict[str, Any]
     ranges: frozenset[Range]
 
     @classmethod
     def of_majority(cls, runs: Sequence[Run], selection: Selection) -> "Rules":
-        """Each run counts once with the protocol of most of its scores; the first wins a tie."""
+        """Runs vote with the protocol of most of their scores; those without segments win ties."""
         per_run = [_most([facts(s, run) for s in selection.of(run)]) for run in runs]
-        ruling = _most(per_run)
+
+        def votes(ruling: dict[str, Any]) -> tuple[int, int]:
+            pairs = zip(runs, per_run, strict=True)
+            voters = [run for run, found in pairs if not clashes(found, ruling)]
+            return len(voters), sum(run.is_plain for run in voters)
+
+        ruling = max(per_run, key=votes)
+        first = sorted(zip(runs, per_run, strict=True), key=lambda pair: not pair[0].is_plain)
+        agreeing = [found for _, found in first if not clashes(found, ruling)]
+        keys = dict.fromkeys(key for found in agreeing for key in found)
+        ruling = {key: _most(found[key] for found in agreeing if key in found) for key in keys}
         ranges = [
-            frozenset(s.protocol.seeds for s in selection.of(run) if facts(s, run) == ruling)
+            frozenset(
+                s.protocol.seeds for s in selection.of(run) if not clashes(facts(s, run), ruling)
+            )
             for run in runs
         ]
-        return cls(ruling, _most(found for found in ranges if found))
+        there = [found for found in ranges if found]
+        most = max(there, key=lambda r: (there.count(r), sum(r <= other for other in there)))
+        return cls(ruling, most)
 
-    def differences(self, score: Score, run: Run) -> list[str]:
-        """What is otherwise in a score, in words."""
-        found = facts(score, run)
+    def differences(self, found: dict[str, Any], keys: Iterable[str]) -> list[str]:
+        """What is otherwise in the facts of a score, in words."""
         return [
-            f"{key}={found.get(key)}: the others have {self.facts.get(key)}"
-            for key in self.facts | found
-            if found.get(key) != self.facts.get(key)
+            f"{key}={found.get(key, 'not recorded')}: the others have "
+            f"{self.facts.get(key, 'not recorded')}"
+            for key in keys
         ]
 
     def admit(self, run: Run, selection: Selection, notes: list[str]) -> Series:
-        """The run's scores that agree; says in ``notes`` which are left out.
+        """The run's scores that agree; says in ``notes`` which are left out, and what may differ.
 
         Raises:
             UserError: None agrees, or sampling seeds are missing; the message names what differs.
         """
-        scores = selection.of(run)
-        if not scores:
-            has = sorted({f"{s.metric} ({s.weights}, {s.guidance})" for s in run.scores})
-            raise UserError(
-                f"metric={selection.metric}: no score with weights={selection.weights}, "
-                f"guidance={selection.guidance}; it has {', '.join(has)}"
-            )
-        agreeing = [score for score in scores if not self.differences(score, run)]
-        if not agreeing:
-            raise UserError("; ".join(self.differences(scores[-1], run)))
-        missing = self.ranges - {score.protocol.seeds for score in agreeing}
+        kept: list[Score] = []
+        left: dict[str, set[int]] = {}  # reason -> steps
+        harmless: dict[str, None] = {}
+        for score in selection.of(run):
+            found = facts(score, run)
+            reasons = self.differences(found, clashes(found, self.facts))
+            if not reasons and score.protocol.seeds not in self.ranges:
+                reasons = [f"sampling seeds: the others have {_ranges(self.ranges)}"]
+            if reasons:
+                left.setdefault("; ".join(reasons), set()).add(score.step)
+            else:
+                kept.append(score)
+                keys = [k for k in self.facts | found if found.get(k) != self.facts.get(k)]
+                harmless |= dict.fromkeys(self.differences(found, keys))
+        missing = self.ranges - {score.protocol.seeds for score in kept}
+        if not kept and not any(reason.startswith("sampling seeds") for reason in left):
+            raise UserError(list(left)[-1])
         if missing:
             raise UserError(f"sampling seeds: must include {_ranges(missing)}, as the others do")
-        kept = [score for score in agreeing if score.protocol.seeds in self.ranges]
-        for score in scores:
-            if score not in kept:
-                reasons = self.differences(score, run) or [
-                    f"sampling seeds={_ranges([score.protocol.seeds])}: the others have "
-                    f"{_ranges(self.ranges)}"
-                ]
-                notes.append(
-                    f"{run.folder}: the score at step {score.step} is left out; {reasons[0]}"
-                )
+        for reason, steps in left.items():
+            notes.append(f"{run.folder}: scores at step {_steps(steps)} are left out; {reason}")
+        if harmless:
+            notes.append(f"{run.folder}: {'; '.join(harmless)}")
         return Series.of(run, kept)
+
+
+def admit(
+    runs: Sequence[Run], selection: Selection, refused: list[str], notes: list[str]
+) -> tuple[Rules, list[Series]]:
+    """What of the runs may be compared: one protocol, and a step that all have scored.
+
+    Raises:
+        UserError: There are no runs.
+    """
+    if not runs:
+        raise UserError(f"runs=null: must have scores of {selection} that can be read")
+    rules = Rules.of_majority(runs, selection)
+    series = []
+    for run in runs:
+        try:
+            series.append(rules.admit(run, selection, notes))
+        except UserError as error:
+            refused.append(f"{run.folder}: {error}")
+    plain = Counter(key for one in series if one.run.is_plain for key in one.keys)
+    every = Counter(key for one in series for key in one.keys)
+    shared = max(every, key=lambda key: (every[key], plain[key], key))
+    kept = [one for one in series if shared in one.keys]
+    steps = set.intersection(*(set(one.seconds) for one in kept))
+    for one in series:
+        if shared not in one.keys:
+            refused.append(
+                f"{one.run.folder}: steps={_steps(one.seconds)}: must include one of "
+                f"{_steps(steps)}, which the others have"
+            )
+    return rules, kept
 
 
 def _median(numbers: list[float]) -> float | None:
@@ -185,6 +274,13 @@ def _median(numbers: list[float]) -> float | None:
 
 def _ranges(ranges: Iterable[Range]) -> str:
     return ", ".join(f"{first}-{last}" for first, last in sorted(ranges))
+
+
+def _steps(steps: Iterable[int]) -> str:
+    found = sorted(steps)
+    if len(found) > 5:
+        return f"{found[0]} to {found[-1]} ({len(found)} steps)"
+    return ", ".join(map(str, found))
 
 
 def _most(items: Iterable[Any]) -> Any:

@@ -1,6 +1,7 @@
 """The comparison as a table in the terminal, as Markdown and as JSON (docs/scores.md)."""
 
 import json
+import math
 from typing import Any
 
 from rich.table import Table
@@ -14,24 +15,35 @@ SCHEMA = 1
 COLUMNS = ["arm", "seeds", "score", "ratio", "verdict", "time per step", "time ratio"]
 STYLES = {"better": "green", "worse": "red"}
 METHOD = (
-    f"A verdict needs a gap of the means over training seeds that exceeds both Welch's "
-    f"{percent(CONFIDENCE)} interval and {percent(FLOOR)}; each arm is tested by itself, so of "
-    "twenty arms without an effect one may pass. Beside the means are bootstrap intervals "
-    "(training seeds, then sampling seeds), which are too narrow for two or three seeds and decide "
-    "nothing. Equal time is training time without evaluation; scores there are interpolated "
-    "between neighbouring steps, linear in the logarithm of the score."
+    f"A verdict needs a gap of the means over training seeds that exceeds both the "
+    f"{percent(CONFIDENCE)} t interval of the difference (Welch's, with the cautious n − 1 degrees "
+    f"of freedom of the smaller arm) and {percent(FLOOR)}; each arm is tested by itself, so of "
+    "twenty arms without an effect one may pass. ± is the deviation over training seeds, and over "
+    "sampling seeds where there are several. Beside the means are bootstrap intervals (training "
+    "seeds, and sampling seeds for all runs alike), which are too narrow for two or three seeds "
+    "and decide nothing. Equal time is training time without evaluation; scores there are "
+    "interpolated between neighbouring steps, linear in the logarithm of the score."
 )
 
 
-def plus_minus(mean: float, std: float | None = None) -> str:
-    """Mean ± std with four significant digits of the mean."""
-    digits = max(0, 3 - len(str(int(abs(mean))))) + 1
-    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+def score(value: float, like: float | None = None) -> str:
+    """A number with the decimals of another, by default with four significant digits."""
+    size = abs(value if like is None else like)
+    if 0 < size < 1e-4:
+        return f"{value:.3e}"
+    digits = 3 - math.floor(math.log10(size)) if size else 3
+    return f"{value:.{max(0, digits)}f}"
+
+
+def sampling(result: Result) -> str:
+    """The deviation over sampling seeds, or nothing."""
+    std = result.sampling_std
+    return "" if std is None else f"sampling ± {score(std, result.mean)}"
 
 
 def ratio(value: float | None) -> str:
     """A ratio, or a dash."""
-    return "–" if value is None else f"{value:.3f}"
+    return "–" if value is None else f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
 
 def seconds(value: float | None) -> str:
@@ -42,15 +54,18 @@ def seconds(value: float | None) -> str:
 def points(comparison: Comparison) -> list[str]:
     """What the two parts of the table are headed with."""
     heads = [f"step {comparison.step:,}"]
-    return heads + ([f"{seconds(comparison.seconds)} of training"] if comparison.seconds else [])
+    return heads + (
+        [f"{seconds(comparison.seconds)} of training"] if comparison.seconds is not None else []
+    )
 
 
-def cells(result: Result | None) -> list[str]:
+def cells(row: Row, result: Result | None) -> list[str]:
     """Score, ratio to the baseline and verdict of one arm at one point."""
     if result is None:
-        return ["–", "–", "not scored by then"]
-    judgement = result.judgement
-    return [plus_minus(result.mean, result.std), ratio(judgement.ratio), judgement.verdict]
+        return ["–", "–", "no times" if row.seconds_per_step is None else "not scored by then"]
+    judgement, std = result.judgement, result.std
+    mean = score(result.mean) + ("" if std is None else f" ± {score(std, result.mean)}")
+    return [mean, ratio(judgement.ratio), judgement.verdict]
 
 
 def tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
@@ -63,7 +78,10 @@ def tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
 
 def _line(row: Row, result: Result | None) -> list[str]:
     seeds = ", ".join(map(str, result.seeds if result else []))
-    return [row.name, seeds, *cells(result), seconds(row.seconds_per_step), ratio(row.time_ratio)]
+    mean, *rest = cells(row, result)
+    if result and result.sampling_std is not None:
+        mean += f", {sampling(result)}"
+    return [row.name, seeds, mean, *rest, seconds(row.seconds_per_step), ratio(row.time_ratio)]
 
 
 def protocol_lines(comparison: Comparison) -> list[tuple[str, str]]:

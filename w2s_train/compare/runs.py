@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,18 @@ from typing import Any
 import yaml
 
 from w2s_train.errors import UserError
-from w2s_train.scores import Score, read_scores
+from w2s_train.scores import Fault, Score, grid_name, read_record
 
 # What may differ between the seeds of one arm.
 SEEDS_AND_PLACES = frozenset(
     {"seed_everything", "data.seed", "trainer.default_root_dir", "checkpoint.dirpath"}
     | {"ckpt_path", "weights_only"}
+)
+# So may this: it changes no training, and what it changes in scores is checked by their protocols.
+EVALUATION = re.compile(
+    r"data\.(generation_batch_size|num_generated|sampling_seeds|num_workers|dataset|train_urls)$"
+    r"|trainer\.(callbacks|logger|log_every_n_steps|enable_|val_check_interval)|checkpoint\."
+    r"|model\.(scored_weights|generation_block|guidance|sampler)"
 )
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
@@ -30,14 +37,27 @@ class Run:
         seed: ``seed_everything``.
         settings: The config by dotted key, without seeds and places.
         scores: Oldest first.
+        faults: Entries of ``scores.json`` that cannot be used.
         machine: Where it ran, as far as times are concerned; None if not recorded.
+        notes: What else could not be read.
     """
 
     folder: Path
     seed: int
     settings: dict[str, Any]
     scores: list[Score]
+    faults: list[Fault]
     machine: str | None
+    notes: list[str]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The settings of the training; absent, null and false are the same."""
+        return {
+            key: value
+            for key, value in self.settings.items()
+            if value is not None and value is not False and not EVALUATION.match(key)
+        }
 
     @property
     def is_plain(self) -> bool:
@@ -45,20 +65,34 @@ class Run:
         return not any(key.startswith("model.objective.segments.") for key in self.settings)
 
     @property
+    def dataset(self) -> str | None:
+        """The name of the data: without ``data.dataset`` that of the shards' folder."""
+        urls = self.settings.get("data.train_urls")
+        return self.settings.get("data.dataset") or (urls and Path(str(urls)).parent.name)
+
+    @property
     def stem(self) -> str:
         """The folder's name without its seed: none-10 and none_seed10 are both "none"."""
         name = self.folder.resolve().name
-        return re.sub(rf"[-_.+]?(seed)?[-_=]?{self.seed}$", "", name) or name
+        return re.sub(rf"([-_]|[-_.+]?seed[-_=]?){self.seed}$", "", name) or name
 
-    def grid(self, step: int) -> bytes | None:
-        """The sample grid of a step, a PNG file; None if there is none.
+    def grid(self, step: int, weights: str, guidance: str) -> bytes | None:
+        """The sample grid of a step, a PNG file; None if there is none of these weights, so guided.
+
+        The file without a setting in its name belongs to the last scored one without a file.
 
         Raises:
             UserError: The file is not a whole PNG.
+            OSError: It cannot be read.
         """
-        path = self.folder / "grids" / f"step-{step:06d}.png"
+        folder = self.folder / "grids"
+        path = folder / grid_name(step, weights, guidance)
         if not path.is_file():
-            return None
+            scored = [(s.weights, s.guidance) for s in self.scores if s.step == step]
+            main = [s for s in scored if not (folder / grid_name(step, *s)).is_file()]
+            path = folder / grid_name(step)
+            if main[-1:] != [(weights, guidance)] or not path.is_file():
+                return None
         content = path.read_bytes()
         if not content.startswith(PNG_START) or not content.endswith(PNG_END):
             raise UserError(f"{path}: must be a PNG image; it is broken and not shown")
@@ -74,16 +108,20 @@ class Findings:
 
 
 def find(pattern: str) -> list[Path]:
-    """The folders that a path or a glob names; files in a glob are left out.
+    """The folders that a path or a glob names; a glob leaves out files and earlier comparisons.
 
     Raises:
         UserError: There is none.
     """
-    paths = [Path(pattern)] if Path(pattern).exists() else map(Path, sorted(glob.glob(pattern)))
-    folders = [path for path in paths if path.is_dir()]
+    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+    folders = [Path(path) for path in paths if os.path.isdir(path)]
     if not folders:
         raise UserError(f"run={pattern}: must be a run folder, or a glob of some")
-    return folders
+    return [folder for folder in folders if str(folder) == pattern or not _is_output(folder)]
+
+
+def _is_output(folder: Path) -> bool:
+    return os.path.exists(folder / "comparison.json") and not os.path.exists(folder / "config.yaml")
 
 
 def read_all(patterns: Sequence[str], *, unfinished: bool = False) -> Findings:
@@ -108,7 +146,7 @@ def read_all(patterns: Sequence[str], *, unfinished: bool = False) -> Findings:
             if not unfinished:
                 check_finished(run)
             runs.append(run)
-        except UserError as error:
+        except (UserError, OSError) as error:
             refused.append(f"{folder}: {error}")
     return Findings(runs, refused)
 
@@ -118,6 +156,7 @@ def read(folder: Path) -> Run:
 
     Raises:
         UserError: A file that is missing or broken.
+        OSError: A file that cannot be read.
     """
     if not any(folder.iterdir()):
         raise UserError("the folder is empty")
@@ -126,8 +165,10 @@ def read(folder: Path) -> Run:
     if not isinstance(seed, int):
         raise UserError(f"config.yaml: seed_everything={seed}: must be a whole number")
     settings = {k: v for k, v in flatten(config).items() if k not in SEEDS_AND_PLACES}
-    machine = _machine(folder / "environment.json")
-    return Run(folder, int(seed), settings, read_scores(folder), machine)
+    record = read_record(folder)
+    notes: list[str] = []
+    machine = _machine(folder / "environment.json", notes)
+    return Run(folder, int(seed), settings, record.scores, record.faults, machine, notes)
 
 
 def check_finished(run: Run) -> None:
@@ -160,11 +201,13 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _load_config(path: Path) -> dict[str, Any]:
+    """The config, in what JSON can say: dates, NaN and infinities become text."""
     if not path.is_file():
         raise UserError("config.yaml: there is none; must be the folder of a run")
     try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = json.loads(json.dumps(config, default=str), parse_constant=str)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"config.yaml: cannot be read; {reason}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
@@ -172,12 +215,14 @@ def _load_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _machine(path: Path) -> str | None:
+def _machine(path: Path, notes: list[str]) -> str | None:
+    """Says in ``notes`` if the file is there and cannot be read."""
     if not path.is_file():
         return None
     try:
-        last = json.loads(path.read_text())[-1]
+        last = json.loads(path.read_text(encoding="utf-8"))[-1]
         devices = sorted(set(last["devices"])) or [f"{last['threads']} of {last['cpus']} CPU cores"]
         return f"{last['host']}: {last['processes']} x {', '.join(devices)}"
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"environment.json: cannot be read; {error!r}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        notes.append(f"environment.json: cannot be read, the machine is unknown; {error!r}")
+        return None
