@@ -25,6 +25,8 @@ ENTRY = {
         "precision": "32-true",
         "step": 1800,
         "images_seen": 115200,
+        "metric_settings": "KernelDistance(subsets=100)",
+        "reference_features": 1497,
         "extractor": "classifier digits sha256:194f",
         "reference": {"dataset": "digits", "split": "train", "n": 1497},
         "n": 1000,

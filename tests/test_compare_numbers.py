@@ -93,8 +93,17 @@ def test_means_and_deviations_of_two_levels():
         ([0.98] * 2, [1.0] * 2, False, "better"),
         ([0.98] * 2, [1.0] * 2, True, "worse"),
         ([1.02] * 2, [1.0] * 2, False, "worse"),
-        # t sqrt(0.01 + 0.01) = 12.7 x 0.141, with one degree of freedom
-        ([0.6, 0.8], [0.9, 1.1], False, "inconclusive: the gap is 30 %, the noise 180 %"),
+        # With one degree of freedom, t sqrt((ln(8/6)^2 + ln(11/9)^2) / 4) = 12.7 x 0.175 = 2.23:
+        # the score may fall by 1 - e^-2.23 or rise by e^2.23 - 1 by chance.
+        ([0.6, 0.8], [0.9, 1.1], False, "inconclusive: the gap is 30 %, the noise 89 %"),
+        ([0.9, 1.1], [0.6, 0.8], False, "inconclusive: the gap is 43 %, the noise 828 %"),
+        # t sqrt(1.3 / 3 / 4 + 0.02 / 2) = 12.7 x 0.344, of amounts, for one score is not positive
+        (
+            [0.6, 0.8, -0.1, 1.5],
+            [0.9, 1.1],
+            False,
+            "inconclusive: the gap is 30 %, the noise 437 %",
+        ),
         ([0.5], [1.0] * 3, False, "inconclusive: one seed, the gap is 50 %"),
         ([-0.1] * 2, [-0.2] * 2, False, "worse"),
         ([0.1] * 2, [0.0] * 2, False, "inconclusive: the baseline's score is 0"),

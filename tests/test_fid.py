@@ -105,9 +105,7 @@ def test_a_reference_of_another_extractor_is_refused(classifier, tmp_path: Path)
     other = ConvClassifier([1, 8, 16], [1, 2], 3).save(
         tmp_path / "other" / "classifier.safetensors"
     )
-    with pytest.raises(
-        ValueError, match="was made with .*classifier toys .* must be .* other"
-    ):
+    with pytest.raises(ValueError, match="was made with .*classifier toys .* must be .* other"):
         FID(str(tmp_path / "r.npz"), other).setup(None, None, "fit")
 
 

@@ -110,7 +110,7 @@ def welch_half_width(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def judge(sample: Sample, baseline: Sample, *, higher_is_better: bool) -> Judgement:
-    """Compare with the baseline: a gap counts if it exceeds Welch's interval and `FLOOR`."""
+    """Compare with the baseline: a gap counts if it exceeds the noise and `FLOOR`."""
     ours, base = mean(sample), mean(baseline)
     if base == 0:
         return Judgement(None, None, None, None, "inconclusive: the baseline's score is 0")
@@ -123,9 +123,20 @@ def judge(sample: Sample, baseline: Sample, *, higher_is_better: bool) -> Judgem
         if not single and below.min() > 0:
             interval = percentiles(bootstrap(sample) / below)
     if not single:
-        width = welch_half_width(run_means(sample), run_means(baseline)) / abs(base)
-        noise = max(width, FLOOR)
+        noise = max(_noise(run_means(sample), run_means(baseline), gap), FLOOR)
     return Judgement(ratio, interval, gap, noise, _verdict(gap, noise, higher_is_better))
+
+
+def _noise(ours: Sequence[float], base: Sequence[float], gap: float) -> float:
+    """What a gap of this sign must exceed, as a share of the baseline.
+
+    Scores vary by factors rather than by amounts, so the interval is that of the logarithms; of the
+    scores themselves if one is not positive.
+    """
+    if min(*ours, *base) > 0:
+        width = welch_half_width([math.log(x) for x in ours], [math.log(x) for x in base])
+        return math.expm1(width) if gap > 0 else -math.expm1(-width)
+    return welch_half_width(ours, base) / abs(statistics.fmean(base))
 
 
 def _verdict(gap: float, noise: float | None, higher_is_better: bool) -> str:

@@ -72,7 +72,7 @@ def _result(row: Row, result: Result | None) -> str:
     kind, _, reason = verdict.partition(": ")
     judged = result.judgement
     if judged.gap is not None and judged.noise is not None and kind != "baseline":
-        reason = f"gap {percent(judged.gap)}, noise {percent(judged.noise)}".replace("-", "−")
+        reason = f"gap {percent(judged.gap)},\nnoise {percent(judged.noise)}".replace("-", "−")
     notes = [
         f"{report.score(i.low, result.mean)} to {report.score(i.high, result.mean)}"
         if (i := result.interval)
@@ -83,14 +83,18 @@ def _result(row: Row, result: Result | None) -> str:
         reason,
     ]
     if result.sampling_std is not None:
-        notes[0] += f"; {report.sampling(result)}"
+        notes[0] += f"\n{report.sampling(result)}"
     badge = f'<span class="badge {escape(kind)}">{escape(kind)}</span>'
     cells = [escape(score), escape(ratio), badge]
     classes = ("num first", "num", "num")
     return "".join(
-        f'<td class="{name}">{cell}<small>{escape(note)}</small></td>'
+        f'<td class="{name}">{cell}<small>{_lines(note)}</small></td>'
         for name, cell, note in zip(classes, cells, notes, strict=True)
     )
+
+
+def _lines(note: str) -> str:
+    return "<br>".join(escape(line) for line in note.splitlines())
 
 
 def _box(title: str, lines: list[str], classes: str) -> str:

@@ -16,7 +16,7 @@ Range = tuple[int, int]
 Scores = dict[Range, float]
 # Must agree. Metric, weights and guidance agree because they select the scores; the decay of the
 # EMA is a setting of the arm.
-AGREE = ("sampler", "steps", "autoencoder", "precision", "extractor", "n")
+AGREE = ("sampler", "steps", "autoencoder", "precision", "extractor", "n", "metric_settings")
 NOTED = ("reference.versions", "data.train_urls")  # may differ; a note says so
 
 
