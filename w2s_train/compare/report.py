@@ -19,8 +19,8 @@ METHOD = (
     f"{percent(CONFIDENCE)} t interval of the scores' logarithms (Welch's, with the cautious n − 1 "
     f"degrees of freedom of the smaller arm) and {percent(FLOOR)}; each arm is tested by itself, "
     "so of twenty arms without an effect one may pass. ± is the deviation over training seeds, and "
-    "over sampling seeds where there are several. Beside the means are bootstrap intervals (training "
-    "seeds, and sampling seeds for all runs alike), which are too narrow for two or three seeds "
+    "over sampling seeds where there are several. Beside the means are bootstrap intervals "
+    "(training seeds, and sampling seeds for all runs alike), which are too narrow for two or three seeds "
     "and decide nothing. Equal time is training time without evaluation; scores there are "
     "interpolated between neighbouring steps, linear in the logarithm of the score."
 )
