@@ -20,9 +20,9 @@ METHOD = (
     f"degrees of freedom of the smaller arm) and {percent(FLOOR)}; each arm is tested by itself, "
     "so of twenty arms without an effect one may pass. ± is the deviation over training seeds, and "
     "over sampling seeds where there are several. Beside the means are bootstrap intervals "
-    "(training seeds, and sampling seeds for all runs alike), which are too narrow for two or three seeds "
-    "and decide nothing. Equal time is training time without evaluation; scores there are "
-    "interpolated between neighbouring steps, linear in the logarithm of the score."
+    "(training seeds, and sampling seeds for all runs alike), which are too narrow for two or "
+    "three seeds and decide nothing. Equal time is training time without evaluation; scores there "
+    "are interpolated between neighbouring steps, linear in the logarithm of the score."
 )
 
 
