@@ -99,6 +99,7 @@ def test_the_baseline_differs_in_its_segments_only():
     assert w2s == baseline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("config", ["leaves/few", "leaves/many"])
 def test_leaves_run_with_every_overlay(command, config: str, overlay: str):
@@ -133,6 +134,7 @@ def test_dit_b_takes_steps_with_every_overlay(tmp_path: Path, latents: str, over
 GUIDANCE = sorted(path.stem for path in (ROOT / "configs" / "guidance").glob("*.yaml"))
 
 
+@pytest.mark.slow
 def test_validate_with_every_guidance(command):
     """Each overlay scores the same checkpoint, says what it did, and guides."""
     sources.LayerSkip()  # two of the overlays need it

@@ -203,6 +203,7 @@ def test_processes_do_not_change_scores(command, metrics: Path, processes: int):
     assert grid.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_resumable_evaluation_may_stand_anywhere(command, metrics: Path, monkeypatch):
     """Before the scorers it would mark images as done that they have not seen."""
     *head, last = metrics.read_text().rstrip().splitlines()
@@ -223,6 +224,7 @@ def test_resumable_evaluation_may_stand_anywhere(command, metrics: Path, monkeyp
     assert numbers(scores(folder)[-5:]) == numbers(scores(folder)[-10:-5])
 
 
+@pytest.mark.slow
 def test_a_learned_scale_belongs_to_the_key(command, metrics: Path, monkeypatch):
     """Checkpoints of one frozen network that differ in the guidance alone do not share images."""
     network = command("fit", folder="base") / "checkpoints/last.ckpt"

@@ -370,6 +370,7 @@ def learn_on_one_of_two(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @needs("co_trained")
 def test_co_trained_gradients_are_averaged_over_processes(tmp_path: Path):
     """Two processes with half of the rows each take the steps of one process with all of them."""
