@@ -146,15 +146,14 @@ class Command(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; a checkpoint that cannot be read, or is of another network, is a user's error."""
         path = self.config[subcommand].get("ckpt_path")
-        if self.datamodule.script is None and subcommand != "reference":  # these make the files
-            for callback in self._callbacks():
-                if isinstance(callback, FID):
-                    callback.check_files()
+        made_later = self.datamodule.script is not None or subcommand == "reference"
         for callback in self._callbacks():
             if isinstance(callback, LeavesScores):
                 callback.check_model(self.model, self.datamodule.num_generated)
-            if isinstance(callback, FID) and subcommand in ("fit", "validate", "test"):
-                if callback.files_exist():  # else a script makes them when the trainer starts
+            if isinstance(callback, FID):
+                if not made_later:
+                    callback.check_files()
+                if subcommand in ("fit", "validate", "test") and callback.files_exist():
                     callback.load(self.model, self.datamodule)
         try:
             super()._run_subcommand(subcommand)

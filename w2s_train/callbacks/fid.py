@@ -11,14 +11,12 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from w2s_train.autoencoder import PixelSpace
-from w2s_train.callbacks.run_record import append_scores, git_commit
+from w2s_train.callbacks.run_record import append_scores
 from w2s_train.callbacks.scorer import Scorer, gather
 from w2s_train.errors import UserError
 from w2s_train.features import FeatureExtractor, shape_name
 from w2s_train.frechet import Moments, Reference, frechet_distance
 from w2s_train.metrics import FeatureMetric
-from w2s_train.plan import GenerationPlan
-from w2s_train.scores import SCHEMA
 
 
 class FeatureSums(Metric):
@@ -121,7 +119,7 @@ class FID(Scorer):
         if data is not None:
             pairs.append(("dataset", data.dataset))
         if module is not None and isinstance(module.autoencoder, PixelSpace):
-            pairs.append(("images", "x".join(str(side) for side in module.input_shape)))
+            pairs.append(("images", shape_name(module.input_shape)))
         for key, ours in pairs:
             if (made := reference.fingerprint.get(key, ours)) != ours:
                 raise UserError(
@@ -159,7 +157,7 @@ class FID(Scorer):
 
     def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
         """Take in the features of one batch."""
-        shape = shape_name(images)
+        shape = shape_name(images.shape[1:])
         made_of = self._loaded.fingerprint.get("images", shape)
         if made_of != shape:
             raise UserError(
@@ -185,11 +183,19 @@ class FID(Scorer):
     def score(self, trainer: Trainer, module: Any) -> None:
         """Compute, log and append the scores of every group."""
         entries = []
-        for group, plan in enumerate(self.plans):
+        for group in range(len(self.plans)):
             scores, n = self._scores(group, trainer)
-            tag = "" if group == 0 else f" ({module.settings[plan.setting].name}, {plan.seeds[0]})"
-            module.record({f"val/{name}{tag}": value for name, value in scores.items()})
-            entries += [self._entry(name, v, n, plan, module) for name, v in scores.items()]
+            about = {
+                "extractor": self.extractor.describe(),
+                "reference": self._loaded.fingerprint,
+                "evaluation_seconds": round(time.perf_counter() - self.began, 3),
+            }
+            found = self.record(group, scores, n, module, about)
+            for entry in found:
+                if metric := self.settings.get(entry["metric"]):
+                    entry["protocol"]["metric_settings"] = metric.describe()
+                    entry["protocol"]["reference_features"] = len(self._loaded.features)
+            entries += found
         if trainer.is_global_zero:
             append_scores(Path(trainer.default_root_dir), entries)
 
@@ -228,21 +234,3 @@ class FID(Scorer):
         if n >= (self.extractor.protocol_images or 0):
             return ""
         return f"@{n // 1000}k" if n % 1000 == 0 else f"@{n}"
-
-    def _entry(
-        self, name: str, value: float, n: int, plan: GenerationPlan, module: Any
-    ) -> dict[str, Any]:
-        """One element of ``scores.json``."""
-        protocol = module.protocol(plan.setting) | {
-            "extractor": self.extractor.describe(),
-            "reference": self._loaded.fingerprint,
-            "n": n,
-            "seeds": [plan.seeds[0], plan.seeds[-1]],
-            "evaluation_seconds": round(time.perf_counter() - self.began, 3),
-            "git_commit": git_commit(),
-        }
-        if metric := self.settings.get(name):
-            protocol["metric_settings"] = metric.describe()
-            protocol["reference_features"] = len(self._loaded.features)
-        shared = {key: protocol[key] for key in ("step", "weights", "guidance")}
-        return {"schema": SCHEMA, "metric": name, "value": value, **shared, "protocol": protocol}

@@ -8,14 +8,13 @@ from lightning import Trainer
 from torch import Tensor
 
 from w2s_train.autoencoder import Vectors
-from w2s_train.callbacks.run_record import append_scores, git_commit
+from w2s_train.callbacks.run_record import append_scores
 from w2s_train.callbacks.scorer import Scorer, gather
 from w2s_train.errors import UserError
 from w2s_train.generation import Setting
 from w2s_train.guidance import VelocityField
 from w2s_train.interpolant import Interpolant
 from w2s_train.leaves import Leaves
-from w2s_train.scores import SCHEMA
 
 TIMES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # where velocities are compared
 OUTSIDE = 0.01  # a sample is an outlier if its density is below that of all but 1 % of the data
@@ -140,9 +139,8 @@ class LeavesScores(Scorer):
             scores = sample_scores(self.leaves, x[order], y[order])
             scores["velocity_error"] = self._velocity_error(module, module.settings[plan.setting])
             scores = {name: float(f"{value:.5g}") for name, value in scores.items()}
-            tag = "" if group == 0 else f" ({module.settings[plan.setting].name}, {plan.seeds[0]})"
-            module.record({f"val/{name}{tag}": value for name, value in scores.items()})
-            entries += [self._entry(name, v, len(x), plan, module) for name, v in scores.items()]
+            about = {"reference": self.describe()}
+            entries += self.record(group, scores, len(x), module, about)
         if trainer.is_global_zero:
             append_scores(Path(trainer.default_root_dir), entries)
 
@@ -162,14 +160,3 @@ class LeavesScores(Scorer):
         with module.trainer.precision_plugin.forward_context():
             errors = velocity_errors(self.leaves, on_host, y, module.objective.interpolant)
         return sum(errors) / len(errors)
-
-    def _entry(self, name: str, value: float, n: int, plan: Any, module: Any) -> dict[str, Any]:
-        """One element of ``scores.json``."""
-        protocol = module.protocol(plan.setting) | {
-            "reference": self.describe(),
-            "n": n,
-            "seeds": [plan.seeds[0], plan.seeds[-1]],
-            "git_commit": git_commit(),
-        }
-        shared = {key: protocol[key] for key in ("step", "weights", "guidance")}
-        return {"schema": SCHEMA, "metric": name, "value": value, **shared, "protocol": protocol}

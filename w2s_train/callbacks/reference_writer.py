@@ -72,7 +72,7 @@ class ReferenceWriter(Callback):
         images: Tensor = outputs
         features = self.extractor(images)
         self.sums.update(features)
-        self.shapes.add(shape_name(images))
+        self.shapes.add(shape_name(images.shape[1:]))
         self.encodings |= set(batch["encoding"])
         # A random subset: the smallest of one random number an image, fixed by its place.
         numbers = torch.tensor(

@@ -7,7 +7,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from w2s_train.callbacks.run_record import git_commit
 from w2s_train.plan import GenerationPlan
+from w2s_train.scores import SCHEMA
 
 
 def validation_loaders(trainer: Trainer) -> list[Any]:
@@ -53,6 +55,29 @@ class Scorer(Callback, abc.ABC):
     @abc.abstractmethod
     def score(self, trainer: Trainer, module: Any) -> None:
         """Put the processes' shares together and record the scores."""
+
+    def record(
+        self, group: int, scores: dict[str, float], n: int, module: Any, about: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Log the scores of a group of ``n`` images, and return their elements of ``scores.json``.
+
+        Args:
+            group: Of the plans; the first one's names are plain.
+            scores: By name.
+            n: Number of images behind them.
+            module: What generated them.
+            about: What the protocol holds beside how images were generated.
+        """
+        plan = self.plans[group]
+        tag = "" if group == 0 else f" ({module.settings[plan.setting].name}, {plan.seeds[0]})"
+        module.record({f"val/{name}{tag}": value for name, value in scores.items()})
+        made = {"n": n, "seeds": [plan.seeds[0], plan.seeds[-1]], "git_commit": git_commit()}
+        protocol = module.protocol(plan.setting) | about | made
+        shared = {key: protocol[key] for key in ("step", "weights", "guidance")}
+        return [
+            {"schema": SCHEMA, "metric": name, "value": value, **shared, "protocol": {**protocol}}
+            for name, value in scores.items()
+        ]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up the plans."""

@@ -1,6 +1,7 @@
 """Reference statistics of a data set in the features of an extractor."""
 
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -37,9 +38,9 @@ def fingerprint(
     }
 
 
-def shape_name(images: Tensor) -> str:
-    """CxHxW of images (N, C, H, W)."""
-    return "x".join(str(side) for side in images.shape[1:])
+def shape_name(shape: Sequence[int]) -> str:
+    """CxHxW of a shape (C, H, W)."""
+    return "x".join(str(side) for side in shape)
 
 
 def write_reference(
@@ -60,7 +61,7 @@ def write_reference(
         dataset=dataset,
         split=split,
         n=len(images),
-        images=shape_name(images),
+        images=shape_name(images.shape[1:]),
         encoding=encoding,
     )
     Reference(moments, about, features[:KEEP]).save(path)
