@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import BRANCH, write_run
+from run_folders import BRANCH, write_run
 
 import w2s_train.weak
 from w2s_train.features import FeatureExtractor

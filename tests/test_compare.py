@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from runs import BRANCH, ENTRY
+from run_folders import BRANCH, ENTRY
 from test_scores import documented
 
 from w2s_train.cli import main

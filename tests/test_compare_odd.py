@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from runs import BRANCH
+from run_folders import BRANCH
 
 from w2s_train.compare.report import score
 from w2s_train.compare.runs import read

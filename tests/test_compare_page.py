@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from runs import BRANCH
+from run_folders import BRANCH
 
 from w2s_train.compare import charts
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from runs import ENTRY
+from run_folders import ENTRY
 
 from w2s_train.errors import UserError
 from w2s_train.scores import HIGHER, LOWER, Protocol, Score, higher_is_better, read_scores
