@@ -1,0 +1,67 @@
+"""One sample of a shard: undecoded fields by name, and the tensors that they hold."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from torch import Tensor
+
+from w2s_train.errors import UserError
+
+Sample = dict[str, Any]
+IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
+ARRAY_TYPES = ("npy", "bf16.npy")  # bfloat16 is stored as its bits, uint16
+FLIPPED = "flip."  # before the name of an array: the same of the mirrored image
+
+
+def read_shard(path: str | Path) -> Iterator[Sample]:
+    """The samples of one local shard, undecoded, in their order; compressed ones, too.
+
+    Each has "__key__", "__url__" and its fields by name, such as "png" and "cls", as bytes.
+    """
+    with open(path, "rb") as stream:
+        source = [{"url": str(path), "stream": stream}]
+        yield from wds.tariterators.group_by_keys(wds.tariterators.tar_file_expander(source))
+
+
+def decode_image(content: bytes) -> Tensor:
+    """An encoded image as uint8 (C, H, W): grey ones with one channel, all others with three."""
+    image = Image.open(io.BytesIO(content))
+    pixels = np.array(image if image.mode == "L" else image.convert("RGB"))
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
+
+
+def decode_array(content: bytes | memoryview, field: str) -> Tensor:
+    """An array field as it is stored; pickled objects are refused."""
+    array = torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
+    return array.view(torch.bfloat16) if field.endswith("bf16.npy") else array
+
+
+def payload(fields: list[str], where: str) -> str:
+    """The field that holds the data.
+
+    Args:
+        fields: Those of a sample or a shard.
+        where: What they are of, for the message.
+
+    Raises:
+        UserError: None does.
+    """
+    known = (*ARRAY_TYPES, *IMAGE_TYPES)
+    found = next((field for field in known if field in fields), None)
+    if found is None:
+        names = ", ".join(fields) or "nothing"
+        raise UserError(f"shard={where}: must hold one of {', '.join(known)}, it holds {names}")
+    return found
+
+
+def to_float(stored: Tensor) -> Tensor:
+    """What a network or an autoencoder takes: uint8 pixels to float32 in [-1, 1], arrays float32."""
+    if stored.dtype == torch.uint8:
+        return stored.float().div_(127.5).sub_(1)
+    return stored.float()

@@ -1,0 +1,154 @@
+"""Where each sample of a shard lies, so that any of them can be read without the ones before it.
+
+A shard is a plain webdataset tar: members ``KEY.FIELD``, those of one sample one after another, and
+``KEY.cls`` its label as text. Its table, ``NAME.table.npz`` beside ``NAME.tar``, is written with the
+shard by `ShardWriter`; other people's shards are scanned once.
+"""
+
+import re
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from w2s_train.errors import UserError
+from w2s_train.files import atomic_write
+
+LABEL = "cls"
+META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members, which are no samples
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """Of N samples with F fields each.
+
+    Args:
+        keys: (N,) names of the samples.
+        labels: (N,) int64.
+        fields: Names of the fields, such as "png" or "npy"; the label is none of them.
+        offsets: (N, F) int64, bytes from the start of the file; -1 where a sample lacks the field.
+        sizes: (N, F) int64, in bytes.
+        bytes: Size of the whole file.
+        sha256: Of the whole file; empty if it was only scanned.
+        damage: What is wrong with the file; empty if nothing is. Samples before it are listed.
+        sums: Whatever else the writer keeps, by name, such as channel sums of latents.
+    """
+
+    keys: np.ndarray
+    labels: np.ndarray
+    fields: list[str]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    bytes: int
+    sha256: str = ""
+    damage: str = ""
+    sums: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def within(self, size: int) -> np.ndarray:
+        """(N,) bool: which samples lie in a file's first ``size`` bytes."""
+        return (self.offsets + self.sizes).max(axis=1, initial=0) <= size
+
+    def save(self, path: Path) -> None:
+        """Write it; it appears under its name when whole."""
+        about = dict(keys=self.keys, labels=self.labels, fields=np.array(self.fields))
+        about |= dict(offsets=self.offsets, sizes=self.sizes, bytes=np.array(self.bytes))
+        about |= dict(sha256=np.array(self.sha256), damage=np.array(self.damage))
+        about |= {f"sum_{name}": value for name, value in self.sums.items()}
+        with atomic_write(path) as file:
+            np.savez(file, **about)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> "ShardTable":
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as stored:
+            sums = {k.removeprefix("sum_"): stored[k] for k in stored if k.startswith("sum_")}
+            return cls(
+                stored["keys"],
+                stored["labels"],
+                stored["fields"].tolist(),
+                stored["offsets"],
+                stored["sizes"],
+                int(stored["bytes"]),
+                str(stored["sha256"]),
+                str(stored["damage"]),
+                sums,
+            )
+
+    @classmethod
+    def scan(cls, path: Path, *, name: str | None = None) -> "ShardTable":
+        """Read the headers and the labels of an uncompressed tar, not the images.
+
+        Args:
+            path: The file.
+            name: What to call it in messages; the path if not given.
+
+        Raises:
+            UserError: It is compressed or no tar, or a sample has no label; names shard and key.
+        """
+        name = name or str(path)
+        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        with open(path, "rb") as file:
+            damage = _scan(file, samples, name)
+            size = file.seek(0, 2)
+            whole = {
+                key: fields
+                for key, fields in samples.items()
+                if all(offset + length <= size for offset, length in fields.values())
+            }
+            if damage and whole:
+                first, last = next(iter(whole)), list(whole)[-1]
+                if whole[last].keys() != whole[first].keys() or LABEL not in whole[last]:
+                    del whole[last]  # its other members may have followed
+            labels = [_label(file, key, fields, name) for key, fields in whole.items()]
+        fields = sorted({each for members in whole.values() for each in members} - {LABEL})
+        places = np.array(
+            [[members.get(f, (-1, 0)) for f in fields] for members in whole.values()], np.int64
+        ).reshape(len(whole), len(fields), 2)
+        keys = np.array(list(whole), dtype=np.str_)
+        offsets, sizes = places[..., 0], places[..., 1]
+        return cls(keys, np.array(labels, np.int64), fields, offsets, sizes, size, "", damage)
+
+
+def _scan(file: IO[bytes], samples: dict[str, dict[str, tuple[int, int]]], name: str) -> str:
+    """Add the members of a tar to ``samples``; gives what is wrong with it."""
+    last = "its start"
+    try:
+        # Only plain tars: a compressed one has no places that could be sought.
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", member.name)
+                if member.isreg() and match and not META.match(member.name):
+                    key, kind = match.group(1), match.group(2).lower()
+                    members = samples.setdefault(key, {})
+                    if kind in members:
+                        raise UserError(f"shard={name}: holds two members {member.name}")
+                    members[kind] = (member.offset_data, member.size)
+                last = member.name
+            end = tar.offset  # type: ignore[attr-defined]
+        file.seek(end)
+        if any(file.read(512)):
+            return f"unreadable at byte {end:,}, after {last}"
+    except tarfile.ReadError as error:
+        if not samples:
+            raise UserError(f"shard={name}: must be an uncompressed tar ({error})") from None
+        return f"cut off after {last} ({error})"
+    return ""
+
+
+def _label(file: IO[bytes], key: str, members: dict[str, tuple[int, int]], name: str) -> int:
+    if LABEL not in members:
+        raise UserError(f"label: sample {key} of {name} must have one, in {key}.{LABEL}")
+    offset, size = members[LABEL]
+    file.seek(offset)
+    text = file.read(size).decode(errors="replace").strip()
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"label={text[:20]}: must be a whole number (sample {key} of {name})"
+        ) from None

@@ -1,0 +1,112 @@
+"""Writes shards, their tables and the index of a folder."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import webdataset as wds
+
+from w2s_train.files import atomic_write
+from w2s_train.shards.table import ShardTable
+
+INDEX = "index.json"
+TABLE = ".table.npz"
+
+
+def table_path(shard: Path) -> Path:
+    """Where the table of a shard lies: ``train-000000.table.npz`` beside ``train-000000.tar``."""
+    return shard.with_name(shard.name.partition(".")[0] + TABLE)
+
+
+def is_written(shard: Path) -> bool:
+    """Whether a `ShardWriter` has finished this shard, and nothing has cut it since."""
+    table = table_path(shard)
+    return (
+        shard.is_file() and table.is_file() and ShardTable.load(table).bytes == shard.stat().st_size
+    )
+
+
+class ShardWriter:
+    """Writes one shard; it and its table appear under their names when they are whole.
+
+    A context manager. The same samples give the same bytes, whoever writes them and when.
+
+    Args:
+        path: The shard, ``NAME.tar``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self.sums: dict[str, np.ndarray] = {}
+
+    def __enter__(self) -> "ShardWriter":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        table_path(self.path).unlink(missing_ok=True)
+        self.file = open(self.partial, "wb")
+        self.tar = wds.TarWriter(self.file, user="", group="", encoder=False, mtime=0)
+        return self
+
+    def write(self, key: str, label: int, **fields: bytes) -> None:
+        """Append a sample.
+
+        Args:
+            key: Its name, without dots.
+            label: Its class.
+            fields: Their contents, by name; a name with dots goes in as ``**{"flip.npy": ...}``.
+        """
+        self.tar.write({"__key__": key, "cls": b"%d" % label, **fields})
+
+    def add(self, name: str, value: np.ndarray) -> None:
+        """Add to a sum that the table keeps beside the samples."""
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.tar.close()
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            if kind is None:
+                table = ShardTable.scan(self.partial)
+                with open(self.partial, "rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                os.replace(self.partial, self.path)
+                dataclasses.replace(table, sha256=sha256, sums=self.sums).save(
+                    table_path(self.path)
+                )
+        finally:
+            self.partial.unlink(missing_ok=True)
+
+
+def write_index(folder: Path) -> dict[str, Any]:
+    """Write ``index.json``: samples, bytes, sha256 and range of labels of each shard of a folder.
+
+    Returns:
+        What was written.
+
+    """
+    shards = {}
+    for path in sorted(folder.glob(f"*{TABLE}")):
+        table, shard = ShardTable.load(path), path.name.removesuffix(TABLE) + ".tar"
+        if (folder / shard).is_file():
+            shards[shard] = {
+                "samples": len(table),
+                "bytes": table.bytes,
+                "sha256": table.sha256,
+                "labels": [int(table.labels.min()), int(table.labels.max())] if len(table) else [],
+            }
+    index = {"version": 1, "shards": shards}
+    with atomic_write(folder / INDEX) as file:
+        file.write(json.dumps(index, indent=1).encode() + b"\n")
+    return index
