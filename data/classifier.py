@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from w2s_train.autoencoder import to_uint8
 from w2s_train.errors import UserError
 from w2s_train.features import (
     CIFAR10Classifier,
@@ -30,7 +29,8 @@ from w2s_train.features import (
     mnist_classifier,
     train_classifier,
 )
-from w2s_train.stream import decode, expand_urls, read_shard
+from w2s_train.shards import expand_urls
+from w2s_train.shards.samples import decode_image, payload, read_shard
 
 NUM_CLASSES = 10
 
@@ -73,16 +73,18 @@ def read_images(
     for url in expand_urls(urls, name):
         samples = list(read_shard(url))
         for sample in samples[: round(fraction * len(samples))]:
-            decoded = decode(sample, NUM_CLASSES)
-            if (found := tuple(decoded["image"].shape)) != shape:
+            image = decode_image(sample[payload(list(sample), url)])
+            label = int(sample["cls"])
+            if tuple(image.shape) != shape or not 0 <= label < NUM_CLASSES:
                 raise UserError(
-                    f"{name}={urls}: must hold images of {shape}, {sample['__key__']} is {found}"
+                    f"{name}={urls}: must hold images of {shape} and labels below {NUM_CLASSES}, "
+                    f"{sample['__key__']} is {tuple(image.shape)}, {label}"
                 )
-            images.append(to_uint8(decoded["image"]))
-            labels.append(decoded["label"])
+            images.append(image)
+            labels.append(label)
     if not images:
         raise UserError(f"{name}={urls}: must hold images")
-    return torch.stack(images), torch.stack(labels)
+    return torch.stack(images), torch.tensor(labels)
 
 
 def arguments() -> argparse.Namespace:

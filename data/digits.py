@@ -6,6 +6,7 @@ classes. Run ``python data/digits.py`` or let `ShardDataModule(prepare="digits")
 
     data/digits/train-{000000..000007}.tar   1,497 images: .png (8x8, grey) and .cls
     data/digits/heldout-000000.tar             300 images
+    data/digits/index.json                   samples, bytes and sha256 of each shard
     data/digits/classes.txt                  class names, one a line
     data/digits/classifier.safetensors       a small network trained on the train split
     data/digits/reference.npz                mean and covariance of its features on the train split
@@ -13,7 +14,6 @@ classes. Run ``python data/digits.py`` or let `ShardDataModule(prepare="digits")
 """
 
 import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from w2s_train.features import ConvClassifier, train_classifier, write_reference
+from w2s_train.shards import ShardWriter, write_index
 
 FOLDER = Path("data/digits")
 TRAIN_SHARDS, HELD_OUT, SEED = 8, 300, 0
@@ -37,16 +38,13 @@ def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def write_shards(name: str, images: np.ndarray, labels: np.ndarray, shards: int) -> None:
-    """Write one split as tar files, byte for byte the same at every call."""
+    """Write one split as shards."""
     for shard, rows in enumerate(np.array_split(np.arange(len(images)), shards)):
-        with tarfile.open(FOLDER / f"{name}-{shard:06d}.tar", "w") as tar:
+        with ShardWriter(FOLDER / f"{name}-{shard:06d}.tar") as writer:
             for i in rows:
                 png = io.BytesIO()
                 Image.fromarray(images[i]).save(png, "png")
-                for kind, content in (("png", png.getvalue()), ("cls", b"%d" % labels[i])):
-                    info = tarfile.TarInfo(f"{i:06d}.{kind}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+                writer.write(f"{i:06d}", labels[i], png=png.getvalue())
 
 
 def prepare() -> None:
@@ -57,6 +55,7 @@ def prepare() -> None:
     splits = split_digits()
     write_shards("train", *splits["train"], TRAIN_SHARDS)
     write_shards("heldout", *splits["heldout"], 1)
+    write_index(FOLDER)
     (FOLDER / "classes.txt").write_text("".join(f"{digit}\n" for digit in range(10)))
     tensors = {
         name: (torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels))

@@ -9,13 +9,13 @@ each with .npy (float32, 2x1x1) and .cls.
 """
 
 import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from w2s_train.leaves import Leaves
+from w2s_train.shards import ShardWriter, write_index
 
 FOLDER = Path("data/leaves")
 REGIMES = {"few": (4, 3), "many": (24, 1)}  # number of classes, depth
@@ -23,30 +23,25 @@ POINTS, SHARDS, SEED = 16_384, 4, 0
 
 
 def write_shards(name: str, points: np.ndarray, labels: np.ndarray) -> None:
-    """Write one regime as tar files; each appears under its name when it is whole."""
+    """Write one regime as shards."""
     for shard, rows in enumerate(np.array_split(np.arange(len(points)), SHARDS)):
-        path = FOLDER / f"{name}-{shard:06d}.tar"
-        with tarfile.open(path.with_suffix(".part"), "w") as tar:
+        with ShardWriter(FOLDER / f"{name}-{shard:06d}.tar") as writer:
             for i in rows:
                 array = io.BytesIO()
                 np.save(array, points[i].reshape(2, 1, 1).astype(np.float32))
-                for kind, content in (("npy", array.getvalue()), ("cls", b"%d" % labels[i])):
-                    info = tarfile.TarInfo(f"{i:06d}.{kind}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-        path.with_suffix(".part").rename(path)
+                writer.write(f"{i:06d}", labels[i], npy=array.getvalue())
 
 
 def prepare() -> None:
-    """Write what is missing; the last shard comes last, so its presence means done."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    """Write what is missing; the index comes last, so its presence means done."""
+    if (FOLDER / "index.json").is_file():
+        return
     for name, (num_classes, depth) in REGIMES.items():
-        if (FOLDER / f"{name}-{SHARDS - 1:06d}.tar").is_file():
-            continue
         generator = torch.Generator().manual_seed(SEED)
         labels = torch.randint(num_classes, (POINTS,), generator=generator)
         points = Leaves(num_classes, depth).sample(labels, generator)
         write_shards(name, points.numpy(), labels.numpy())
+    write_index(FOLDER)
 
 
 if __name__ == "__main__":

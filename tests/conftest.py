@@ -34,6 +34,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables and downloads of one session; not the user's own."""
+    monkeypatch.setenv("W2S_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 WEAK_FILES = {
     "NullClass": "null_class",
     "EMA": "ema",

@@ -24,6 +24,7 @@ from w2s_train.callbacks import (
     Progress,
     ResumableEvaluation,
     RunRecord,
+    SkippedSamples,
     StepSeed,
 )
 from w2s_train.checks import check_files, check_numbers, explain, locate
@@ -110,6 +111,8 @@ class Command(LightningCLI):
         self.stop = GracefulStop()
         seed = int(config.seed_everything or 0)
         ours = [self.record, StepSeed(seed), self.stop, Progress()]
+        if self.subcommand == "fit":
+            ours.append(SkippedSamples())  # after the stop, which saves the last step
         given = self._callbacks()
         resumable = [callback for callback in given if isinstance(callback, ResumableEvaluation)]
         given = [callback for callback in given if callback not in resumable]

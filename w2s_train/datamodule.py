@@ -1,35 +1,54 @@
 """Training data from webdataset shards, and the plan of what to generate for validation."""
 
+import hashlib
+import os
 import runpy
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from w2s_train.autoencoder import to_uint8
 from w2s_train.errors import UserError
 from w2s_train.plan import GenerationPlan, Remaining
-from w2s_train.stream import ShardImages, ShardStream, expand_urls
+from w2s_train.shards import ShardStream, Storage, expand_urls
+from w2s_train.shards.index import Shard, check_labels, find_shards
+from w2s_train.shards.order import StreamOrder
+from w2s_train.shards.storage import is_remote
+from w2s_train.shards.store import IndexedStore, MemoryStore, Store
+
+SMALL = 256e6  # bytes of shards that are held in memory unless the config says otherwise
 
 
 class ShardDataModule(LightningDataModule):
     """Training batches from shards; generation plans for validate, test and predict.
 
-    Batches are ``{"image": (B, C, H, W) float32, "label": (B,) int64}``; those of a plan hold
-    "index", "seed", "label" and "setting", (B,) int64 each. Every rank gets its own part of a plan,
-    nothing padded and nothing twice.
+    Training batches are ``{"image": (B, C, H, W) as stored, uint8 for pixels, "label": (B,) int64,
+    "skipped": [...]}``: see `ShardStream`. Their order depends on ``seed`` and the position in the
+    run alone, not on the numbers of processes and workers. Batches of a plan hold "index", "seed",
+    "label" and "setting", (B,) int64 each. Every rank gets its own part of a plan, nothing padded
+    and nothing twice.
 
     Args:
-        train_urls: Path, glob or brace pattern of the training shards.
+        train_urls: Path, glob or brace pattern of the training shards, or such a URL
+            (``s3://``, ``gs://``, ``hf://``, ``https://``, ...).
         num_classes: Labels are 0 ... num_classes - 1; must equal the network's.
         batch_size: Rows per step and process.
         num_workers: Worker processes per rank that read shards; 0 reads in the main process.
-        shuffle: Samples held per worker for shuffling.
-        flip: Mirror every other training image at random.
-        in_memory: Keep the decoded data in memory.
+        shuffle: Samples within which the order is shuffled, whole shards of them; the shards
+            themselves are in a new order every epoch. 0 leaves the rows of a shard as they are.
+        flip: Mirror every other training sample at random; latents need stored mirrored ones.
+        in_memory: Keep the decoded data in memory; None does for local shards below 256 MB.
+        max_skipped: Share of the samples of an epoch, in [0, 1], that may be missing or
+            unreadable; they are replaced by others and reported. Beyond it training stops.
+        cache: Folder for downloads and tables of shards; ``$W2S_CACHE`` or ``~/.cache/w2s_train``
+            if not given.
+        cache_gigabytes: Limit of the downloads in the cache; None is none.
+        allow_pipe: Let ``pipe:COMMAND`` in ``train_urls`` run the command in a shell.
         num_generated: Images per validation.
         generation_batch_size: Images per validation step; does not change the images.
         sampling_seeds: Validations are repeated with so many sets of ``num_generated`` seeds, none
@@ -51,7 +70,11 @@ class ShardDataModule(LightningDataModule):
         num_workers: int = 4,
         shuffle: int = 10_000,
         flip: bool = False,
-        in_memory: bool = False,
+        in_memory: bool | None = None,
+        max_skipped: float = 0.01,
+        cache: str | None = None,
+        cache_gigabytes: float | None = None,
+        allow_pipe: bool = False,
         num_generated: int = 50_000,
         generation_batch_size: int = 250,
         sampling_seeds: int = 1,
@@ -67,52 +90,115 @@ class ShardDataModule(LightningDataModule):
         for name, value in given.items():
             if value < least.get(name, 1):
                 raise UserError(f"{name}={value}: must be at least {least.get(name, 1)}")
+        if not 0 <= max_skipped <= 1:
+            raise UserError(f"max_skipped={max_skipped}: must be in [0, 1]")
+        if cache_gigabytes is not None and not cache_gigabytes > 0:
+            raise UserError(f"cache_gigabytes={cache_gigabytes}: must be above 0")
         self.script = _find_script(prepare) if prepare else None
-        if self.script is None:
-            expand_urls(train_urls)
+        self.storage = Storage(cache, cache_gigabytes, allow_pipe)
         self.train_urls, self.num_classes, self.batch_size = train_urls, num_classes, batch_size
+        if self.script is None:
+            self.expand(train_urls)
         self.num_workers, self.shuffle, self.flip = num_workers, shuffle, flip
-        self.in_memory, self.seed = in_memory, seed
+        self.in_memory, self.max_skipped, self.seed = in_memory, max_skipped, seed
         self.num_generated, self.generation_batch_size = num_generated, generation_batch_size
         self.sampling_seeds = sampling_seeds
         self.dataset = dataset or Path(train_urls).resolve().parent.name
         self.plan: GenerationPlan | None = None  # of `lightning sample`
+        self.order: StreamOrder | None = None  # of the training stream, once there is one
+        self.shards: list[Shard] = []
+        self.checkpoint_order = ""
+
+    def expand(self, urls: str, name: str = "train_urls") -> list[str]:
+        """The shards that a pattern names; see `expand_urls`."""
+        return expand_urls(urls, name, allow_pipe=self.storage.allow_pipe)
 
     def prepare_data(self) -> None:
         """Run the preparation script, which does nothing where its files exist already."""
         if self.script is not None:
             runpy.run_path(str(self.script), run_name="w2s_train.prepare")["prepare"]()
 
+    # ---- training --------------------------------------------------------------------------
+
     def train_dataloader(self) -> DataLoader:
-        """Endless batches of this rank, from where the run stands."""
+        """Endless batches of this rank, from where the run stands.
+
+        Raises:
+            UserError: Shards that are missing beyond ``max_skipped``, or labels that are no class.
+        """
         trainer = self.trainer
         assert trainer is not None
-        urls, workers = expand_urls(self.train_urls), max(self.num_workers, 1)
-        if len(urls) < trainer.world_size * workers:
-            raise UserError(
-                f"train_urls={self.train_urls}: {len(urls)} shards are too few for "
-                f"{trainer.world_size} processes x {workers} workers; each needs one"
-            )
+        self.shards = self._find_shards()
+        counts = [shard.samples for shard in self.shards]
+        self.order = StreamOrder(counts, seed=self.seed, window=self.shuffle)
+        self._compare_order()
+        module: Any = trainer.lightning_module
         stream = ShardStream(
-            urls,
-            num_classes=self.num_classes,
+            self._store(self.order.samples),
+            self.order,
             batch_size=self.batch_size,
-            seed=self.seed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            start=trainer.global_step * trainer.accumulate_grad_batches,
-            shuffle=self.shuffle,
-            flip=self.flip,
-            in_memory=self.in_memory,
+            prefetch=any(is_remote(shard.url) for shard in self.shards),
         )
-        return DataLoader(
+        return _Continued(
             stream,
+            lambda: module.images_seen,
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
             worker_init_fn=_ignore_interrupts,
         )
+
+    def _find_shards(self) -> list[Shard]:
+        """What there is to train on, checked as far as it can be without reading samples."""
+        shards = find_shards(self.expand(self.train_urls), self.storage)
+        check_labels(shards, self.num_classes, self.storage)
+        samples = sum(shard.samples for shard in shards)
+        if samples == 0:
+            raise UserError(f"train_urls={self.train_urls}: must hold samples, there are none")
+        damaged = [shard for shard in shards if shard.damage]
+        lost = sum(shard.lost for shard in damaged)
+        report = "; ".join(f"{s.url}: {s.damage}, {s.lost:,} samples lost" for s in damaged[:5])
+        if lost > self.max_skipped * samples:
+            raise UserError(
+                f"max_skipped={self.max_skipped}: {lost:,} of {samples:,} samples are missing in "
+                f"{len(damaged)} of {len(shards)} shards ({report})"
+            )
+        if damaged:
+            rank_zero_warn(f"{len(damaged)} of {len(shards)} shards are damaged ({report})")
+        return shards
+
+    def _store(self, samples: int) -> Store:
+        store = IndexedStore(self.shards, self.storage, flip=self.flip)
+        local = not any(is_remote(shard.url) for shard in self.shards)
+        small = local and sum(shard.bytes for shard in self.shards) < SMALL
+        in_memory = small if self.in_memory is None else self.in_memory
+        return MemoryStore(store, samples, flip=self.flip) if in_memory else store
+
+    @property
+    def order_name(self) -> str:
+        """What the order of the training stream is made from, as a digest."""
+        names = [(os.path.basename(shard.url), shard.samples) for shard in self.shards]
+        parts = repr((names, self.seed, self.shuffle))
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints: which order the run's position refers to."""
+        return {"order": self.order_name}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of the checkpoint that a run goes on from."""
+        self.checkpoint_order = state_dict["order"]
+
+    def _compare_order(self) -> None:
+        if self.checkpoint_order and self.checkpoint_order != self.order_name:
+            rank_zero_warn(
+                "the shards, data.seed or data.shuffle are not those of the checkpoint: samples "
+                "of the current epoch may come twice or not at all"
+            )
+
+    # ---- generation ------------------------------------------------------------------------
 
     def val_dataloader(self) -> list[DataLoader]:
         """One generation plan per setting of the module and range of seeds; this rank's parts."""
@@ -150,44 +236,22 @@ class ShardDataModule(LightningDataModule):
         return DataLoader(plan, batch_size=self.generation_batch_size, sampler=sampler)
 
 
-class ReferenceImages(LightningDataModule):
-    """Every image of some shards once, uint8, for reference statistics.
+class _Continued(DataLoader):
+    """Begins where the run stands each time that it is read from: at every virtual epoch.
 
     Args:
-        urls: Path, glob or brace pattern of shards of images.
-        data: The data module of the run, which may have to make the shards first.
+        stream: What is read.
+        position: Samples that all processes have had.
+        options: Of `DataLoader`; workers must end with each pass, to take over the position.
     """
 
-    def __init__(self, urls: str, data: ShardDataModule) -> None:
-        super().__init__()
-        self.urls, self.data = urls, data
+    def __init__(self, stream: ShardStream, position: Callable[[], int], **options: Any) -> None:
+        super().__init__(stream, **options)
+        self.stream, self.position = stream, position
 
-    def prepare_data(self) -> None:
-        """As for a fit."""
-        self.data.prepare_data()
-
-    def predict_dataloader(self) -> DataLoader:
-        """This process's batches: "image" (B, C, H, W) uint8, "place" and "encoding" lists of B."""
-        assert self.trainer is not None
-        images = ShardImages(
-            expand_urls(self.urls, "urls"),
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            num_classes=self.data.num_classes,
-        )
-        size, workers = self.data.generation_batch_size, self.data.num_workers
-        return DataLoader(images, size, num_workers=workers, collate_fn=_collate_images)
-
-
-def _collate_images(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    shapes = sorted({tuple(row["image"].shape) for row in rows})
-    if len(shapes) > 1:
-        raise UserError(f"images={shapes}: must be of one shape (channels, height, width)")
-    return {
-        "image": to_uint8(torch.stack([row["image"] for row in rows])),
-        "place": [row["place"] for row in rows],
-        "encoding": [row["encoding"] for row in rows],
-    }
+    def __iter__(self) -> Any:
+        self.stream.start = self.position()
+        return super().__iter__()
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -19,6 +19,7 @@ from w2s_train.models import DiT, WeightAverage
 from w2s_train.models.average import check_decay
 from w2s_train.objective import Objective
 from w2s_train.sampler import Sampler
+from w2s_train.shards.samples import to_float
 from w2s_train.statistics import RunningStatistics
 from w2s_train.weak.base import Step, WeakSource
 
@@ -110,7 +111,6 @@ class DiffusionModule(LightningModule):
                 )
 
     # ---- training --------------------------------------------------------------------------
-
     def setup(self, stage: str) -> None:
         """Plan the run, and compile in place, which keeps the parameter names."""
         if stage == "fit":
@@ -131,15 +131,15 @@ class DiffusionModule(LightningModule):
         self.objective.plan(max_steps if max_steps > 0 else None)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The loss of one batch of images (B, C, H, W) and labels (B,)."""
-        x = self.autoencoder.encode(batch["image"])
+        """The loss of one batch of images (B, C, H, W) as stored and labels (B,)."""
+        x = self.autoencoder.encode(to_float(batch["image"]))
         if x.shape[1:] != self.input_shape:
+            ours, theirs = tuple(self.input_shape)[:2], tuple(x.shape[1:])
             raise UserError(
-                f"in_channels, input_size={tuple(self.input_shape)[:2]}: must fit the data, whose "
-                f"shape is {tuple(x.shape[1:])}"
+                f"in_channels, input_size={ours}: must fit the data, whose shape is {theirs}"
             )
-        y = self.drop_labels(batch["label"])
-        losses = self.objective(self.network, x, y, Step(self.global_step, self.ema.module))
+        step = Step(self.global_step, self.ema.module)
+        losses = self.objective(self.network, x, self.drop_labels(batch["label"]), step)
         self.statistics.add(losses.statistics)
         self.images_seen += len(x) * self.trainer.world_size
         return losses.total

@@ -16,11 +16,12 @@ from w2s_train.callbacks import (
     ShardWriter,
 )
 from w2s_train.callbacks.sample_writer import SampleWriter
-from w2s_train.datamodule import ReferenceImages, ShardDataModule
+from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError
 from w2s_train.features import KEEP
 from w2s_train.module import DiffusionModule
 from w2s_train.plan import GenerationPlan
+from w2s_train.reference_images import ReferenceImages
 
 Format = Literal["png", "grid", "npz", "shards"]
 SUFFIXES: dict[Format, str] = {"png": "", "grid": ".png", "npz": ".npz", "shards": ""}

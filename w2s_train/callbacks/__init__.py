@@ -10,6 +10,7 @@ from w2s_train.callbacks.resumable_evaluation import ResumableEvaluation
 from w2s_train.callbacks.run_record import RunRecord
 from w2s_train.callbacks.sample_grid import SampleGrid
 from w2s_train.callbacks.sample_writer import GridWriter, ImageWriter, NpzWriter, ShardWriter
+from w2s_train.callbacks.skipped_samples import SkippedSamples
 from w2s_train.callbacks.step_seed import StepSeed
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "RunRecord",
     "SampleGrid",
     "ShardWriter",
+    "SkippedSamples",
     "StepSeed",
 ]

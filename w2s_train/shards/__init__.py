@@ -1,5 +1,15 @@
 """Shards: written, indexed, fetched, put in an order, and streamed."""
 
+from w2s_train.shards.storage import Storage, expand_urls
+from w2s_train.shards.stream import ShardImages, ShardStream
 from w2s_train.shards.writer import ShardWriter, is_written, write_index
 
-__all__ = ["ShardWriter", "is_written", "write_index"]
+__all__ = [
+    "ShardImages",
+    "ShardStream",
+    "ShardWriter",
+    "Storage",
+    "expand_urls",
+    "is_written",
+    "write_index",
+]

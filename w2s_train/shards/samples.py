@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from w2s_train.errors import UserError
@@ -31,7 +31,10 @@ def read_shard(path: str | Path) -> Iterator[Sample]:
 
 def decode_image(content: bytes) -> Tensor:
     """An encoded image as uint8 (C, H, W): grey ones with one channel, all others with three."""
-    image = Image.open(io.BytesIO(content))
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        raise ValueError("it is no image of a known format") from None  # without an address
     pixels = np.array(image if image.mode == "L" else image.convert("RGB"))
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
 
@@ -61,7 +64,7 @@ def payload(fields: list[str], where: str) -> str:
 
 
 def to_float(stored: Tensor) -> Tensor:
-    """What a network or an autoencoder takes: uint8 pixels to float32 in [-1, 1], arrays float32."""
+    """As networks and autoencoders take it: float32, pixels (uint8) in [-1, 1]."""
     if stored.dtype == torch.uint8:
         return stored.float().div_(127.5).sub_(1)
     return stored.float()

@@ -1,8 +1,8 @@
 """Where each sample of a shard lies, so that any of them can be read without the ones before it.
 
-A shard is a plain webdataset tar: members ``KEY.FIELD``, those of one sample one after another, and
-``KEY.cls`` its label as text. Its table, ``NAME.table.npz`` beside ``NAME.tar``, is written with the
-shard by `ShardWriter`; other people's shards are scanned once.
+A shard is a plain webdataset tar: members ``KEY.FIELD``, those of one sample one after another,
+``KEY.cls`` its label as text. Its table, ``NAME.table.npz`` beside ``NAME.tar``, is written with
+the shard by `ShardWriter`; other people's shards are scanned once.
 """
 
 import re
@@ -129,9 +129,12 @@ def _scan(file: IO[bytes], samples: dict[str, dict[str, tuple[int, int]]], name:
                         raise UserError(f"shard={name}: holds two members {member.name}")
                     members[kind] = (member.offset_data, member.size)
                 last = member.name
-            end = tar.offset  # type: ignore[attr-defined]
+            end = tar.offset
         file.seek(end)
-        if any(file.read(512)):
+        block = file.read(512)
+        if len(block) < 512:  # a whole tar ends with blocks of zeros
+            return f"cut off after {last}"
+        if any(block):
             return f"unreadable at byte {end:,}, after {last}"
     except tarfile.ReadError as error:
         if not samples:

@@ -1,0 +1,147 @@
+"""What shards hold, known before any of them is read: samples, labels, and what is missing."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from w2s_train.errors import UserError
+from w2s_train.shards.storage import Storage, is_pipe, is_remote, read_json
+from w2s_train.shards.table import ShardTable
+from w2s_train.shards.writer import INDEX, TABLE, table_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One shard.
+
+    Args:
+        url: Where it is.
+        samples: How many it should hold.
+        labels: Smallest and largest; empty where it holds none.
+        bytes: Size of the file.
+        sha256: Of the file; empty if not known.
+        lost: Samples that are known to be missing.
+        damage: What is wrong with it; empty if nothing is known to be.
+    """
+
+    url: str
+    samples: int
+    labels: tuple[int, ...]
+    bytes: int
+    sha256: str = ""
+    lost: int = 0
+    damage: str = ""
+
+
+def find_shards(urls: Sequence[str], storage: Storage) -> list[Shard]:
+    """Look the shards up in the indices beside them; scan those that are in none.
+
+    Raises:
+        UserError: A shard that cannot be read, or that differs from its index.
+    """
+    indices: dict[str, dict[str, Any]] = {}
+    found = []
+    # A scan reads headers and labels only, but of every sample: the first time that takes a while.
+    for url in tqdm(urls, desc="indexing shards", delay=5, unit="shard", leave=False):
+        folder, _, name = url.rpartition("/")
+        if not is_pipe(url) and folder not in indices:
+            indices[folder] = _read_index(folder, storage)
+        entry = indices.get(folder, {}).get(name) if not is_pipe(url) else None
+        found.append(_listed(url, entry) if entry else _scanned(url, storage))
+    return found
+
+
+def load_table(shard: Shard, storage: Storage) -> ShardTable:
+    """The table of a shard: the one beside it, or of a scan that is kept in the cache.
+
+    Raises:
+        OSError: The shard cannot be had.
+        UserError: It is no uncompressed tar.
+    """
+    path = storage.local(shard.url, shard.sha256)
+    beside = table_path(path)
+    if not is_remote(shard.url) and beside.is_file():
+        table = ShardTable.load(beside)
+        if not shard.bytes or table.bytes == shard.bytes:
+            return table
+    elif shard.sha256:
+        base, _, name = shard.url.rpartition("/")
+        remote = f"{base}/{name.partition('.')[0]}{TABLE}"
+        return ShardTable.load(storage.local(remote, version=shard.sha256))
+    return _scan(path, shard.url, storage)
+
+
+def check_labels(shards: Sequence[Shard], num_classes: int, storage: Storage) -> None:
+    """Refuse labels that are no class.
+
+    Raises:
+        UserError: There is one; names value, sample and shard.
+    """
+    for shard in shards:
+        if not shard.labels or (0 <= shard.labels[0] and shard.labels[-1] < num_classes):
+            continue
+        table = load_table(shard, storage)
+        bad = np.flatnonzero((table.labels < 0) | (table.labels >= num_classes))
+        for row in bad[:1]:
+            raise UserError(
+                f"label={table.labels[row]}: must be in [0, {num_classes - 1}] "
+                f"(sample {table.keys[row]} of {shard.url}, one of {len(bad):,} in this shard)"
+            )
+
+
+def _read_index(folder: str, storage: Storage) -> dict[str, Any]:
+    if is_remote(folder):
+        text = storage.text(f"{folder}/{INDEX}")
+        return json.loads(text)["shards"] if text else {}
+    path = Path(folder) / INDEX
+    return read_json(path)["shards"] if path.is_file() else {}
+
+
+def _listed(url: str, entry: dict[str, Any]) -> Shard:
+    """A shard of an index, compared with what is on the disk."""
+    shard = Shard(url, entry["samples"], tuple(entry["labels"]), entry["bytes"], entry["sha256"])
+    if is_remote(url):
+        return shard
+    path = Path(url)
+    size = path.stat().st_size if path.is_file() else None
+    if size == shard.bytes:
+        return shard
+    if size is None:
+        return dataclasses.replace(shard, lost=shard.samples, damage="missing")
+    if size > shard.bytes or not table_path(path).is_file():
+        raise UserError(
+            f"shard={url}: must have {shard.bytes:,} bytes, as {INDEX} beside it says; it has "
+            f"{size:,}. Remove {INDEX} and the tables of shards that were made anew"
+        )
+    lost = int((~ShardTable.load(table_path(path)).within(size)).sum())
+    damage = f"cut off at {size:,} of {shard.bytes:,} bytes"
+    return dataclasses.replace(shard, lost=lost, damage=damage)
+
+
+def _scanned(url: str, storage: Storage) -> Shard:
+    """A shard of which no index tells."""
+    try:
+        table = _scan(storage.local(url), url, storage)
+    except OSError as error:
+        raise UserError(f"shard={url}: must be readable ({error})") from error
+    labels = (int(table.labels.min()), int(table.labels.max())) if len(table) else ()
+    return Shard(url, len(table), labels, table.bytes, damage=table.damage)
+
+
+def _scan(path: Path, url: str, storage: Storage) -> ShardTable:
+    """Scan a file, or take the result of an earlier scan of the same file."""
+    state = path.stat()
+    about = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
+    kept = storage.cache / "tables" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.npz"
+    if kept.is_file():
+        return ShardTable.load(kept)
+    table = ShardTable.scan(path, name=url)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    table.save(kept)
+    return table

@@ -1,0 +1,108 @@
+"""The order of an endless training stream: a pure function of seed, epoch and position.
+
+Position p is the p-th sample of the whole run, over all processes; epoch e = p // N holds each of N
+samples once. In every epoch the shards are permuted and cut into windows of about `window` samples,
+and the samples of a window are permuted. Nothing here knows of processes, workers or batches: who
+reads which positions does not change what lies there, so a run may stop at any position and go on
+from it on another number of processes.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Places(NamedTuple):
+    """Samples at consecutive positions: rows (n,) in 0 ... N - 1, and which are to be mirrored."""
+
+    rows: np.ndarray
+    mirrored: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Sequence["Places"]) -> "Places":
+        """One after another."""
+        return cls(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
+class Epoch(NamedTuple):
+    """Shards of an epoch in its order, where each begins, and where its windows begin."""
+
+    shards: np.ndarray
+    starts: np.ndarray
+    windows: np.ndarray
+
+
+class StreamOrder:
+    """Which sample lies at which position.
+
+    Args:
+        counts: Samples per shard, not all 0.
+        seed: Of the order, at least 0.
+        window: Samples within which rows are shuffled: whole shards, the last of which may exceed
+            it. 0 leaves the rows of a shard as they are.
+    """
+
+    def __init__(self, counts: Sequence[int], *, seed: int, window: int) -> None:
+        self.counts, self.seed, self.window = np.asarray(counts, np.int64), seed, window
+        self.firsts = np.cumsum(self.counts) - self.counts
+        self.samples = int(self.counts.sum())
+        self._epoch: tuple[int, Epoch] | None = None
+        self._window: tuple[tuple[int, int], Places] | None = None
+
+    def at(self, first: int, last: int) -> Places:
+        """Samples at positions ``first`` ... ``last`` - 1."""
+        parts, position = [], first
+        while position < last:
+            epoch, place = divmod(position, self.samples)
+            start, places = self._window_at(epoch, place)
+            part = slice(place - start, min(place - start + last - position, len(places.rows)))
+            parts.append(Places(places.rows[part], places.mirrored[part]))
+            position += part.stop - part.start
+        return Places.join(parts)
+
+    def substitute(self, position: int, attempt: int) -> int:
+        """A row to take in place of the one at ``position``, which cannot be read."""
+        epoch, place = divmod(position, self.samples)
+        generator = np.random.default_rng((self.seed, epoch, place, attempt + 1))
+        return int(generator.integers(self.samples))
+
+    def upcoming(self, position: int) -> list[int]:
+        """Shards of the window after the one that ``position`` lies in."""
+        epoch, place = divmod(position, self.samples)
+        start, places = self._window_at(epoch, place)
+        following = epoch * self.samples + start + len(places.rows)
+        epoch, place = divmod(following, self.samples)
+        order = self._epoch_order(epoch)
+        last = np.append(order.windows, self.samples)
+        last = last[np.searchsorted(last, place, "right")]
+        inside = (order.starts >= place) & (order.starts < last)
+        return order.shards[inside].tolist()
+
+    def _epoch_order(self, epoch: int) -> Epoch:
+        if self._epoch is None or self._epoch[0] != epoch:
+            shards = np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.counts))
+            shards = shards[self.counts[shards] > 0]
+            starts = np.cumsum(self.counts[shards]) - self.counts[shards]
+            numbers = starts // self.window if self.window else np.arange(len(starts))
+            windows = starts[np.append(True, np.diff(numbers) > 0)]
+            self._epoch = epoch, Epoch(shards, starts, windows)
+        return self._epoch[1]
+
+    def _window_at(self, epoch: int, place: int) -> tuple[int, Places]:
+        """The window of an epoch that holds its sample number ``place``, and where it begins."""
+        order = self._epoch_order(epoch)
+        number = int(np.searchsorted(order.windows, place, "right")) - 1
+        start = int(order.windows[number])
+        if self._window is None or self._window[0] != (epoch, start):
+            end = order.windows[number + 1] if number + 1 < len(order.windows) else self.samples
+            inside = (order.starts >= start) & (order.starts < end)
+            rows = np.concatenate(
+                [self.firsts[s] + np.arange(self.counts[s]) for s in order.shards[inside]]
+            )
+            generator = np.random.default_rng((self.seed, epoch, 1 + number))
+            mirrored = generator.random(len(rows)) < 0.5
+            if self.window:
+                rows = generator.permutation(rows)
+            self._window = (epoch, start), Places(rows, mirrored)
+        return start, self._window[1]

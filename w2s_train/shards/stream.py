@@ -1,0 +1,130 @@
+"""Batches from shards: an endless shuffled stream for training, and every image once."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from w2s_train.errors import UserError
+from w2s_train.shards.order import Places, StreamOrder
+from w2s_train.shards.samples import IMAGE_TYPES, decode_image, read_shard
+from w2s_train.shards.storage import Storage, one_line
+from w2s_train.shards.store import Rows, Store
+
+ATTEMPTS = 100  # samples that are tried in place of one that cannot be read
+
+
+class ShardStream(IterableDataset):
+    """Endless batches of one process.
+
+    Position p of the order belongs to the batch p // batch_size, counted from ``start``, and these
+    go round: the processes take them in turn, and the workers of a process take its batches in
+    turn, as a `DataLoader` reads from them.
+
+    Items are ``{"image": (B, C, H, W) as stored, "label": (B,) int64, "skipped": [(shard, key,
+    reason), ...]}``; samples that could not be read are replaced by others, which depend on the
+    position alone.
+
+    Args:
+        store: Gives samples by number.
+        order: Gives numbers by position.
+        batch_size: Rows per batch.
+        rank: This process, of ``world_size``.
+        world_size: Number of processes.
+        start: Position where this run begins: samples that all processes have had before.
+        prefetch: Have the shards of the next window fetched in the meantime.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        order: StreamOrder,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        start: int = 0,
+        prefetch: bool = False,
+    ) -> None:
+        self.store, self.order, self.batch_size = store, order, batch_size
+        self.rank, self.world_size, self.start = rank, world_size, start
+        self.prefetch = prefetch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        fetched: list[int] = []
+        for number in itertools.count(worker, workers):
+            first = self.start + (number * self.world_size + self.rank) * self.batch_size
+            if self.prefetch and (upcoming := self.order.upcoming(first)) != fetched:
+                fetched = upcoming
+                shards = upcoming[worker::workers]
+                threading.Thread(target=self._fetch, args=(shards,), daemon=True).start()
+            yield self._batch(first)
+
+    def _fetch(self, shards: list[int]) -> None:
+        for shard in shards:
+            try:
+                self.store.fetch(shard)
+            except OSError:
+                continue  # tried again, and reported, when one of its samples is due
+
+    def _batch(self, first: int) -> dict[str, Any]:
+        places = self.order.at(first, first + self.batch_size)
+        rows = self.store.read(places)
+        skipped = [(*self.store.name(places.rows[i]), reason) for i, reason in rows.bad.items()]
+        if rows.bad:
+            rows = self._replace(first, places, rows)
+        return {"image": rows.image, "label": rows.label, "skipped": skipped}
+
+    def _replace(self, first: int, places: Places, rows: Rows) -> Rows:
+        """The batch with other samples in place of the bad ones."""
+        reason = next(iter(rows.bad.values()))
+        for attempt in range(ATTEMPTS):
+            numbers = places.rows.copy()
+            for i in rows.bad:
+                numbers[i] = self.order.substitute(first + i, attempt)
+            places = Places(numbers, places.mirrored)
+            rows = self.store.read(places)
+            if not rows.bad:
+                return rows
+        raise UserError(f"shards: must hold readable samples; {ATTEMPTS} were not ({reason})")
+
+
+class ShardImages(IterableDataset):
+    """Every image of some shards once: this process's shards, one after another, nothing shuffled.
+
+    Items are ``{"image": (C, H, W) uint8, "place": (shard, number in the shard), "encoding": "png"
+    and the like}``.
+
+    Args:
+        urls: Shards.
+        storage: Gives files for their URLs.
+        rank: This process, of ``world_size``.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, urls: list[str], storage: Storage, *, rank: int, world_size: int) -> None:
+        self.urls, self.storage, self.rank, self.world_size = urls, storage, rank, world_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        slot, slots = self.rank * workers + worker, self.world_size * workers
+        for shard in range(slot, len(self.urls), slots):
+            url = self.urls[shard]
+            for number, sample in enumerate(read_shard(self.storage.local(url))):
+                encoding = next((kind for kind in IMAGE_TYPES if kind in sample), None)
+                if encoding is None:
+                    types = ", ".join(IMAGE_TYPES)
+                    raise UserError(f"urls={url}: must hold images, one of {types}")
+                try:
+                    image = decode_image(sample[encoding])
+                except Exception as error:  # decoders raise all kinds on broken data
+                    raise UserError(
+                        f"urls={url}: must hold readable images; {sample['__key__']}: "
+                        f"{one_line(error)}"
+                    ) from error
+                yield {"image": image, "place": (shard, number), "encoding": encoding}
