@@ -105,9 +105,9 @@ def test_a_shard_that_cannot_be_had_is_skipped(tmp_path: Path, server: str, faul
     urls = server + "/train-{000000..000002}.tar"
     batches = take(urls, 6, batch_size=5, cache=str(tmp_path / "cache"))
     skipped = [entry for batch in batches for entry in batch["skipped"]]
-    assert Counter(url for url, _, _ in skipped) == {f"{server}/train-000001.tar": 7}
+    assert Counter(each.shard for each in skipped) == {f"{server}/train-000001.tar": 7}
     told = {"failing": "503", "missing": "FileNotFound", "changed": "its sha256 is"}[fault]
-    assert all(told in reason for _, _, reason in skipped)
+    assert all(told in each.reason for each in skipped)
     assert not set(range(10, 17)) & {n for batch in batches for n in numbers(batch)}
     assert not list((tmp_path / "cache").rglob("*.partial"))
 

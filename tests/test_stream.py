@@ -155,11 +155,12 @@ def test_bad_samples_are_replaced_and_named(tmp_path: Path, workers: int, in_mem
     options = dict(num_workers=workers, in_memory=in_memory)
     batches = take(pattern, 16, **options)
     skipped = [entry for batch in batches for entry in batch["skipped"]]
-    assert Counter((Path(shard).name, key) for shard, key, _ in skipped) == {
+    assert Counter((Path(each.shard).name, each.key) for each in skipped) == {
         ("train-000000.tar", "0003"): 2,
         ("train-000002.tar", "0021"): 2,
     }
-    assert all("no image" in reason for _, _, reason in skipped)
+    assert all("no image" in each.reason for each in skipped)
+    assert Counter(each.epoch for each in skipped) == {0: 2, 1: 2}
     found = [n for batch in batches for n in numbers(batch)]
     assert len(found) == 80 and not {3, 21} & set(found)
     ranks = [take(pattern, 8, Process(rank, 2), **options) for rank in range(2)]

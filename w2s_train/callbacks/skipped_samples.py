@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from w2s_train.callbacks.scorer import gather
 from w2s_train.errors import UserError
+from w2s_train.shards.stream import Skipped
 
 SHOWN = 5  # shards named in a report
 
@@ -22,9 +23,9 @@ class SkippedSamples(Callback):
 
     def __init__(self) -> None:
         self.epoch = 0
-        self.counts: Counter[str] = Counter()  # of this process since `_merge`, by shard
+        self.new: list[Skipped] = []  # of this process, since the last `_merge`
+        self.counts: Counter[tuple[int, str]] = Counter()  # of all processes, by epoch and shard
         self.reasons: dict[str, str] = {}  # the first one, by shard
-        self.total: Counter[str] = Counter()  # of all processes in this epoch
         self.error = ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -35,9 +36,7 @@ class SkippedSamples(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count; now and then, compare."""
-        for shard, key, reason in batch["skipped"]:
-            self.counts[shard] += 1
-            self.reasons.setdefault(shard, f"{key}: {reason}")
+        self.new += batch["skipped"]
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # gradients of half a step would be lost by a stop
         epoch = self._epoch(trainer, pl_module)
@@ -47,9 +46,10 @@ class SkippedSamples(Callback):
         if self.error:
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # Lightning would validate before it stops
-        elif epoch != self.epoch:
-            self._report(f"epoch {self.epoch} of the data")
-            self.epoch, self.total = epoch, Counter()
+            return
+        for done in range(self.epoch, epoch):
+            self._report(done, f"epoch {done} of the data")
+        self.epoch = epoch
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report what the last, unfinished epoch has had.
@@ -60,31 +60,40 @@ class SkippedSamples(Callback):
         self._merge(trainer)
         if self.error:
             raise UserError(self.error)
-        self._report(f"epoch {self.epoch} of the data, so far")
+        self._report(self.epoch, f"epoch {self.epoch} of the data, so far")
 
     def _epoch(self, trainer: Trainer, pl_module: Any) -> int:
         return int(pl_module.images_seen // trainer.datamodule.order.samples)  # type: ignore[attr-defined]
 
     def _merge(self, trainer: Trainer) -> None:
-        shares = gather((self.counts, self.reasons), trainer)
-        self.counts = Counter()
-        for counts, reasons in shares:
-            self.total += counts
-            self.reasons = reasons | self.reasons
+        for share in gather(self.new, trainer):
+            for each in share:
+                self.counts[each.epoch, each.shard] += 1
+                self.reasons.setdefault(each.shard, f"{each.key}: {each.reason}")
+        self.new = []
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        skipped, limit = self.total.total(), data.max_skipped * data.order.samples
-        if skipped > limit:
-            self.error = (
-                f"data.max_skipped={data.max_skipped}: {skipped:,} of {data.order.samples:,} "
-                f"samples cannot be read ({self._text()})"
-            )
+        samples = data.order.samples
+        for epoch in sorted({epoch for epoch, _ in self.counts}):
+            found = self._of(epoch)
+            if found.total() > data.max_skipped * samples:
+                self.error = (
+                    f"data.max_skipped={data.max_skipped}: {found.total():,} of {samples:,} "
+                    f"samples cannot be read ({self._text(found)})"
+                )
 
-    def _report(self, when: str) -> None:
-        if self.total:
-            rank_zero_warn(f"{when}: {self.total.total():,} samples skipped ({self._text()})")
+    def _of(self, epoch: int) -> Counter[str]:
+        """Skipped samples of an epoch by shard."""
+        return Counter({shard: n for (e, shard), n in self.counts.items() if e == epoch})
 
-    def _text(self) -> str:
-        worst = self.total.most_common(SHOWN)
+    def _report(self, epoch: int, when: str) -> None:
+        found = self._of(epoch)
+        if found:
+            rank_zero_warn(f"{when}: {found.total():,} samples skipped ({self._text(found)})")
+        for shard in found:
+            del self.counts[epoch, shard]
+
+    def _text(self, found: Counter[str]) -> str:
+        worst = found.most_common(SHOWN)
         parts = [f"{n:,} of {shard}, such as {self.reasons[shard]}" for shard, n in worst]
-        rest = len(self.total) - len(worst)
+        rest = len(found) - len(worst)
         return "; ".join(parts) + (f"; and {rest} more shards" if rest else "")

@@ -3,7 +3,7 @@
 import itertools
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -16,6 +16,15 @@ from w2s_train.shards.store import Rows, Store
 ATTEMPTS = 100  # samples that are tried in place of one that cannot be read
 
 
+class Skipped(NamedTuple):
+    """A sample that could not be read: in which epoch of the data, its shard and key, and why."""
+
+    epoch: int
+    shard: str
+    key: str
+    reason: str
+
+
 class ShardStream(IterableDataset):
     """Endless batches of one process.
 
@@ -23,9 +32,8 @@ class ShardStream(IterableDataset):
     go round: the processes take them in turn, and the workers of a process take its batches in
     turn, as a `DataLoader` reads from them.
 
-    Items are ``{"image": (B, C, H, W) as stored, "label": (B,) int64, "skipped": [(shard, key,
-    reason), ...]}``; samples that could not be read are replaced by others, which depend on the
-    position alone.
+    Items are ``{"image": (B, C, H, W) as stored, "label": (B,) int64, "skipped": [Skipped, ...]}``;
+    samples that could not be read are replaced by others, which depend on the position alone.
 
     Args:
         store: Gives samples by number.
@@ -74,7 +82,10 @@ class ShardStream(IterableDataset):
     def _batch(self, first: int) -> dict[str, Any]:
         places = self.order.at(first, first + self.batch_size)
         rows = self.store.read(places)
-        skipped = [(*self.store.name(places.rows[i]), reason) for i, reason in rows.bad.items()]
+        skipped = [
+            Skipped((first + i) // self.order.samples, *self.store.name(places.rows[i]), reason)
+            for i, reason in rows.bad.items()
+        ]
         if rows.bad:
             rows = self._replace(first, places, rows)
         return {"image": rows.image, "label": rows.label, "skipped": skipped}
