@@ -30,7 +30,7 @@ from w2s_train.features import (
     train_classifier,
 )
 from w2s_train.shards import expand_urls
-from w2s_train.shards.samples import decode_image, payload, read_shard
+from w2s_train.shards.samples import decode_image, payloads, read_shard
 
 NUM_CLASSES = 10
 
@@ -73,7 +73,7 @@ def read_images(
     for url in expand_urls(urls, name):
         samples = list(read_shard(url))
         for sample in samples[: round(fraction * len(samples))]:
-            image = decode_image(sample[payload(list(sample), url)])
+            image = decode_image(sample[payloads(list(sample), url)[0]])
             label = int(sample["cls"])
             if tuple(image.shape) != shape or not 0 <= label < NUM_CLASSES:
                 raise UserError(

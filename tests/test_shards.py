@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from PIL import Image
 from shard_files import add, npy, number_image, overwrite, png, write_latents, write_numbers
 
 from w2s_train.errors import UserError
-from w2s_train.shards import ShardWriter, Storage, expand_urls, is_written
+from w2s_train.shards import ShardWriter, Storage, expand_urls, is_written, write_index
 from w2s_train.shards.index import check_labels, find_shards
 from w2s_train.shards.order import Places
 from w2s_train.shards.samples import to_float
@@ -276,6 +277,24 @@ def test_other_shapes_are_named(tmp_path: Path, storage: Storage):
         writer.write("large", 0, png=png(np.zeros((3, 3), np.uint8)))
     with pytest.raises(UserError, match="small of .* large of "):
         read(store(str(tmp_path / "*.tar"), storage), [0, 1])
+
+
+def test_mixed_and_empty_shards(tmp_path: Path, storage: Storage):
+    """PNG beside JPEG, and a shard all of whose images were left out."""
+    stream = io.BytesIO()
+    Image.fromarray(np.full((2, 2), 80, np.uint8)).save(stream, "jpeg")
+    with ShardWriter(tmp_path / "train-000000.tar") as writer:
+        writer.write("a", 1, png=number_image(7))
+        writer.write("b", 2, jpg=stream.getvalue())
+    with ShardWriter(tmp_path / "train-000001.tar"):
+        pass
+    write_index(tmp_path)
+    for listed in (True, False):
+        if not listed:
+            (tmp_path / "index.json").unlink()
+        rows = read(store(str(tmp_path / "*.tar"), storage), [0, 1])
+        assert rows.bad == {} and rows.label.tolist() == [1, 2]
+        assert rows.image[:, 0, 0, 0].tolist() == [7, 80]
 
 
 def test_shards_without_data(tmp_path: Path, storage: Storage):

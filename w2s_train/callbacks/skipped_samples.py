@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from w2s_train.callbacks.scorer import gather
 from w2s_train.errors import UserError
@@ -88,7 +88,7 @@ class SkippedSamples(Callback):
     def _report(self, epoch: int, when: str) -> None:
         found = self._of(epoch)
         if found:
-            rank_zero_warn(f"{when}: {found.total():,} samples skipped ({self._text(found)})")
+            rank_zero_info(f"{when}: {found.total():,} samples skipped ({self._text(found)})")
         for shard in found:
             del self.counts[epoch, shard]
 

@@ -45,8 +45,8 @@ def decode_array(content: bytes | memoryview, field: str) -> Tensor:
     return array.view(torch.bfloat16) if field.endswith("bf16.npy") else array
 
 
-def payload(fields: list[str], where: str) -> str:
-    """The field that holds the data.
+def payloads(fields: list[str], where: str) -> list[str]:
+    """The fields that hold the data, in the order of preference.
 
     Args:
         fields: Those of a sample or a shard.
@@ -56,8 +56,8 @@ def payload(fields: list[str], where: str) -> str:
         UserError: None does.
     """
     known = (*ARRAY_TYPES, *IMAGE_TYPES)
-    found = next((field for field in known if field in fields), None)
-    if found is None:
+    found = [field for field in known if field in fields]
+    if not found:
         names = ", ".join(fields) or "nothing"
         raise UserError(f"shard={where}: must hold one of {', '.join(known)}, it holds {names}")
     return found

@@ -15,7 +15,7 @@ from w2s_train.errors import UserError
 from w2s_train.shards.index import Shard, load_table
 from w2s_train.shards.order import Places
 from w2s_train.shards.reading import Span, read_spans
-from w2s_train.shards.samples import ARRAY_TYPES, FLIPPED, payload
+from w2s_train.shards.samples import ARRAY_TYPES, FLIPPED, payloads
 from w2s_train.shards.storage import Storage, one_line
 from w2s_train.shards.table import ShardTable
 
@@ -58,20 +58,25 @@ class Store(abc.ABC):
 
 
 class OpenShard(NamedTuple):
-    """A shard to read from: file descriptor, table, field of the data; or why that cannot be."""
+    """A shard to read from: file descriptor, table, fields that hold data; or why that cannot be."""
 
     file: int
     table: ShardTable | None
-    field: str
+    fields: list[str]
     problem: str
 
-    def span(self, row: int, field: str) -> Span:
-        """Where a field of a sample lies."""
+    def span(self, row: int, *, mirrored: bool) -> Span:
+        """Where the data of a sample lie: the first of the fields that it has."""
         if self.table is None or row >= len(self.table):
-            return Span(-1, 0, 0, field, self.problem or "missing")
-        column = self.table.fields.index(field)
-        offset, size = self.table.offsets[row, column], self.table.sizes[row, column]
-        return Span(self.file, int(offset), int(size), field, "" if offset >= 0 else "missing")
+            return Span(-1, 0, 0, "", self.problem or "missing")
+        for field in self.fields:
+            stored = mirrored and field in ARRAY_TYPES
+            name = FLIPPED + field if stored else field
+            column = self.table.fields.index(name)
+            offset, size = self.table.offsets[row, column], self.table.sizes[row, column]
+            if offset >= 0:
+                return Span(self.file, int(offset), int(size), name)
+        return Span(-1, 0, 0, "", f"it has none of {', '.join(self.fields)}")
 
 
 class IndexedStore(Store):
@@ -101,10 +106,8 @@ class IndexedStore(Store):
         for shard in np.unique(shards):
             opened, here = self._open(int(shard)), np.flatnonzero(shards == shard)
             rows = places.rows[here] - self.firsts[shard]
-            stored = opened.field in ARRAY_TYPES
             for i, row in zip(here, rows.tolist(), strict=True):
-                prefix = FLIPPED if stored and mirrored[i] else ""
-                spans[i] = opened.span(row, prefix + opened.field)
+                spans[i] = opened.span(row, mirrored=bool(mirrored[i]))
             if opened.table is not None:
                 known = rows < len(opened.table)
                 labels[here[known]] = opened.table.labels[rows[known]]
@@ -128,7 +131,9 @@ class IndexedStore(Store):
 
     def stores_mirrored(self) -> bool:
         """Whether mirrored samples are read, and not made of the others."""
-        return any(self._open(i).field in ARRAY_TYPES for i in range(len(self.shards)))
+        return any(
+            field in ARRAY_TYPES for i in range(len(self.shards)) for field in self._open(i).fields
+        )
 
     def __getstate__(self) -> dict[str, object]:
         """For worker processes, which open files of their own."""
@@ -142,9 +147,9 @@ class IndexedStore(Store):
         try:
             table = load_table(shard, self.storage)
             file = os.open(self.storage.local(shard.url, shard.sha256), os.O_RDONLY)
-            opened = OpenShard(file, table, self._field(table, shard.url), "")
+            opened = OpenShard(file, table, self._fields(table, shard.url), "")
         except OSError as error:  # reported with each sample that it costs
-            opened = OpenShard(-1, None, "", one_line(error))
+            opened = OpenShard(-1, None, [], one_line(error))
         self._opened[number] = opened
         return opened
 
@@ -155,14 +160,15 @@ class IndexedStore(Store):
             if oldest.file >= 0:
                 os.close(oldest.file)
 
-    def _field(self, table: ShardTable, url: str) -> str:
-        field = payload(table.fields, url)
-        if self.flip and field in ARRAY_TYPES and FLIPPED + field not in table.fields:
-            raise UserError(
-                f"flip=True: must be False for {url}, which holds arrays ({field}) and none of "
-                f"mirrored images ({FLIPPED}{field})"
-            )
-        return field
+    def _fields(self, table: ShardTable, url: str) -> list[str]:
+        fields = payloads(table.fields, url) if len(table) else []
+        for field in fields:
+            if self.flip and field in ARRAY_TYPES and FLIPPED + field not in table.fields:
+                raise UserError(
+                    f"flip=True: must be False for {url}, which holds arrays ({field}) and none of "
+                    f"mirrored images ({FLIPPED}{field})"
+                )
+        return fields
 
 
 class MemoryStore(Store):

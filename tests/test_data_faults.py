@@ -1,0 +1,152 @@
+"""Faults of the data in whole runs: rows 1, 2, 11, 12 and 13 of the faults that we survive."""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shard_files import overwrite, png
+from test_resume import assert_same, checkpoint
+
+from w2s_train.shards import ShardWriter, write_index
+
+OPTIONS = ["--data.prepare=null", "--data.dataset=digits", "--trainer.callbacks=null"]
+
+
+def write_images(folder: Path, counts: list[int]) -> str:
+    """Shards of random grey 8x8 images of ten classes."""
+    rng, number = np.random.default_rng(0), 0
+    for shard, count in enumerate(counts):
+        with ShardWriter(folder / f"train-{shard:06d}.tar") as writer:
+            for _ in range(count):
+                pixels = rng.integers(256, size=(8, 8)).astype(np.uint8)
+                writer.write(f"{number:05d}", number % 10, png=png(pixels))
+                number += 1
+    write_index(folder)
+    return f"--data.train_urls={folder}/train-*.tar"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return write_images(tmp_path / "data", [40, 33, 47])
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_skips_are_reported_at_the_end_of_the_epoch(
+    command, tmp_path: Path, data: str, capfd, caplog, processes: int
+):
+    """Faults row 11: three epochs of 120 samples, two of which cannot be read."""
+    for shard, key in (("train-000000.tar", "00007"), ("train-000002.tar", "00100")):
+        overwrite(tmp_path / "data" / shard, key, b"\0" * 1000)
+    caplog.set_level("INFO")
+    options = [*OPTIONS, data, "--data.max_skipped=0.02", "--data.batch_size=10"]
+    options += [f"--trainer.devices={processes}"]
+    options += ["--trainer.strategy=ddp_fork"] if processes > 1 else []
+    command("fit", *options, f"--trainer.max_steps={36 // processes}")
+    said = capfd.readouterr().err + caplog.text  # of forked processes, and of this one
+    for epoch in range(3):
+        assert f"epoch {epoch} of the data: 2 samples skipped (1 of " in said
+    assert "train-000002.tar, such as 00100: ValueError: it is no image" in said
+
+
+def test_too_many_skips_stop_the_run(command, tmp_path: Path, data: str, capsys):
+    """Faults row 11: the message names share, shard and key; the step that was reached is saved."""
+    for key in ("00007", "00011"):
+        overwrite(tmp_path / "data" / "train-000000.tar", key, b"\0" * 1000)
+    with pytest.raises(SystemExit) as stop:
+        command("fit", *OPTIONS, data, "--trainer.max_steps=1000")
+    message = str(stop.value)
+    assert "data.max_skipped=0.01: 2 of 120 samples cannot be read (2 of " in message
+    assert "train-000000.tar, such as 000" in message
+    assert 0 < checkpoint(tmp_path / "run")["global_step"] < 10
+
+
+@pytest.mark.parametrize("counts", [[20, 20, 20], [30], [1, 1]])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_few_shards(command, tmp_path: Path, counts: list[int], processes: int):
+    """Faults row 13: 3 shards on 2 ranks, 1 shard on 2 ranks x 2 workers, tiny ones: they train."""
+    urls = write_images(tmp_path / "data", counts)
+    options = [*OPTIONS, urls, "--data.num_workers=2", f"--trainer.devices={processes}"]
+    options += ["--trainer.strategy=ddp_fork"] if processes > 1 else []
+    folder = command("fit", *options)
+    assert checkpoint(folder)["progress"]["images_seen"] == 6 * 16 * processes
+
+
+def test_a_label_that_is_no_class(command, tmp_path: Path):
+    """Faults row 12: key, shard and value, before the first step."""
+    with ShardWriter(tmp_path / "data" / "train-000000.tar") as writer:
+        writer.write("sample7", 999, png=png(np.zeros((8, 8), np.uint8)))
+    with pytest.raises(SystemExit, match=r"label=999: must be in \[0, 9\] \(sample sample7 of "):
+        command("fit", *OPTIONS, f"--data.train_urls={tmp_path}/data/train-000000.tar")
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_virtual_epochs_change_nothing(command, data: str):
+    """Lightning's epochs of two batches, each of which reads from the loader anew."""
+    options = [*OPTIONS, data, "--data.num_workers=2"]
+    whole = command("fit", *options, folder="whole")
+    parts = ["--trainer.limit_train_batches=2", "--trainer.check_val_every_n_epoch=1"]
+    pieces = command("fit", *options, *parts, "--trainer.val_check_interval=1.0", folder="parts")
+    assert_same(checkpoint(whole), checkpoint(pieces))
+
+
+def test_the_position_survives_another_number_of_processes(command, data: str):
+    """Faults row 2: half of the batch on twice the processes sees the same samples."""
+    options = [*OPTIONS, data, "--data.num_workers=1"]
+    folder = command("fit", *options, "--trainer.max_steps=3", "--data.batch_size=16")
+    two = ["--data.batch_size=8", "--trainer.devices=2", "--trainer.strategy=ddp_fork"]
+    command("fit", *options, *two, "--ckpt_path=last")
+    assert checkpoint(folder)["progress"]["images_seen"] == 6 * 16
+
+
+WEAK = "{class_path: w2s_train.segment.Extrapolation, init_args: {low: %s, high: %s, scale: 0.3, "
+WEAK += "weak: {class_path: w2s_train.weak.%s, init_args: {%s}}}}"
+
+
+def killed(command, options: list[str], step: int) -> int:
+    """Run a fit in a child process that kills itself with SIGKILL at a step; gives its status."""
+    child = os.fork()
+    if child == 0:
+        from w2s_train.module import DiffusionModule
+
+        real = DiffusionModule.training_step
+
+        def training_step(self, batch, batch_idx):
+            if self.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, batch, batch_idx)
+
+        DiffusionModule.training_step = training_step
+        try:
+            command("fit", *options, folder="part")
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(command, data: str):
+    """Faults row 1: SIGKILL at 20 random steps; weights, averages, weak networks, optimizer, data.
+
+    A snapshot that is refreshed, a co-trained network, flips, accumulation and worker processes;
+    checkpoints every second step, so that most kills lose a step that is then taken again.
+    """
+    segments = [WEAK % (0.0, 0.4, "Snapshot", "step: 3, refresh_every: 7")]
+    segments += [WEAK % (0.4, 0.7, "CoTrained", "every: 2, lr: 0.01")]
+    segments += [WEAK % (0.7, 1.0, "EMA", "decay: 0.9, lag: 2")]
+    steps = 60
+    options = [*OPTIONS, data, f"--trainer.max_steps={steps}", "--trainer.val_check_interval=1000"]
+    options += [f"--model.objective.init_args.segments=[{', '.join(segments)}]"]
+    options += [f"--model.objective.init_args.total_steps={steps}", "--data.num_workers=2"]
+    options += ["--trainer.accumulate_grad_batches=2", "--checkpoint.every_n_train_steps=2"]
+    options += ["--data.flip=true", "--data.in_memory=false", "--data.shuffle=60"]
+    whole = command("fit", *options, folder="whole")
+    for step in sorted(random.Random(0).sample(range(2, steps), 20)):
+        assert killed(command, [*options, "--ckpt_path=last"], step) == signal.SIGKILL
+    part = command("fit", *options, "--ckpt_path=last", folder="part")
+    assert_same(checkpoint(whole), checkpoint(part))
+    names = checkpoint(part)["state_dict"]
+    for number in range(3):
+        assert any(name.startswith(f"objective.segments.{number}.weak.") for name in names)
