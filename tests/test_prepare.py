@@ -1,5 +1,6 @@
 """data/prepare.py on folders: what it writes and says, mistakes, and runs that are cut short."""
 
+import errno
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from PIL import Image
 
 import w2s_train.preparation.run
 from w2s_train.errors import UserError
+from w2s_train.preparation.folder import ImageFolder
 from w2s_train.shards.samples import read_shard
 
 
@@ -113,6 +115,21 @@ def test_restart(prepare, messy: Path, tmp_path: Path):
     assert written(out) == before
     assert all((out / name).stat().st_mtime_ns == then for name, then in kept.items())
     assert "5 shards were there" in printed and "8 broken images skipped" in printed
+
+
+def test_failing_disk(prepare, messy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It ends the run: its images are not broken, and are there the next time."""
+    options = ("folder", messy, "--per-shard", 3, "--max-broken", 1, "--output", tmp_path / "out")
+    with monkeypatch.context() as patch:
+
+        def fail(self: ImageFolder, index: int) -> bytes:
+            raise OSError(errno.EIO, "Input/output error", self.files[index])
+
+        patch.setattr(ImageFolder, "content", fail)
+        with pytest.raises(OSError, match="Input/output error: '"):
+            prepare(*options)
+    assert not list((tmp_path / "out").glob("*.tar*"))
+    assert "12 images" in prepare(*options)
 
 
 def test_too_many_broken_images(prepare, messy: Path, tmp_path: Path):

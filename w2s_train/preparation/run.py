@@ -1,5 +1,6 @@
 """Writes the shards of a source: again after an interruption, and never twice."""
 
+import errno
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,22 @@ from w2s_train.shards.table import ShardTable
 from w2s_train.shards.writer import table_path
 
 VERSION = 1
+# Missing, a broken link, not ours to read; without a number it is the source that says so.
+OF_THE_FILE = (None, errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR)
 LOCK_SECONDS = 10  # the workers of a run that was killed hold its lock until they notice
 
 
 def load(item: Item) -> bytes:
-    """The encoded image; raises BrokenImage if it cannot be read."""
+    """The encoded image; raises BrokenImage if it cannot be read.
+
+    Only for reasons of its own: a disk or a network that fails is an OSError and ends the run, or
+    all the images behind it would be skipped for good.
+    """
     try:
         return item.load()
     except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise
         # Without the path, which the list of skipped images has.
         raise BrokenImage(error.strerror or one_line(error)) from error
 
