@@ -29,6 +29,7 @@ LEVELS = {
     "features": 3,
     "metrics": 4,
     "weak": 3,
+    "preparation": 3,
     "segment": 4,
     "objective": 5,
     "statistics": 5,

@@ -1,0 +1,78 @@
+"""Writes shards in several processes that end when their parent does."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+
+from tqdm import tqdm
+
+from w2s_train.errors import UserError
+
+Write = Callable[[int], int]  # of a shard's number; gives its number of images
+_write: Write  # of this worker
+
+
+def write_shards(write: Write, shards: list[int], *, finished: int, processes: int) -> None:
+    """Write shards, with a progress bar.
+
+    Args:
+        write: Writes one, in a worker; the same whichever it is.
+        shards: Numbers of the shards to write.
+        finished: How many others there are already.
+        processes: Number of workers.
+
+    Raises:
+        UserError: A worker was killed; or the first that ``write`` raised.
+    """
+    # Forked workers have the list of files without a copy of it. None has threads yet.
+    context = multiprocessing.get_context("fork")
+    executor = ProcessPoolExecutor(min(processes, len(shards)), context, _begin, (write,))
+    try:
+        futures = [executor.submit(_run, shard) for shard in shards]
+        images = 0
+        with _bar(len(shards) + finished, finished) as bar:
+            for future in as_completed(futures):
+                images += future.result()
+                bar.set_postfix_str(f"{images:,} images", refresh=False)
+                bar.update()
+    except BrokenProcessPool:
+        raise UserError(
+            f"processes={processes}: one of them was killed, perhaps because memory ran out; the "
+            "same command goes on, with fewer --processes if need be"
+        ) from None
+    except BaseException:  # an interrupt, too: nobody waits for shards that are half done
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _bar(total: int, finished: int) -> tqdm:
+    seconds = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
+    return tqdm(total=total, initial=finished, unit="shard", mininterval=seconds, smoothing=0.1)
+
+
+def _begin(write: Write) -> None:
+    global _write
+    _write = write
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this, a worker whose parent was killed waits for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run(shard: int) -> int:
+    return _write(shard)
