@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,6 +24,7 @@ from w2s_train.callbacks import (
     ResumableEvaluation,
     RunRecord,
     SkippedSamples,
+    StepCheckpoint,
     StepSeed,
 )
 from w2s_train.checks import check_files, check_numbers, explain, locate
@@ -38,7 +38,7 @@ PARTS = {
     "trainer": DiffusionTrainer,
     "model": DiffusionModule,
     "data": ShardDataModule,
-    "checkpoint": ModelCheckpoint,
+    "checkpoint": StepCheckpoint,
 }
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -63,7 +63,7 @@ class Command(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """A checkpoint callback with defaults of its own, and one seed for everything."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.filename": "step-{step:06d}",

@@ -11,6 +11,7 @@ from w2s_train.callbacks.run_record import RunRecord
 from w2s_train.callbacks.sample_grid import SampleGrid
 from w2s_train.callbacks.sample_writer import GridWriter, ImageWriter, NpzWriter, ShardWriter
 from w2s_train.callbacks.skipped_samples import SkippedSamples
+from w2s_train.callbacks.step_checkpoint import StepCheckpoint
 from w2s_train.callbacks.step_seed import StepSeed
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "SampleGrid",
     "ShardWriter",
     "SkippedSamples",
+    "StepCheckpoint",
     "StepSeed",
 ]

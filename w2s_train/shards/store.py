@@ -58,7 +58,7 @@ class Store(abc.ABC):
 
 
 class OpenShard(NamedTuple):
-    """A shard to read from: file descriptor, table, fields that hold data; or why that cannot be."""
+    """A shard to read from: descriptor, table, fields that hold data; or why that cannot be."""
 
     file: int
     table: ShardTable | None
