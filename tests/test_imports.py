@@ -19,7 +19,10 @@ LEVELS = {
     "schedule": 1,
     "timesteps": 2,
     "models": 2,
-    "autoencoder": 2,
+    "files": 1,
+    "shards": 2,
+    "latents": 3,
+    "autoencoder": 4,
     "frechet": 2,
     "leaves": 2,
     "stream": 2,
@@ -44,11 +47,12 @@ LEVELS = {
 # Libraries, and the only places where they are imported.
 ONLY_IN = {
     "lightning": {"command", "trainer", "module", "datamodule", "callbacks"},
-    "webdataset": {"stream"},
+    "webdataset": {"stream", "shards"},
     "cleanfid": {"features"},
     "timm": {"features", "models"},
     "torch_fidelity": {"features"},
     "torchmetrics": {"callbacks", "metrics"},
+    "diffusers": {"latents"},
     "jsonargparse": {"command"},
     "scipy": {"compare"},
 }
