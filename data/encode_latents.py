@@ -31,11 +31,11 @@ import torch
 from tqdm import tqdm
 
 from w2s_train.errors import UserError
-from w2s_train.latents.encode import FIELDS, PRECISIONS, Encoder, Facts, Settings, Task
+from w2s_train.latents.encode import FIELDS, PRECISIONS, Encoder, Facts, Settings, Task, is_encoded
 from w2s_train.latents.images import first_size
 from w2s_train.latents.record import Recipe, Summary, begin, complete
 from w2s_train.latents.workers import Workers
-from w2s_train.shards import is_written, write_index
+from w2s_train.shards import write_index
 from w2s_train.shards.table import ShardTable
 from w2s_train.shards.writer import table_path
 from w2s_train.stream import expand_urls
@@ -126,7 +126,7 @@ def part_of(tasks: list[Task], part: str) -> list[Task]:
 
 def recipe_of(given: argparse.Namespace, facts: Facts, tasks: list[Task]) -> Recipe:
     """What decides about the latents."""
-    names = "".join(f"{task.source.name} {task.source.stat().st_size}\n" for task in tasks)
+    names = "".join(f"{task.source.name}\n" for task in tasks)
     return Recipe(
         given.autoencoder,
         given.revision,
@@ -152,7 +152,7 @@ def count_images(tasks: list[Task]) -> int | None:
 
 def encode(workers: Encoder | Workers, tasks: list[Task]) -> None:
     """Encode what is not written yet, under a progress bar."""
-    todo = [task for task in tasks if not is_written(task.target)]
+    todo = [task for task in tasks if not is_encoded(task)]
     print(f"{len(tasks) - len(todo)} of {len(tasks)} shards are written already", flush=True)
     began, images = time.monotonic(), 0
     seconds_between = 0.5 if sys.stderr.isatty() else 30  # a log keeps every line
@@ -166,7 +166,7 @@ def encode(workers: Encoder | Workers, tasks: list[Task]) -> None:
 
 def finish(output: Path, tasks: list[Task], recipe: Recipe) -> None:
     """Write what describes the whole, if it is whole."""
-    missing = [task.target.name for task in tasks if not is_written(task.target)]
+    missing = [task.target.name for task in tasks if not is_encoded(task)]
     if missing:
         print(f"{len(missing)} of {len(tasks)} shards are missing, such as {missing[0]}: another "
               "part, or this command without --part, ends with the statistics")  # fmt: skip

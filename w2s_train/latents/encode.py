@@ -14,10 +14,12 @@ from w2s_train.errors import UserError
 from w2s_train.latents.images import Image, ShardImages, batched, check_whole
 from w2s_train.latents.kl import load_autoencoder, split_moments, weights_digest
 from w2s_train.shards.samples import FLIPPED, to_float
-from w2s_train.shards.writer import ShardWriter
+from w2s_train.shards.table import ShardTable
+from w2s_train.shards.writer import ShardWriter, is_written, table_path
 
 FIELDS = {"float16": "npy", "bfloat16": "bf16.npy"}  # by type of the stored numbers
 PRECISIONS = ("float32", "bfloat16")
+MADE_OF = "source_bytes"  # in the table of a shard of latents: size of that of the images
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,23 @@ def remove_leftovers(target: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def is_encoded(task: Task) -> bool:
+    """Whether the task is done.
+
+    Raises:
+        UserError: It is, but for another file of the source's name.
+    """
+    if not is_written(task.target):
+        return False
+    size, made_of = task.source.stat().st_size, ShardTable.load(table_path(task.target)).sums
+    if made_of.get(MADE_OF) != size:
+        raise UserError(
+            f"output={task.target}: must be of {task.source} with its {size:,} bytes, it is of "
+            f"another file of {made_of.get(MADE_OF, 0):,}; delete it to encode it again"
+        )
+    return True
+
+
 class Encoder:
     """Encodes on one device, in this process, which it sets up for equal results everywhere.
 
@@ -112,6 +131,7 @@ class Encoder:
                 self._write(writer, batch, pixels, task.source)
                 yield len(batch)
             writer.add("broken", np.array(len(images.broken)))
+            writer.add(MADE_OF, np.array(task.source.stat().st_size))
 
     def _write(self, writer: ShardWriter, batch: list[Image], pixels: Tensor, source: Path) -> None:
         x = to_float(pixels.to(self.device))
@@ -131,8 +151,14 @@ class Encoder:
     def moments(self, x: Tensor) -> Tensor:
         """Of the posterior (B, 2C, h, w), as they are stored, for images (B, C, H, W) float32."""
         lower = self.settings.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
-            moments = self.vae.encode(x).latent_dist.parameters
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
+                moments = self.vae.encode(x).latent_dist.parameters
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"batch_size={self.settings.batch_size}: must be smaller, {self.device} has not "
+                "enough memory"
+            ) from error
         return moments.to(self.dtype).cpu()
 
     def _check_finite(self, moments: Tensor, batch: list[Image], source: Path) -> None:

@@ -82,7 +82,7 @@ class Recipe(NamedTuple):
     latent_shape: tuple[int, ...]
     source: str
     source_shards: int
-    source_digest: str  # of names and sizes
+    source_digest: str  # sha256 of the shards' names
 
 
 # The same weights may be found under two names, and the same shards by two patterns.
