@@ -197,9 +197,9 @@ def report(output: Path, shards: int, recipe: Recipe, summary: Summary) -> None:
 def main() -> None:
     """Check, encode, describe."""
     given = arguments()
-    devices = device_names(given.devices, given.processes)
     tasks = all_tasks(given.source, given.output)
     mine = part_of(tasks, given.part)
+    devices = device_names(given.devices, given.processes)[: max(1, len(mine))]
     settings = Settings(
         given.autoencoder,
         given.revision,

@@ -1,6 +1,7 @@
 """data/encode_latents.py: what the shards hold, statistics, restarts, and errors."""
 
 import functools
+import gzip
 import json
 from pathlib import Path
 
@@ -220,6 +221,22 @@ def test_sources_that_cannot_be_encoded(place: Path, tmp_path: Path):
     vae.quant_conv.bias.data[0] = 1e5
     vae.save_pretrained(huge)
     assert f"dtype=float16: must hold the moments of image k0 of {shard}" in message(vae=huge)
+
+
+def test_compressed_sources(place: Path, tmp_path: Path):
+    """The same latents; one that is cut off is refused, though what is left could be read."""
+    for path in (place / "images").glob("*.tar"):
+        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    common = ["--autoencoder", place / "vae", "--batch-size", BATCH, "--output", tmp_path / "new"]
+    last = tmp_path / "train-000002.tar.gz"
+    content = last.read_bytes()
+    last.write_bytes(content[:-2000])
+    with pytest.raises(SystemExit, match=f"^error: source={last}: must be whole; "):
+        encode_latents(tmp_path / "*.gz", *common)
+    last.write_bytes(content)
+    encode_latents(tmp_path / "*.gz", *common)
+    for shard in (place / "whole").glob("*.tar"):
+        assert (tmp_path / "new" / shard.name).read_bytes() == shard.read_bytes()
 
 
 def test_a_source_that_has_changed_is_named(place: Path, tmp_path: Path):
