@@ -29,7 +29,7 @@ from w2s_train.features import (
     mnist_classifier,
     train_classifier,
 )
-from w2s_train.shards import expand_urls
+from w2s_train.shards import local_shards
 from w2s_train.shards.samples import decode_image, payloads, read_shard
 
 NUM_CLASSES = 10
@@ -70,10 +70,10 @@ def read_images(
         UserError: No shards, no images, or one of another shape.
     """
     images, labels = [], []
-    for url in expand_urls(urls, name):
-        samples = list(read_shard(url))
+    for shard in local_shards(urls, name):
+        samples = list(read_shard(shard))
         for sample in samples[: round(fraction * len(samples))]:
-            image = decode_image(sample[payloads(list(sample), url)[0]])
+            image = decode_image(sample[payloads(list(sample), str(shard))[0]])
             label = int(sample["cls"])
             if tuple(image.shape) != shape or not 0 <= label < NUM_CLASSES:
                 raise UserError(

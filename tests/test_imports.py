@@ -19,7 +19,8 @@ LEVELS = {
     "schedule": 1,
     "timesteps": 2,
     "models": 2,
-    "autoencoder": 3,
+    "latents": 3,
+    "autoencoder": 4,
     "frechet": 2,
     "leaves": 2,
     "files": 1,
@@ -52,6 +53,7 @@ ONLY_IN = {
     "timm": {"features", "models"},
     "torch_fidelity": {"features"},
     "torchmetrics": {"callbacks", "metrics"},
+    "diffusers": {"latents"},
     "jsonargparse": {"command"},
     "scipy": {"compare"},
 }

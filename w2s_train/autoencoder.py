@@ -4,12 +4,18 @@ Training calls `Autoencoder.encode`, validation `Autoencoder.decode`. Both see t
 """
 
 import abc
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError
+from w2s_train.latents.kl import load_autoencoder, split_moments, weights_digest
+from w2s_train.latents.record import read_latents, read_statistics
+from w2s_train.shards.samples import to_float
+
+STABLE_DIFFUSION = 0.18215  # 1 / std of its latents (Rombach et al., 2022)
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -23,9 +29,32 @@ def to_uint8(x: Tensor) -> Tensor:
 class Autoencoder(nn.Module, abc.ABC):
     """A pair of maps between stored data and the network's space."""
 
+    def load(self) -> None:
+        """Read the weights that `decode` needs; a fit that will decode calls it before it starts.
+
+        Raises:
+            UserError: They are missing, or the library that reads them is.
+        """
+        return None
+
+    def check(self, latents_json: Path) -> None:
+        """Refuse shards that another autoencoder encoded.
+
+        Args:
+            latents_json: The ``latents.json`` beside the shards, as data/encode_latents.py writes.
+
+        Raises:
+            UserError: Another one did.
+        """
+        return None
+
+    def describe(self) -> str:
+        """What the images of a score were decoded with."""
+        return type(self).__name__
+
     @abc.abstractmethod
     def encode(self, stored: Tensor) -> Tensor:
-        """Data as in the shards (B, ., ., .) to the network's input (B, C, H, W)."""
+        """Data as in the shards (B, ., ., .) to the network's input (B, C, H, W) float32."""
 
     @abc.abstractmethod
     def decode(self, x: Tensor) -> Tensor:
@@ -36,7 +65,7 @@ class PixelSpace(Autoencoder):
     """The network works on pixels in [-1, 1]."""
 
     def encode(self, stored: Tensor) -> Tensor:
-        return stored
+        return to_float(stored)
 
     def decode(self, x: Tensor) -> Tensor:
         return to_uint8(x)
@@ -46,7 +75,7 @@ class Vectors(Autoencoder):
     """Data that is no image, such as points in the plane (B, 2, 1, 1): passed through."""
 
     def encode(self, stored: Tensor) -> Tensor:
-        return stored
+        return to_float(stored)
 
     def decode(self, x: Tensor) -> Tensor:
         return x.float()
@@ -56,45 +85,107 @@ class StableDiffusionVAE(Autoencoder):
     """Latents of a diffusers ``AutoencoderKL`` (Rombach et al., 2022).
 
     Shards hold the posterior's moments, mean and log-variance (B, 2C, h, w), or samples of it
-    (B, C, h, w). Needs ``pip install w2s_train[latents]`` to decode; training does not load it.
+    (B, C, h, w). A latent z becomes the network's input by z ``scale``, or channel by channel by
+    (z - mean) / std. Needs ``pip install w2s_train[latents]`` to decode; training does not load it.
 
     Args:
-        path: Local folder or hub name of the autoencoder, read when first used.
-        scale: Latents are multiplied by it, so that they have about unit variance.
+        path: Local folder of the autoencoder, or its hub name, ``OWNER/NAME`` or
+            ``OWNER/NAME/SUBFOLDER``.
+        scale: Latents are multiplied by it, so that they have about unit variance; 0.18215, that of
+            Stable Diffusion, if neither it nor ``statistics`` is given.
         channels: Channels C of a latent.
+        statistics: The ``latents.json`` beside the shards, to use its mean and std per channel
+            instead of ``scale``.
+        decode_batch: Images decoded at a time, cut or padded to it, so that they do not depend on
+            how many are asked for, and fit in memory.
+
+    Raises:
+        UserError: Both ``scale`` and ``statistics``, or one that cannot be used.
     """
 
     def __init__(
         self,
         path: str = "stabilityai/sd-vae-ft-mse",
-        scale: float = 0.18215,
+        scale: float | None = None,
         channels: int = 4,
+        statistics: str | None = None,
+        decode_batch: int = 16,
     ) -> None:
         super().__init__()
-        if not 0 < scale < float("inf"):
+        if scale is not None and statistics is not None:
+            raise UserError(f"scale={scale}: must be left out where statistics={statistics} are")
+        if scale is not None and not 0 < scale < float("inf"):
             raise UserError(f"scale={scale}: must be a finite number above 0")
-        self.path, self.scale, self.channels = path, scale, channels
-        # In a list, so that its weights stay out of state dicts and checkpoints.
+        for name, value in dict(channels=channels, decode_batch=decode_batch).items():
+            if value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
+        self.path, self.channels, self.decode_batch = path, channels, decode_batch
+        mean = torch.zeros(channels)
+        factor = torch.full((channels,), STABLE_DIFFUSION if scale is None else scale)
+        if statistics is not None:
+            mean, std = read_statistics(statistics, channels)
+            factor = 1 / std
+        # Neither these nor the weights belong in state dicts or checkpoints, and neither may follow
+        # the network to a precision below float32: no buffers, and a list.
+        self._mean, self._factor = mean.view(-1, 1, 1), factor.view(-1, 1, 1)
         self._loaded: list[Any] = []
 
     def encode(self, stored: Tensor) -> Tensor:
-        if stored.shape[1] == self.channels:
-            return stored * self.scale
-        if stored.shape[1] != 2 * self.channels:
+        if stored.dtype == torch.uint8:
+            raise UserError(
+                f"channels={self.channels}: the shards hold images, must be latents; "
+                "data/encode_latents.py makes them"
+            )
+        if stored.shape[1] not in (self.channels, 2 * self.channels):
             raise UserError(
                 f"channels={self.channels}: the shards hold {stored.shape[1]} channels, "
                 f"must be {self.channels} (latents) or {2 * self.channels} (moments)"
             )
-        mean, log_variance = stored.chunk(2, dim=1)
-        std = (log_variance.clamp(-30, 20) / 2).exp()
-        return (mean + std * torch.randn_like(mean)) * self.scale
+        z = to_float(stored)
+        if stored.shape[1] == 2 * self.channels:
+            mean, std = split_moments(z)
+            z = mean + std * torch.randn_like(mean)
+        return (z - self._mean.to(z.device)) * self._factor.to(z.device)
+
+    def load(self) -> None:
+        if not self._loaded:
+            vae = load_autoencoder(self.path, "autoencoder.path")
+            if vae.config.latent_channels != self.channels:
+                raise UserError(
+                    f"channels={self.channels}: must be {vae.config.latent_channels}, as "
+                    f"{self.path} has"
+                )
+            self._loaded.append(vae)
+
+    def check(self, latents_json: Path) -> None:
+        made = read_latents(latents_json, "train_urls")
+        if made["latent_shape"][0] != self.channels:
+            raise UserError(
+                f"channels={self.channels}: must be {made['latent_shape'][0]}, as {latents_json} "
+                "says of the shards"
+            )
+        self.load()
+        if (mine := weights_digest(self._loaded[0])) != made["weights"]:
+            raise UserError(
+                f"autoencoder.path={self.path}: must be the autoencoder that made the shards, "
+                f"{made['autoencoder']} with weights {made['weights'][:12]}; these are {mine[:12]} "
+                f"({latents_json})"
+            )
+
+    def describe(self) -> str:
+        self.load()
+        return f"AutoencoderKL {weights_digest(self._loaded[0])[:12]}"
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        if not self._loaded:
-            from diffusers import AutoencoderKL  # optional, and takes seconds to import
-
-            vae = AutoencoderKL.from_pretrained(self.path)
-            self._loaded.append(vae.requires_grad_(False).eval())
+        self.load()
         vae = self._loaded[0].to(x.device)
-        return to_uint8(vae.decode(x.float() / self.scale).sample)
+        z = x.float() / self._factor.to(x.device) + self._mean.to(x.device)
+        images = []
+        # Validation may run under a mixed precision that is meant for the network alone.
+        with torch.autocast(x.device.type, enabled=False):
+            for part in z.split(self.decode_batch):
+                padding = part[:1].expand(self.decode_batch - len(part), -1, -1, -1)
+                image = vae.decode(torch.cat([part, padding])).sample
+                images.append(to_uint8(image[: len(part)]))
+        return torch.cat(images)

@@ -27,9 +27,11 @@ from w2s_train.callbacks import (
     StepCheckpoint,
     StepSeed,
 )
+from w2s_train.callbacks.scorer import Scorer
 from w2s_train.checks import check_files, check_numbers, explain, locate
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError
+from w2s_train.latents.record import LATENTS
 from w2s_train.module import DiffusionModule
 from w2s_train.trainer import DiffusionTrainer
 
@@ -158,6 +160,7 @@ class Command(LightningCLI):
                     callback.check_files()
                 if subcommand in ("fit", "validate", "test") and callback.files_exist():
                     callback.load(self.model, self.datamodule)
+        self._check_autoencoder(subcommand)
         try:
             super()._run_subcommand(subcommand)
         except (pickle.UnpicklingError, EOFError) as error:
@@ -168,6 +171,16 @@ class Command(LightningCLI):
                 raise
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"ckpt_path={path}: must fit the config; {reason}") from error
+
+    def _check_autoencoder(self, subcommand: str) -> None:
+        """What decodes must be there before the first step, and must be what made the latents."""
+        scorers = [callback for callback in self._callbacks() if isinstance(callback, Scorer)]
+        if subcommand == "reference" or (subcommand == "fit" and not scorers):
+            return
+        self.model.autoencoder.load()
+        latents = Path(self.datamodule.train_urls).parent / LATENTS
+        if latents.is_file():
+            self.model.autoencoder.check(latents)
 
     def before_fit(self) -> None:
         """Check the steps of a plan, and own the run folder before a logger writes into it."""

@@ -19,7 +19,6 @@ from w2s_train.models import DiT, WeightAverage
 from w2s_train.models.average import check_decay
 from w2s_train.objective import Objective
 from w2s_train.sampler import Sampler
-from w2s_train.shards.samples import to_float
 from w2s_train.statistics import RunningStatistics
 from w2s_train.weak.base import Step, WeakSource
 
@@ -132,7 +131,7 @@ class DiffusionModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch of images (B, C, H, W) as stored and labels (B,)."""
-        x = self.autoencoder.encode(to_float(batch["image"]))
+        x = self.autoencoder.encode(batch["image"])
         if x.shape[1:] != self.input_shape:
             ours, theirs = tuple(self.input_shape)[:2], tuple(x.shape[1:])
             raise UserError(
@@ -281,7 +280,7 @@ class DiffusionModule(LightningModule):
         return self.settings[setting].describe() | {
             "sampler": self.sampler.describe(),
             "steps": self.sampler.steps,
-            "autoencoder": type(self.autoencoder).__name__,
+            "autoencoder": self.autoencoder.describe(),
             "precision": str(self.trainer.precision),
             "step": self.steps_taken,
             "images_seen": self.images_seen,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from w2s_train.errors import UserError
 from w2s_train.preparation.base import Item, Source, digest
+from w2s_train.shards import local_shards
 from w2s_train.shards.samples import IMAGE_TYPES, Sample, read_shard
-from w2s_train.stream import expand_urls
 
 CLASSES = "classes.txt"
 
@@ -25,7 +25,7 @@ class ShardSource(Source):
     """
 
     def __init__(self, urls: str) -> None:
-        self.paths = [Path(url) for url in expand_urls(urls, "shards")]
+        self.paths = local_shards(urls, "shards")
         names = self.paths[0].parent / CLASSES
         self.classes = (
             names.read_text("utf-8", "surrogateescape").splitlines() if names.is_file() else []

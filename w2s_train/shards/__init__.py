@@ -1,6 +1,6 @@
 """Shards: written, indexed, fetched, put in an order, and streamed."""
 
-from w2s_train.shards.storage import Storage, expand_urls
+from w2s_train.shards.storage import Storage, expand_urls, local_shards
 from w2s_train.shards.stream import ShardImages, ShardStream
 from w2s_train.shards.writer import ShardWriter, is_written, write_index
 
@@ -11,5 +11,6 @@ __all__ = [
     "Storage",
     "expand_urls",
     "is_written",
+    "local_shards",
     "write_index",
 ]

@@ -68,6 +68,19 @@ def expand_urls(urls: str, name: str = "train_urls", *, allow_pipe: bool = False
     return found
 
 
+def local_shards(urls: str, name: str) -> list[Path]:
+    """As `expand_urls`, for what reads whole shards from the disk.
+
+    Raises:
+        UserError: Also where one is remote or missing.
+    """
+    found = expand_urls(urls, name)
+    for url in found:
+        if is_remote(url) or not Path(url).is_file():
+            raise UserError(f"{name}={url}: must be an existing local file")
+    return [Path(url) for url in found]
+
+
 def _expand_local(pattern: str, what: str) -> list[str]:
     matches = glob.glob(pattern) if glob.has_magic(pattern) else [pattern]
     files = {match for match in matches if Path(match).is_file()}

@@ -1,0 +1,1 @@
+"""Latents of images: made by an autoencoder, written as shards, and described beside them."""
