@@ -48,7 +48,7 @@ def find_shards(urls: Sequence[str], storage: Storage) -> list[Shard]:
     indices: dict[str, dict[str, Any]] = {}
     found = []
     # A scan reads headers and labels only, but of every sample: the first time that takes a while.
-    for url in tqdm(urls, desc="indexing shards", delay=5, unit="shard", leave=False):
+    for url in tqdm(urls, "indexing shards", delay=5, disable=None, leave=False):
         folder, _, name = url.rpartition("/")
         if not is_pipe(url) and folder not in indices:
             indices[folder] = _read_index(folder, storage)

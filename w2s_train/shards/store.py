@@ -190,7 +190,9 @@ class MemoryStore(Store):
     def _read_all(self, samples: int, *, mirrored: bool) -> Rows:
         parts: list[Rows] = []
         bad: dict[int, str] = {}
-        for first in tqdm(range(0, samples, CHUNK), desc="reading samples", delay=5, leave=False):
+        for first in tqdm(
+            range(0, samples, CHUNK), "reading samples", delay=5, disable=None, leave=False
+        ):
             rows = np.arange(first, min(first + CHUNK, samples))
             part = self.source.read(Places(rows, np.full(len(rows), mirrored)))
             bad |= {first + i: reason for i, reason in part.bad.items()}
