@@ -18,7 +18,6 @@ worker processes, up to tensors on the device (the GPU if there is one).
 
 import argparse
 import io
-import itertools
 import json
 import platform
 import statistics
@@ -37,8 +36,8 @@ from torch.utils.data import DataLoader
 from w2s_train.callbacks.run_record import git_commit
 from w2s_train.shards import ShardStream, ShardWriter, Storage, expand_urls, write_index
 from w2s_train.shards.index import find_shards
+from w2s_train.shards.indexed import IndexedStore
 from w2s_train.shards.order import StreamOrder
-from w2s_train.shards.store import IndexedStore
 
 PER_SHARD, WINDOW = 1000, 10_000
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -90,11 +89,11 @@ def mapped(folder: Path, batch_size: int) -> Batches:
     """Batches of rows of a memory map."""
     array = np.load(folder / "all.npy", mmap_mode="r")
     rng = np.random.default_rng(0)
-    for epoch in itertools.count():
+    while True:
         order = rng.permutation(len(array))
         for first in range(0, len(order) - batch_size + 1, batch_size):
             rows = order[first : first + batch_size]
-            yield torch.from_numpy(array[rows]), torch.from_numpy(rows % 1000 + 0 * epoch)
+            yield torch.from_numpy(array[rows]), torch.from_numpy(rows % 1000)
 
 
 CONTESTANTS: dict[str, Callable[[Path, int], Batches]] = {

@@ -13,6 +13,7 @@ import w2s_train.weak
 from w2s_train.features import FeatureExtractor
 from w2s_train.frechet import Moments
 from w2s_train.models import DiT
+from w2s_train.shards import Storage
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +39,12 @@ def _seed() -> None:
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables and downloads of one session; not the user's own."""
     monkeypatch.setenv("W2S_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """Of shards, with a cache of its own."""
+    return Storage(tmp_path / "cache")
 
 
 WEAK_FILES = {

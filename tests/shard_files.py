@@ -2,13 +2,19 @@
 
 import io
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from w2s_train.shards import ShardWriter, write_index
+from w2s_train.shards import ShardWriter, Storage, expand_urls, write_index
+from w2s_train.shards.index import find_shards
+from w2s_train.shards.indexed import IndexedStore
+from w2s_train.shards.order import Places
+from w2s_train.shards.store import Rows, Store
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -90,3 +96,12 @@ def overwrite(path: Path, key: str, content: bytes) -> None:
 def same(one: dict, other: dict) -> bool:
     """Two training batches, bit for bit."""
     return torch.equal(one["image"], other["image"]) and torch.equal(one["label"], other["label"])
+
+
+def store(pattern: str, storage: Storage, *, flip: bool = False) -> IndexedStore:
+    return IndexedStore(find_shards(expand_urls(pattern), storage), storage, flip=flip)
+
+
+def read(source: Store, rows: Iterable[int], mirrored: Any = False) -> Rows:
+    numbers = np.array(rows)
+    return source.read(Places(numbers, np.broadcast_to(mirrored, numbers.shape)))

@@ -2,17 +2,19 @@
 
 import itertools
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from shard_files import numbers, overwrite, same, write_latents, write_numbers
+from shard_files import number_image, numbers, overwrite, same, write_latents, write_numbers
 from torch.utils.data import DataLoader
 
 from w2s_train.callbacks import StepSeed
 from w2s_train.datamodule import GenerationPlan, ShardDataModule
+from w2s_train.shards import ShardWriter, expand_urls, write_index
 
 COUNTS = [10, 7, 13, 10]
 N = sum(COUNTS)
@@ -194,6 +196,28 @@ def test_a_label_that_is_no_class(urls):
         take(urls, 1, Process(1, 2), num_classes=9)
 
 
+def test_a_cut_shard_of_which_nobody_knows_the_length(tmp_path: Path, recwarn):
+    """Faults row 11: no share of it could be stated."""
+    pattern = write_numbers(tmp_path, [30], index=False)
+    path = tmp_path / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(ValueError, match="max_skipped=0.5: must be 1 for damaged .* cut off after"):
+        take(pattern, 1, max_skipped=0.5)
+    take(pattern, 1, max_skipped=1.0)
+    assert any("an unknown number of samples lost" in str(w.message) for w in recwarn)
+
+
+@pytest.mark.parametrize("prefix", ["./", "", "sub/../"])
+def test_every_shard_once(tmp_path: Path, monkeypatch, prefix: str):
+    """However its path is spelled, and however many patterns name it."""
+    write_numbers(tmp_path, COUNTS)
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("train-*.tar", "{train-*.tar,train-000000.tar}", "train-{000000..000003}.tar"):
+        found = expand_urls(prefix + pattern)
+        assert sorted(Path(url).name for url in found) == [f"train-00000{i}.tar" for i in range(4)]
+
+
 @pytest.mark.parametrize("pattern", ["none.tar", "none-*.tar", "none-{0..3}.tar", "."])
 def test_an_empty_list(tmp_path: Path, pattern: str):
     """Faults row 13."""
@@ -241,10 +265,25 @@ def test_other_data_than_the_checkpoints(urls, recwarn):
     """A position in another order: said, and gone on with."""
     data = module(urls)
     data.train_dataloader()
-    other = module(urls, shuffle=3)
-    other.load_state_dict(data.state_dict())
-    other.train_dataloader()
-    assert any("are not those of the checkpoint" in str(w.message) for w in recwarn)
+    state = data.state_dict()
+
+    def warned(**changes) -> bool:
+        recwarn.clear()
+        warnings.simplefilter("always")
+        other = module(urls, **changes)
+        other.load_state_dict(state)
+        other.train_dataloader()
+        return any("are not those of the checkpoint" in str(w.message) for w in recwarn)
+
+    assert not warned()
+    assert warned(shuffle=3)
+    assert warned(seed=1)
+    path = Path(urls).parent / "train-000000.tar"
+    with ShardWriter(path) as writer:  # as many samples under the same name
+        for number in range(10):
+            writer.write(f"{number}", 0, png=number_image(number))
+    write_index(path.parent)
+    assert warned()
 
 
 # ---- generation plans ------------------------------------------------------------------------
@@ -280,8 +319,11 @@ def test_every_seed_exactly_once(urls, world_size: int):
         dict(max_skipped=1.5),
         dict(max_skipped=float("nan")),
         dict(cache_gigabytes=0.0),
+        dict(seed=-1),
+        dict(train_urls=""),
+        dict(train_urls="train-{0..3.tar"),
     ],
 )
 def test_bad_arguments(urls, bad: dict):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}="):
-        module(urls, **bad)
+        module(**({"urls": urls} | {k.replace("train_", ""): v for k, v in bad.items()}))

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.multiprocessing import ProcessRaisedException
 
 from w2s_train.callbacks import (
     FID,
@@ -164,6 +165,8 @@ class Command(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except (pickle.UnpicklingError, EOFError) as error:
+            if path is None or "DataLoader worker" in str(error):
+                raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(f"ckpt_path={path}: cannot be read; {reason}") from error
         except RuntimeError as error:
@@ -244,7 +247,13 @@ def run(args: list[str] | None) -> None:
         sys.exit(f"error: {explain(str(error), PARTS)}")
     except (UserError, MisconfigurationException) as error:
         # From a loader's worker process the message is a traceback with the reason last.
-        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
+        reason = str(error).strip().splitlines()[-1]
+        sys.exit(f"error: {reason.removeprefix('w2s_train.errors.UserError: ')}")
+    except ProcessRaisedException as error:  # of strategies that fork or spawn
+        reason = str(error).strip().splitlines()[-1]
+        if not reason.startswith("w2s_train.errors.UserError: "):
+            raise
+        sys.exit(f"error: {reason.removeprefix('w2s_train.errors.UserError: ')}")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     if command.stop.stopped:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,11 +18,12 @@ from w2s_train.errors import UserError
 from w2s_train.plan import GenerationPlan, Remaining
 from w2s_train.shards import ShardStream, Storage, expand_urls
 from w2s_train.shards.index import Shard, check_labels, find_shards
-from w2s_train.shards.order import StreamOrder
-from w2s_train.shards.storage import is_remote
-from w2s_train.shards.store import IndexedStore, MemoryStore, Store
+from w2s_train.shards.indexed import IndexedStore
+from w2s_train.shards.order import Places, StreamOrder
+from w2s_train.shards.store import MemoryStore, Store
+from w2s_train.shards.urls import is_remote
 
-SMALL = 256e6  # bytes of shards that are held in memory unless the config says otherwise
+SMALL = 512e6  # bytes of decoded samples that are held in memory unless the config says otherwise
 
 
 class ShardDataModule(LightningDataModule):
@@ -42,7 +44,8 @@ class ShardDataModule(LightningDataModule):
         shuffle: Samples within which the order is shuffled, whole shards of them; the shards
             themselves are in a new order every epoch. 0 leaves the rows of a shard as they are.
         flip: Mirror every other training sample at random; latents need stored mirrored ones.
-        in_memory: Keep the decoded data in memory; None does for local shards below 256 MB.
+        in_memory: Keep the decoded data in memory; None does for local shards
+            that decode to less than 512 MB.
         max_skipped: Share of the samples of an epoch, in [0, 1], that may be missing or
             unreadable; they are replaced by others and reported. Beyond it training stops.
         cache: Folder for downloads and tables of shards; ``$W2S_CACHE`` or ``~/.cache/w2s_train``
@@ -90,6 +93,8 @@ class ShardDataModule(LightningDataModule):
         for name, value in given.items():
             if value < least.get(name, 1):
                 raise UserError(f"{name}={value}: must be at least {least.get(name, 1)}")
+        if seed < 0:
+            raise UserError(f"seed={seed}: must be at least 0")
         if not 0 <= max_skipped <= 1:
             raise UserError(f"max_skipped={max_skipped}: must be in [0, 1]")
         if cache_gigabytes is not None and not cache_gigabytes > 0:
@@ -159,11 +164,16 @@ class ShardDataModule(LightningDataModule):
             raise UserError(f"train_urls={self.train_urls}: must hold samples, there are none")
         damaged = [shard for shard in shards if shard.damage]
         lost = sum(shard.lost for shard in damaged)
-        report = "; ".join(f"{s.url}: {s.damage}, {s.lost:,} samples lost" for s in damaged[:5])
+        report = "; ".join(f"{shard.url}: {shard.loss()}" for shard in damaged[:5])
         if lost > self.max_skipped * samples:
             raise UserError(
                 f"max_skipped={self.max_skipped}: {lost:,} of {samples:,} samples are missing in "
                 f"{len(damaged)} of {len(shards)} shards ({report})"
+            )
+        if self.max_skipped < 1 and not all(shard.sha256 for shard in damaged):
+            raise UserError(
+                f"max_skipped={self.max_skipped}: must be 1 for damaged shards without an index, "
+                f"of which nobody knows what is lost ({report})"
             )
         if damaged:
             rank_zero_warn(f"{len(damaged)} of {len(shards)} shards are damaged ({report})")
@@ -171,15 +181,19 @@ class ShardDataModule(LightningDataModule):
 
     def _store(self, samples: int) -> Store:
         store = IndexedStore(self.shards, self.storage, flip=self.flip)
-        local = not any(is_remote(shard.url) for shard in self.shards)
-        small = local and sum(shard.bytes for shard in self.shards) < SMALL
-        in_memory = small if self.in_memory is None else self.in_memory
+        in_memory = self._is_small(store, samples) if self.in_memory is None else self.in_memory
         return MemoryStore(store, samples, flip=self.flip) if in_memory else store
+
+    def _is_small(self, store: IndexedStore, samples: int) -> bool:
+        if any(is_remote(shard.url) for shard in self.shards):
+            return False
+        first = store.read(Places(np.arange(1), np.zeros(1, np.bool_)))
+        return not first.bad and first.image.nbytes * samples * (1 + self.flip) < SMALL
 
     @property
     def order_name(self) -> str:
         """What the order of the training stream is made from, as a digest."""
-        names = [(os.path.basename(shard.url), shard.samples) for shard in self.shards]
+        names = [(os.path.basename(s.url), s.samples, s.sha256 or s.bytes) for s in self.shards]
         parts = repr((names, self.seed, self.shuffle))
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
@@ -192,6 +206,14 @@ class ShardDataModule(LightningDataModule):
         self.checkpoint_order = state_dict["order"]
 
     def _compare_order(self) -> None:
+        if torch.distributed.is_initialized():
+            seen: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(seen, (len(self.shards), self.order_name))
+            if len(set(seen)) > 1:
+                raise UserError(
+                    f"train_urls={self.train_urls}: must name the same shards for all processes, "
+                    f"they see {sorted(set(seen))} (number, digest)"
+                )
         if self.checkpoint_order and self.checkpoint_order != self.order_name:
             rank_zero_warn(
                 "the shards, data.seed or data.shuffle are not those of the checkpoint: samples "

@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError
 from w2s_train.shards import ShardImages
+from w2s_train.shards.index import find_shards
+from w2s_train.shards.indexed import IndexedStore
 
 
 class ReferenceImages(LightningDataModule):
@@ -30,9 +32,13 @@ class ReferenceImages(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """This process's batches: "image" (B, C, H, W) uint8, "place" and "encoding" lists of B."""
         assert self.trainer is not None
+        storage = self.data.storage
+        shards = find_shards(self.data.expand(self.urls, "urls"), storage)
+        for shard in shards:
+            if shard.damage:  # statistics of a part would pass for those of the whole
+                raise UserError(f"urls={shard.url}: must be whole ({shard.loss()})")
         images = ShardImages(
-            self.data.expand(self.urls, "urls"),
-            self.data.storage,
+            IndexedStore(shards, storage, flip=False),
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )

@@ -28,6 +28,16 @@ class SkippedSamples(Callback):
         self.reasons: dict[str, str] = {}  # the first one, by shard
         self.error = ""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is counted of epochs that have not ended."""
+        counts = [[epoch, shard, n] for (epoch, shard), n in self.counts.items()]
+        return {"counts": counts, "reasons": dict(self.reasons)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting; every process has the same counts."""
+        self.counts = Counter({(epoch, shard): n for epoch, shard, n in state_dict["counts"]})
+        self.reasons = dict(state_dict["reasons"])
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the epoch where the run stands."""
         self.epoch = self._epoch(trainer, pl_module)

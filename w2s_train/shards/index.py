@@ -2,18 +2,19 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from w2s_train.errors import UserError
-from w2s_train.shards.storage import Storage, is_pipe, is_remote, read_json
+from w2s_train.shards.storage import Storage
 from w2s_train.shards.table import ShardTable
-from w2s_train.shards.writer import INDEX, TABLE, table_path
+from w2s_train.shards.urls import is_pipe, is_remote, parse_index, split_url
+from w2s_train.shards.writer import INDEX, table_name, table_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Shard:
     lost: int = 0
     damage: str = ""
 
+    def loss(self) -> str:
+        """What the damage costs, in words."""
+        lost = f"{self.lost:,}" if self.sha256 else "an unknown number of"
+        return f"{self.damage}, {lost} samples lost"
+
 
 def find_shards(urls: Sequence[str], storage: Storage) -> list[Shard]:
     """Look the shards up in the indices beside them; scan those that are in none.
@@ -49,7 +55,7 @@ def find_shards(urls: Sequence[str], storage: Storage) -> list[Shard]:
     found = []
     # A scan reads headers and labels only, but of every sample: the first time that takes a while.
     for url in tqdm(urls, "indexing shards", delay=5, disable=None, leave=False):
-        folder, _, name = url.rpartition("/")
+        folder, name = split_url(url)
         if not is_pipe(url) and folder not in indices:
             indices[folder] = _read_index(folder, storage)
         entry = indices.get(folder, {}).get(name) if not is_pipe(url) else None
@@ -65,16 +71,23 @@ def load_table(shard: Shard, storage: Storage) -> ShardTable:
         UserError: It is no uncompressed tar.
     """
     path = storage.local(shard.url, shard.sha256)
-    beside = table_path(path)
-    if not is_remote(shard.url) and beside.is_file():
-        table = ShardTable.load(beside)
-        if not shard.bytes or table.bytes == shard.bytes:
+    try:
+        table = ShardTable.load(_table_file(shard, path, storage))
+        if table.bytes == shard.bytes and shard.sha256 in ("", table.sha256):
             return table
-    elif shard.sha256:
-        base, _, name = shard.url.rpartition("/")
-        remote = f"{base}/{name.partition('.')[0]}{TABLE}"
-        return ShardTable.load(storage.local(remote, version=shard.sha256))
+    except OSError:  # none beside it, or a broken one: the shard itself says what it holds
+        pass
     return _scan(path, shard.url, storage)
+
+
+def _table_file(shard: Shard, path: Path, storage: Storage) -> Path:
+    """Where the table beside a shard is to be found."""
+    if not is_remote(shard.url):
+        return table_path(path)
+    if not shard.sha256:
+        raise FileNotFoundError(f"{shard.url}: no index tells of it")
+    folder, name = split_url(shard.url)
+    return storage.local(f"{folder}/{table_name(name)}", version=shard.sha256)
 
 
 def check_labels(shards: Sequence[Shard], num_classes: int, storage: Storage) -> None:
@@ -86,7 +99,11 @@ def check_labels(shards: Sequence[Shard], num_classes: int, storage: Storage) ->
     for shard in shards:
         if not shard.labels or (0 <= shard.labels[0] and shard.labels[-1] < num_classes):
             continue
-        table = load_table(shard, storage)
+        try:
+            table = load_table(shard, storage)
+        except OSError as error:
+            rule = f"must be in [0, {num_classes - 1}]"
+            raise UserError(f"label={shard.labels}: {rule} ({shard.url}; {error})") from error
         bad = np.flatnonzero((table.labels < 0) | (table.labels >= num_classes))
         for row in bad[:1]:
             raise UserError(
@@ -98,9 +115,9 @@ def check_labels(shards: Sequence[Shard], num_classes: int, storage: Storage) ->
 def _read_index(folder: str, storage: Storage) -> dict[str, Any]:
     if is_remote(folder):
         text = storage.text(f"{folder}/{INDEX}")
-        return json.loads(text)["shards"] if text else {}
+        return parse_index(text, f"{folder}/{INDEX}") if text else {}
     path = Path(folder) / INDEX
-    return read_json(path)["shards"] if path.is_file() else {}
+    return parse_index(path.read_text(), str(path)) if path.is_file() else {}
 
 
 def _listed(url: str, entry: dict[str, Any]) -> Shard:
@@ -114,12 +131,16 @@ def _listed(url: str, entry: dict[str, Any]) -> Shard:
         return shard
     if size is None:
         return dataclasses.replace(shard, lost=shard.samples, damage="missing")
-    if size > shard.bytes or not table_path(path).is_file():
+    try:
+        table = ShardTable.load(table_path(path))
+    except OSError:
+        table = None
+    if table is None or size > shard.bytes:
         raise UserError(
             f"shard={url}: must have {shard.bytes:,} bytes, as {INDEX} beside it says; it has "
             f"{size:,}. Remove {INDEX} and the tables of shards that were made anew"
         )
-    lost = int((~ShardTable.load(table_path(path)).within(size)).sum())
+    lost = int((~table.within(size)).sum())
     damage = f"cut off at {size:,} of {shard.bytes:,} bytes"
     return dataclasses.replace(shard, lost=lost, damage=damage)
 
@@ -138,10 +159,13 @@ def _scan(path: Path, url: str, storage: Storage) -> ShardTable:
     """Scan a file, or take the result of an earlier scan of the same file."""
     state = path.stat()
     about = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
-    kept = storage.cache / "tables" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.npz"
-    if kept.is_file():
-        return ShardTable.load(kept)
-    table = ShardTable.scan(path, name=url)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    table.save(kept)
-    return table
+    if path.parent == storage.cache / "files":
+        about = f"{path.name} {state.st_size}"  # named by its content; its time is that of its use
+    name = hashlib.sha256(about.encode()).hexdigest()[:32]
+    kept = storage.folder("tables") / f"{name}.npz"
+    with FileLock(storage.folder("locks") / f"{name}.lock"):  # one process of several scans
+        if kept.is_file():
+            return ShardTable.load(kept)
+        table = ShardTable.scan(path, name=url)
+        table.save(kept)
+        return table

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, one_line
 from w2s_train.shards.samples import ARRAY_TYPES, IMAGE_TYPES, decode_array, decode_image
-from w2s_train.shards.storage import one_line
 
 SHORT = "the file ends before it does"
 

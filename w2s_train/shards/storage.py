@@ -3,133 +3,40 @@
 What cannot be read at any place, because it is remote or compressed, is copied into the cache.
 """
 
-import contextlib
-import fnmatch
-import glob
+import errno
 import gzip
 import hashlib
-import json
 import lzma
 import os
 import shutil
 import subprocess
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import fsspec
-from braceexpand import braceexpand
 from filelock import FileLock
 
-from w2s_train.errors import UserError
-from w2s_train.shards.writer import INDEX
+from w2s_train.errors import UserError, one_line
+from w2s_train.shards.urls import is_pipe, is_remote, split_url
 
 ATTEMPTS, WAIT = 3, 1.0  # downloads of one file, and seconds before the second, doubled each time
 GIGABYTE = 1e9
+FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # of no use to try again
+Result = TypeVar("Result")
 COMPRESSED = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 CUT = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 
-def is_remote(url: str) -> bool:
-    """Whether it is a URL of fsspec or a pipe, and no local path."""
-    return is_pipe(url) or "://" in url
-
-
-def is_pipe(url: str) -> bool:
-    """Whether it is a shell command, ``pipe:COMMAND``, that writes the file to its output."""
-    return url.startswith("pipe:")
-
-
-def expand_urls(urls: str, name: str = "train_urls", *, allow_pipe: bool = False) -> list[str]:
-    """Shards that a path, a glob, a brace pattern or such a URL names, sorted within each pattern.
-
-    A local shard that is missing is among them if the folder's index lists it.
-
-    Args:
-        urls: The pattern.
-        name: What the user calls it.
-        allow_pipe: Accept ``pipe:COMMAND``.
-
-    Raises:
-        UserError: The pattern names nothing, or something that does not exist; or it is a pipe.
-    """
-    found: list[str] = []
-    for pattern in braceexpand(urls):
-        pattern = pattern.removeprefix("file://")
-        if is_pipe(pattern):
-            if not allow_pipe:
-                raise UserError(f"{name}={urls}: must not run commands unless allow_pipe is true")
-            found.append(pattern)
-        elif is_remote(pattern):
-            found += _expand_remote(pattern, name)
-        else:
-            found += _expand_local(pattern, f"{name}={urls}")
-    return found
-
-
-def local_shards(urls: str, name: str) -> list[Path]:
-    """As `expand_urls`, for what reads whole shards from the disk.
-
-    Raises:
-        UserError: Also where one is remote or missing.
-    """
-    found = expand_urls(urls, name)
-    for url in found:
-        if is_remote(url) or not Path(url).is_file():
-            raise UserError(f"{name}={url}: must be an existing local file")
-    return [Path(url) for url in found]
-
-
-def _expand_local(pattern: str, what: str) -> list[str]:
-    matches = glob.glob(pattern) if glob.has_magic(pattern) else [pattern]
-    files = {match for match in matches if Path(match).is_file()}
-    if glob.has_magic(pattern) and not glob.has_magic(os.path.dirname(pattern)):
-        listed = [str(Path(pattern).parent / name) for name in _listed(Path(pattern).parent)]
-        files |= set(fnmatch.filter(listed, str(Path(pattern))))
-    elif not files and Path(pattern).name in _listed(Path(pattern).parent):
-        files = {pattern}
-    if not files:
-        raise UserError(f"{what}: must name existing files; {pattern} does not")
-    return sorted(files)
-
-
-def _listed(folder: Path) -> list[str]:
-    path = folder / INDEX
-    return list(read_json(path)["shards"]) if path.is_file() else []
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An index.
-
-    Raises:
-        UserError: It is no JSON.
-    """
-    try:
-        content = json.loads(path.read_text())
-        assert isinstance(content["shards"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"index={path}: must be the index of a folder of shards") from None
-    return content
-
-
-def _expand_remote(pattern: str, name: str) -> list[str]:
-    if not glob.has_magic(pattern):
-        return [pattern]
-    try:
-        system, path = fsspec.core.url_to_fs(pattern)
-        found = sorted(str(system.unstrip_protocol(match)) for match in system.glob(path))
-    except Exception as error:  # each file system has its own
-        raise UserError(f"{name}={pattern}: cannot be listed ({one_line(error)})") from error
-    if not found:
-        raise UserError(f"{name}={pattern}: must name existing files; none match")
-    return found
-
-
-def one_line(error: BaseException) -> str:
-    """Its kind and message, or only its kind where it says nothing."""
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+def is_missing(error: BaseException) -> bool:
+    """Whether a file is not there, and not merely out of reach: fsspec says the same of both."""
+    if not isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    cause = error.__cause__
+    status = getattr(cause, "status", None)
+    return cause is None or isinstance(cause, FileNotFoundError) or status in (401, 403, 404)
 
 
 class Storage:
@@ -172,41 +79,63 @@ class Storage:
             state = os.stat(url)
             version = f"{Path(url).resolve()} {state.st_size} {state.st_mtime_ns}"
         name = hashlib.sha256(f"{url} {sha256}{version}".encode()).hexdigest()[:16]
-        base = "pipe" if is_pipe(url) else url.rpartition("/")[2].partition(".")[0]
-        target = self.cache / "files" / f"{name}-{base}.tar"
-        for folder in (target.parent, self.cache / "locks"):
-            folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.cache / "locks" / f"{name}.lock", mode=0o600):
+        base = "pipe" if is_pipe(url) else split_url(url)[1].partition(".")[0]
+        target = self.folder("files") / f"{name}-{base}.tar"
+        with FileLock(self.folder("locks") / f"{name}.lock", mode=0o600):
             if target.is_file():
                 os.utime(target)
             else:
                 self._download(url, target, sha256)
         return target
 
+    def folder(self, name: str) -> Path:
+        """A folder of the cache.
+
+        Raises:
+            UserError: It cannot be made.
+        """
+        path = self.cache / name
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cache={self.cache}: must be a folder that can be written ({error.strerror})"
+            ) from error
+        return path
+
     def text(self, url: str) -> str | None:
-        """The contents of a small remote file, never from the cache; None if there is none."""
-        with contextlib.suppress(FileNotFoundError):
-            with fsspec.open(url, "rt") as file:
-                return str(file.read())
-        return None
+        """The contents of a small remote file, never from the cache; None if there is none.
+
+        Raises:
+            UserError: It cannot be known.
+        """
+        try:
+            return _repeated(lambda: fsspec.open(url, "rt").open().read())
+        except Exception as error:  # each file system has its own
+            if is_missing(error):
+                return None
+            reason = one_line(error.__cause__ or error)
+            raise UserError(f"train_urls={url}: cannot be read ({reason})") from error
 
     def _download(self, url: str, target: Path, sha256: str) -> None:
+        for left in target.parent.glob(f"{target.name}.*.partial"):  # of processes that were killed
+            left.unlink(missing_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         fetch = _run_pipe if is_pipe(url) else _copy
+
+        def attempt() -> None:
+            fetch(url, partial)
+            _verify(partial, sha256)
+
         try:
-            for attempt in range(ATTEMPTS):
-                try:
-                    fetch(url, partial)
-                    _verify(partial, sha256)
-                    break
-                except FileNotFoundError as error:
-                    raise FileNotFoundError(f"{url}: {one_line(error)}") from error
-                except Exception as error:  # each file system has its own
-                    if attempt + 1 == ATTEMPTS:
-                        raise OSError(f"{url}: {one_line(error)}") from error
-                    time.sleep(WAIT * 2**attempt)
-            self._make_room(partial.stat().st_size)
-            os.replace(partial, target)
+            _repeated(attempt)
+            with FileLock(self.folder("locks") / "room.lock"):
+                self._make_room(partial.stat().st_size)
+                os.replace(partial, target)
+        except Exception as error:  # each file system has its own
+            number = error.errno if isinstance(error, OSError) else None
+            reason = f"{url}: {one_line(error.__cause__ or error)}"
+            raise OSError(number, reason) if number else OSError(reason) from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -214,7 +143,7 @@ class Storage:
         if self.gigabytes is None:
             return
         # A file that another process reads stays readable to it when it is unlinked.
-        files = [p for p in (self.cache / "files").iterdir() if p.suffix != ".partial"]
+        files = [p for p in self.folder("files").iterdir() if p.suffix != ".partial"]
         by_use = sorted((p.stat().st_mtime, p.stat().st_size, p) for p in files)
         total = size + sum(each for _, each, _ in by_use)
         for _, each, path in by_use:
@@ -222,6 +151,18 @@ class Storage:
                 return
             path.unlink(missing_ok=True)
             total -= each
+
+
+def _repeated(action: Callable[[], Result]) -> Result:
+    """What an action gives; networks fail now and then, so it is tried a few times."""
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return action()
+        except Exception as error:  # each file system has its own
+            if is_missing(error) or (isinstance(error, OSError) and error.errno in FINAL):
+                raise
+            time.sleep(WAIT * 2**attempt)
+    return action()
 
 
 def _copy(url: str, target: Path) -> None:

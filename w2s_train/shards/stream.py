@@ -5,12 +5,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from w2s_train.errors import UserError
+from w2s_train.shards.indexed import IndexedStore
 from w2s_train.shards.order import Places, StreamOrder
-from w2s_train.shards.samples import IMAGE_TYPES, decode_image, read_shard
-from w2s_train.shards.storage import Storage, one_line
+from w2s_train.shards.samples import IMAGE_TYPES
 from w2s_train.shards.store import Rows, Store
 
 ATTEMPTS = 100  # samples that are tried in place of one that cannot be read
@@ -92,16 +93,22 @@ class ShardStream(IterableDataset):
 
     def _replace(self, first: int, places: Places, rows: Rows) -> Rows:
         """The batch with other samples in place of the bad ones."""
-        reason = next(iter(rows.bad.values()))
+        image, label, left = rows.image, rows.label, dict(rows.bad)
         for attempt in range(ATTEMPTS):
-            numbers = places.rows.copy()
-            for i in rows.bad:
-                numbers[i] = self.order.substitute(first + i, attempt)
-            places = Places(numbers, places.mirrored)
-            rows = self.store.read(places)
-            if not rows.bad:
-                return rows
-        raise UserError(f"shards: must hold readable samples; {ATTEMPTS} were not ({reason})")
+            bad = np.array(sorted(left))
+            numbers = [self.order.substitute(first + i, attempt) for i in bad.tolist()]
+            found = self.store.read(Places(np.array(numbers), places.mirrored[bad]))
+            good = [k for k in range(len(bad)) if k not in found.bad]
+            if good and len(rows.bad) == len(label):  # until now there was no shape
+                rows = rows._replace(bad={})
+                image = found.image.new_zeros(len(label), *found.image.shape[1:])
+            if good:
+                image[bad[good]], label[bad[good]] = found.image[good], found.label[good]
+            left = {int(bad[k]): reason for k, reason in found.bad.items()}
+            if not left:
+                return Rows(image, label, {})
+        reason = next(iter(left.values()))
+        raise UserError(f"train_urls: must hold readable samples; {ATTEMPTS} were not ({reason})")
 
 
 class ShardImages(IterableDataset):
@@ -111,31 +118,29 @@ class ShardImages(IterableDataset):
     and the like}``.
 
     Args:
-        urls: Shards.
-        storage: Gives files for their URLs.
+        store: Of the shards.
         rank: This process, of ``world_size``.
         world_size: Number of processes.
     """
 
-    def __init__(self, urls: list[str], storage: Storage, *, rank: int, world_size: int) -> None:
-        self.urls, self.storage, self.rank, self.world_size = urls, storage, rank, world_size
+    def __init__(self, store: IndexedStore, *, rank: int, world_size: int) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         slot, slots = self.rank * workers + worker, self.world_size * workers
-        for shard in range(slot, len(self.urls), slots):
-            url = self.urls[shard]
-            for number, sample in enumerate(read_shard(self.storage.local(url))):
-                encoding = next((kind for kind in IMAGE_TYPES if kind in sample), None)
-                if encoding is None:
+        for shard in range(slot, len(self.store.shards), slots):
+            first = int(self.store.firsts[shard])
+            for number in range(self.store.shards[shard].samples):
+                row = np.array([first + number])
+                rows = self.store.read(Places(row, np.array([False])))
+                url, key = self.store.name(first + number) if rows.bad else ("", "")
+                for reason in rows.bad.values():
+                    raise UserError(f"urls={url}: must hold readable images; {key}: {reason}")
+                encoding = self.store.field(first + number)
+                if encoding not in IMAGE_TYPES:
                     types = ", ".join(IMAGE_TYPES)
+                    url, _ = self.store.name(first)
                     raise UserError(f"urls={url}: must hold images, one of {types}")
-                try:
-                    image = decode_image(sample[encoding])
-                except Exception as error:  # decoders raise all kinds on broken data
-                    raise UserError(
-                        f"urls={url}: must hold readable images; {sample['__key__']}: "
-                        f"{one_line(error)}"
-                    ) from error
-                yield {"image": image, "place": (shard, number), "encoding": encoding}
+                yield {"image": rows.image[0], "place": (shard, number), "encoding": encoding}

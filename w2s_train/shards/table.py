@@ -7,6 +7,8 @@ the shard by `ShardWriter`; other people's shards are scanned once.
 
 import re
 import tarfile
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -64,20 +66,27 @@ class ShardTable:
 
     @classmethod
     def load(cls, path: Path) -> "ShardTable":
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as stored:
-            sums = {k.removeprefix("sum_"): stored[k] for k in stored if k.startswith("sum_")}
-            return cls(
-                stored["keys"],
-                stored["labels"],
-                stored["fields"].tolist(),
-                stored["offsets"],
-                stored["sizes"],
-                int(stored["bytes"]),
-                str(stored["sha256"]),
-                str(stored["damage"]),
-                sums,
-            )
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: It cannot be read, or is something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                sums = {k.removeprefix("sum_"): stored[k] for k in stored if k.startswith("sum_")}
+                return cls(
+                    stored["keys"],
+                    stored["labels"],
+                    stored["fields"].tolist(),
+                    stored["offsets"],
+                    stored["sizes"],
+                    int(stored["bytes"]),
+                    str(stored["sha256"]),
+                    str(stored["damage"]),
+                    sums,
+                )
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise OSError(f"{path}: is no table of a shard ({error})") from error
 
     @classmethod
     def scan(cls, path: Path, *, name: str | None = None) -> "ShardTable":
@@ -92,7 +101,7 @@ class ShardTable:
         """
         name = name or str(path)
         samples: dict[str, dict[str, tuple[int, int]]] = {}
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:  # headers and labels, and nothing beside
             damage = _scan(file, samples, name)
             size = file.seek(0, 2)
             whole = {

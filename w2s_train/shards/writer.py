@@ -20,15 +20,22 @@ TABLE = ".table.npz"
 
 def table_path(shard: Path) -> Path:
     """Where the table of a shard lies: ``train-000000.table.npz`` beside ``train-000000.tar``."""
-    return shard.with_name(shard.name.partition(".")[0] + TABLE)
+    return shard.with_name(table_name(shard.name))
+
+
+def table_name(shard: str) -> str:
+    """The name of a shard's table, for that of the shard."""
+    return shard.removesuffix(".tar") + TABLE
 
 
 def is_written(shard: Path) -> bool:
     """Whether a `ShardWriter` has finished this shard, and nothing has cut it since."""
-    table = table_path(shard)
-    return (
-        shard.is_file() and table.is_file() and ShardTable.load(table).bytes == shard.stat().st_size
-    )
+    if not shard.is_file():
+        return False
+    try:
+        return ShardTable.load(table_path(shard)).bytes == shard.stat().st_size
+    except OSError:  # no table, or a broken one: it is to be written again
+        return False
 
 
 class ShardWriter:
