@@ -124,9 +124,15 @@ def command(digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.chdir(ROOT)
 
-    def run(name: str, *options: str, config: str = "digits_w2s", folder: str = "run") -> Path:
+    def run(
+        name: str,
+        *options: str,
+        config: str = "digits_w2s",
+        folder: str = "run",
+        tiny: bool = True,
+    ) -> Path:
         path = tmp_path / folder
-        files = [f"configs/{config}.yaml", "tests/tiny.yaml"]
+        files = [f"configs/{config}.yaml", *(["tests/tiny.yaml"] if tiny else [])]
         arguments = [option for file in files for option in ("-c", file)]
         main([name, *arguments, "--trainer.default_root_dir", str(path), *options])
         return path

@@ -9,8 +9,16 @@ import torch
 from conftest import images
 from vae import FACTOR, save_vae
 
-from w2s_train.autoencoder import PixelSpace, StableDiffusionVAE, Vectors, to_uint8
+from w2s_train.autoencoder import (
+    Autoencoder,
+    PixelSpace,
+    StableDiffusionVAE,
+    Vectors,
+    to_uint8,
+)
 from w2s_train.latents.kl import load_autoencoder, weights_digest
+from w2s_train.latents.record import latents_beside
+from w2s_train.shards import Storage
 
 
 @pytest.fixture(scope="module")
@@ -110,22 +118,44 @@ def test_checkpoints_hold_nothing_of_it(vae: str, tmp_path: Path):
 
 
 def test_shards_of_another_autoencoder_are_refused(vae: str, tmp_path: Path):
+    """Found beside the shards however they are named; weights once there are some to compare."""
     autoencoder = StableDiffusionVAE(vae)
-    weights = weights_digest(load_autoencoder(vae, "vae"))
     path = tmp_path / "latents.json"
-    latents_json(path, weights=weights)
-    autoencoder.check(path)
+
+    def check(autoencoder: Autoencoder = autoencoder) -> None:
+        [(where, made)] = latents_beside(
+            [f"{tmp_path}/train-000000.tar"], Storage(tmp_path)
+        ).items()
+        assert where == str(path)
+        autoencoder.check(made, where)
+
     latents_json(path)
+    check()
+    autoencoder.load()
     with pytest.raises(
         ValueError, match=r"^autoencoder.path=.*must be .*, one with weights 0{12};"
     ):
-        autoencoder.check(path)
+        check()
+    latents_json(path, weights=weights_digest(load_autoencoder(vae, "vae")))
+    check()
     latents_json(path, latent_shape=[16, 8, 8])
     with pytest.raises(ValueError, match="^channels=4: must be 16"):
-        autoencoder.check(path)
+        check()
+    other = StableDiffusionVAE(vae, statistics=latents_json(tmp_path / "other.json"))
+    latents_json(path)
+    check(StableDiffusionVAE(vae, statistics=str(path)))
+    made = json.loads(path.read_text())
+    made["statistics"]["std"][0] *= 2
+    path.write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="^statistics=.*other.json: must be those of .*latents.js"):
+        check(other)
+    del made["statistics"]
+    path.write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="^train_urls=.*must be of shards that are all encoded"):
+        check()
     with pytest.raises(ValueError, match="^channels=16: must be 4, as"):
         StableDiffusionVAE(vae, channels=16).load()
-    PixelSpace().check(path)
+    PixelSpace().check({}, "")
     PixelSpace().load()
 
 

@@ -1,5 +1,6 @@
 """Faults of the data in whole runs: rows 1, 2, 11, 12 and 13 of the faults that we survive."""
 
+import hashlib
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import pytest
 from shard_files import overwrite, png
 from test_resume import assert_same, checkpoint, launch
 
+from w2s_train.module import DiffusionModule
 from w2s_train.shards import ShardWriter, write_index
 
 OPTIONS = ["--data.prepare=null", "--data.dataset=digits", "--trainer.callbacks=null"]
@@ -95,13 +97,35 @@ def test_virtual_epochs_change_nothing(command, data: str):
     assert_same(checkpoint(whole), checkpoint(pieces))
 
 
-def test_the_position_survives_another_number_of_processes(command, data: str):
-    """Faults row 2: half of the batch on twice the processes sees the same samples."""
-    options = [*OPTIONS, data, "--data.num_workers=1"]
-    folder = command("fit", *options, "--trainer.max_steps=3", "--data.batch_size=16")
-    two = ["--data.batch_size=8", "--trainer.devices=2", "--trainer.strategy=ddp_fork"]
-    command("fit", *options, *two, "--ckpt_path=last")
-    assert checkpoint(folder)["progress"]["images_seen"] == 6 * 16
+def test_the_position_survives_another_number_of_processes(command, data: str, monkeypatch):
+    """Faults row 2: one process of 16 rows, then two of 8, then one: the samples of one run."""
+    seen = Path(data.partition("=")[2]).parent.parent / "seen"
+    seen.mkdir()
+    real = DiffusionModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        rank, size = self.trainer.global_rank, len(batch["label"])
+        name = f"{self.images_seen + rank * size:06d}"
+        hashes = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch["image"]]
+        (seen / name).write_text("".join(f"{each}\n" for each in hashes))
+        return real(self, batch, batch_idx)
+
+    def everything() -> str:
+        text = "".join(path.read_text() for path in sorted(seen.iterdir()))
+        for path in seen.iterdir():
+            path.unlink()
+        return text
+
+    monkeypatch.setattr(DiffusionModule, "training_step", training_step)
+    options = [*OPTIONS, data, "--data.num_workers=1", "--data.batch_size=16"]
+    command("fit", *options, "--trainer.max_steps=9", folder="whole")
+    whole = everything()
+    for steps, number in ((3, 1), (6, 2), (9, 1)):
+        split = [f"--trainer.devices={number}", f"--data.batch_size={16 // number}"]
+        split += ["--trainer.strategy=ddp_fork", f"--trainer.max_steps={steps}"]
+        command("fit", *options, *split, "--ckpt_path=last", folder="part")
+    assert everything() == whole
+    assert len(set(whole.splitlines()[:120])) == 120
 
 
 WEAK = "{class_path: w2s_train.segment.Extrapolation, init_args: {low: %s, high: %s, scale: 0.3, "
@@ -112,8 +136,6 @@ def killed(command, options: list[str], step: int) -> int:
     """Run a fit in a child process that kills itself with SIGKILL at a step; gives its status."""
     child = os.fork()
     if child == 0:
-        from w2s_train.module import DiffusionModule
-
         real = DiffusionModule.training_step
 
         def training_step(self, batch, batch_idx):

@@ -34,8 +34,12 @@ def test_latents_are_trained_on_decoded_and_scored(command, tmp_path: Path):
     module = DiffusionModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     images = module.generate([1, 2, 3], [4, 5, 6])
     assert images.shape == (3, 1, 8, 8)
+    other = save_vae(tmp_path / "other", seed=1, in_channels=1, out_channels=1)
+    urls = f"{tmp_path}/{{latents,latents}}/train-00000*.tar"
+    refused = [f"--model.autoencoder.init_args.path={other}", f"--data.train_urls={urls}"]
+    with pytest.raises(SystemExit, match="must be the autoencoder that made the shards"):
+        command("fit", "-c", str(overlay), *refused, folder="refused")
+    assert not (tmp_path / "refused" / "metrics.csv").exists()
     # Other weights behind the same path would make other images of the same latents.
-    module.autoencoder._loaded[0] = load_autoencoder(
-        save_vae(tmp_path / "other", seed=1, in_channels=1, out_channels=1), "vae"
-    )
+    module.autoencoder._loaded[0] = load_autoencoder(other, "vae")
     assert not torch.equal(module.generate([1, 2, 3], [4, 5, 6]), images)

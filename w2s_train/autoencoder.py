@@ -4,7 +4,6 @@ Training calls `Autoencoder.encode`, validation `Autoencoder.decode`. Both see t
 """
 
 import abc
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from w2s_train.errors import UserError
 from w2s_train.latents.kl import load_autoencoder, split_moments, weights_digest
-from w2s_train.latents.record import read_latents, read_statistics
+from w2s_train.latents.record import read_statistics
 from w2s_train.shards.samples import to_float
 
 STABLE_DIFFUSION = 0.18215  # 1 / std of its latents (Rombach et al., 2022)
@@ -37,14 +36,16 @@ class Autoencoder(nn.Module, abc.ABC):
         """
         return None
 
-    def check(self, latents_json: Path) -> None:
-        """Refuse shards that another autoencoder encoded.
+    def check(self, made: dict[str, Any], where: str) -> None:
+        """Refuse shards of latents that are not this autoencoder's.
 
         Args:
-            latents_json: The ``latents.json`` beside the shards, as data/encode_latents.py writes.
+            made: The ``latents.json`` beside the shards, as data/encode_latents.py writes it.
+            where: Its place, for the message.
 
         Raises:
-            UserError: Another one did.
+            UserError: Of another number of channels or other statistics; or, once the weights are
+                loaded, of other weights.
         """
         return None
 
@@ -120,10 +121,11 @@ class StableDiffusionVAE(Autoencoder):
             if value < 1:
                 raise UserError(f"{name}={value}: must be at least 1")
         self.path, self.channels, self.decode_batch = path, channels, decode_batch
+        self.statistics_path, self.statistics = statistics, tuple[Tensor, ...]()
         mean = torch.zeros(channels)
         factor = torch.full((channels,), STABLE_DIFFUSION if scale is None else scale)
         if statistics is not None:
-            mean, std = read_statistics(statistics, channels)
+            mean, std = self.statistics = read_statistics(statistics, channels)
             factor = 1 / std
         # Neither these nor the weights belong in state dicts or checkpoints, and neither may follow
         # the network to a precision below float32: no buffers, and a list.
@@ -157,19 +159,20 @@ class StableDiffusionVAE(Autoencoder):
                 )
             self._loaded.append(vae)
 
-    def check(self, latents_json: Path) -> None:
-        made = read_latents(latents_json, "train_urls")
+    def check(self, made: dict[str, Any], where: str) -> None:
         if made["latent_shape"][0] != self.channels:
             raise UserError(
-                f"channels={self.channels}: must be {made['latent_shape'][0]}, as {latents_json} "
+                f"channels={self.channels}: must be {made['latent_shape'][0]}, as {where} "
                 "says of the shards"
             )
-        self.load()
-        if (mine := weights_digest(self._loaded[0])) != made["weights"]:
+        theirs = [torch.tensor(made["statistics"][name]) for name in ("mean", "std")]
+        if not all(map(torch.equal, self.statistics, theirs)):
+            raise UserError(f"statistics={self.statistics_path}: must be those of {where}")
+        if self._loaded and (mine := weights_digest(self._loaded[0])) != made["weights"]:
             raise UserError(
                 f"autoencoder.path={self.path}: must be the autoencoder that made the shards, "
                 f"{made['autoencoder']} with weights {made['weights'][:12]}; these are {mine[:12]} "
-                f"({latents_json})"
+                f"({where})"
             )
 
     def describe(self) -> str:

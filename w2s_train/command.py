@@ -32,7 +32,7 @@ from w2s_train.callbacks.scorer import Scorer
 from w2s_train.checks import check_files, check_numbers, explain, locate
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError
-from w2s_train.latents.record import LATENTS
+from w2s_train.latents.record import latents_beside
 from w2s_train.module import DiffusionModule
 from w2s_train.trainer import DiffusionTrainer
 
@@ -177,13 +177,14 @@ class Command(LightningCLI):
 
     def _check_autoencoder(self, subcommand: str) -> None:
         """What decodes must be there before the first step, and must be what made the latents."""
-        scorers = [callback for callback in self._callbacks() if isinstance(callback, Scorer)]
-        if subcommand == "reference" or (subcommand == "fit" and not scorers):
+        if subcommand == "reference":
             return
-        self.model.autoencoder.load()
-        latents = Path(self.datamodule.train_urls).parent / LATENTS
-        if latents.is_file():
-            self.model.autoencoder.check(latents)
+        autoencoder, data = self.model.autoencoder, self.datamodule
+        if subcommand != "fit" or any(isinstance(each, Scorer) for each in self._callbacks()):
+            autoencoder.load()
+        urls = data.expand(data.train_urls) if data.script is None else []
+        for where, made in latents_beside(urls, data.storage).items():
+            autoencoder.check(made, where)
 
     def before_fit(self) -> None:
         """Check the steps of a plan, and own the run folder before a logger writes into it."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from w2s_train.errors import UserError
 from w2s_train.files import atomic_write
+from w2s_train.shards.storage import Storage
 from w2s_train.shards.table import ShardTable
+from w2s_train.shards.urls import is_pipe, is_remote, split_url
 from w2s_train.shards.writer import table_path
 
 LATENTS = "latents.json"
@@ -36,8 +39,13 @@ def read_latents(path: Path, name: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{name}={path}: must be an existing file")
+    return parse_latents(path.read_text(), str(path), name)
+
+
+def parse_latents(text: str, path: str, name: str) -> dict[str, Any]:
+    """As `read_latents`, for the contents of a file that is somewhere."""
     try:
-        made = json.loads(path.read_text())
+        made = json.loads(text)
         about = made["autoencoder"], made["weights"], made["latent_shape"][0]
         complete = "statistics" in made
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -47,6 +55,24 @@ def read_latents(path: Path, name: str) -> dict[str, Any]:
     if not complete:
         raise UserError(f"{name}={path}: must be of shards that are all encoded ({about[0]})")
     return made
+
+
+def latents_beside(urls: Sequence[str], storage: Storage) -> dict[str, dict[str, Any]]:
+    """Every ``latents.json`` beside some shards, by its place.
+
+    Raises:
+        UserError: One cannot be read, or is that of an encoding that has not ended.
+    """
+    found = {}
+    for folder in sorted({split_url(url)[0] for url in urls if not is_pipe(url)}):
+        place = f"{folder}/{LATENTS}" if folder else LATENTS
+        if is_remote(place):
+            text = storage.text(place)
+        else:
+            text = Path(place).read_text() if Path(place).is_file() else None
+        if text is not None:
+            found[place] = parse_latents(text, place, "train_urls")
+    return found
 
 
 def read_statistics(path: str, channels: int) -> Statistics:
