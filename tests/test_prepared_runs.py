@@ -1,4 +1,4 @@
-"""From images to a run: CIFAR-10 and a messy folder, prepared, trained on, on one and two processes."""
+"""From images to a run: CIFAR-10 and a messy folder, on one and two processes."""
 
 import io
 from pathlib import Path
