@@ -57,6 +57,20 @@ def test_configs_instantiate(config: str, latents: str):
     assert isinstance(command.datamodule, ShardDataModule)
 
 
+DATA = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_configs_instantiate(name: str, latents: str):
+    path = ROOT / "configs" / "data" / f"{name}.yaml"
+    stated = yaml.safe_load(path.read_text())
+    classes = f"--model.network.init_args.num_classes={stated['num_classes']}"
+    arguments = ["-c", str(ROOT / "configs" / "digits_w2s.yaml"), "--data", str(path), classes]
+    urls = [] if "prepare" in stated else ["--data.train_urls", latents]
+    data = compose(["fit", *arguments, *urls, "--data.in_memory=null"], run=False).datamodule
+    assert (data.batch_size, data.flip) == (stated["batch_size"], stated.get("flip", False))
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("config", MAIN)
 def test_overlays_instantiate(config: str, overlay: str, latents: str):
