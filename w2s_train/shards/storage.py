@@ -110,7 +110,7 @@ class Storage:
             UserError: It cannot be known.
         """
         try:
-            return _repeated(lambda: fsspec.open(url, "rt").open().read())
+            return _repeated(lambda: _read_text(url))
         except Exception as error:  # each file system has its own
             if is_missing(error):
                 return None
@@ -179,6 +179,11 @@ def _copy(url: str, target: Path) -> None:
             # missing shows when its samples are looked up.
             if is_remote(url):
                 raise
+
+
+def _read_text(url: str) -> str:
+    with fsspec.open(url, "rt") as file:
+        return str(file.read())
 
 
 def _run_pipe(url: str, target: Path) -> None:

@@ -43,7 +43,7 @@ def expand_urls(urls: str, name: str = "train_urls", *, allow_pipe: bool = False
         raise UserError(f"{name}={urls}: must have balanced braces") from error
     found: dict[str, None] = {}  # in order, and none twice
     for pattern in patterns:
-        pattern = pattern.removeprefix("file://")
+        pattern = os.path.expanduser(pattern.removeprefix("file://"))
         if is_pipe(pattern):
             if not allow_pipe:
                 raise UserError(f"{name}={urls}: must not run commands unless allow_pipe is true")
