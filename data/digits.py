@@ -23,6 +23,7 @@ from sklearn.datasets import load_digits
 
 from w2s_train.features import ConvClassifier, train_classifier, write_reference
 from w2s_train.shards import ShardWriter, write_index
+from w2s_train.shards.writer import CLASSES
 
 FOLDER = Path("data/digits")
 TRAIN_SHARDS, HELD_OUT, SEED = 8, 300, 0
@@ -56,7 +57,7 @@ def prepare() -> None:
     write_shards("train", *splits["train"], TRAIN_SHARDS)
     write_shards("heldout", *splits["heldout"], 1)
     write_index(FOLDER)
-    (FOLDER / "classes.txt").write_text("".join(f"{digit}\n" for digit in range(10)))
+    (FOLDER / CLASSES).write_text("".join(f"{digit}\n" for digit in range(10)))
     tensors = {
         name: (torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels))
         for name, (images, labels) in splits.items()

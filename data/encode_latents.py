@@ -33,11 +33,12 @@ from tqdm import tqdm
 from w2s_train.errors import UserError
 from w2s_train.latents.encode import FIELDS, PRECISIONS, Encoder, Facts, Settings, Task, is_encoded
 from w2s_train.latents.images import first_size
+from w2s_train.latents.locks import claim_summary
 from w2s_train.latents.record import Recipe, Summary, begin, complete
 from w2s_train.latents.workers import Workers
 from w2s_train.shards import local_shards, write_index
 from w2s_train.shards.table import ShardTable
-from w2s_train.shards.writer import table_path
+from w2s_train.shards.writer import CLASSES, table_path
 
 
 def arguments() -> argparse.Namespace:
@@ -57,7 +58,7 @@ def arguments() -> argparse.Namespace:
     add("--output", required=True, type=Path, metavar="FOLDER", help="of the latents' shards")
     add("--dtype", choices=list(FIELDS), default="float16", help="of the stored moments")
     add("--no-flip", action="store_true", help="no second latent, of the mirrored image")
-    add("--batch-size", type=int, default=32, help="images at a time; may change the last bits")
+    add("--batch-size", type=int, default=32, help="images at a time; decides about the last bits")
     add("--precision", choices=PRECISIONS, default="float32", help="of the computation")
     add("--devices", default="auto", metavar="auto|cpu|N", help="all GPUs if any, the CPU, N GPUs")
     add("--processes", type=int, default=1, metavar="N", help="on the CPU, one thread each")
@@ -133,6 +134,7 @@ def recipe_of(given: argparse.Namespace, facts: Facts, tasks: list[Task]) -> Rec
         given.dtype,
         not given.no_flip,
         given.precision,
+        given.batch_size,
         facts.image_shape,
         facts.latent_shape,
         given.source,
@@ -171,7 +173,7 @@ def finish(output: Path, tasks: list[Task], recipe: Recipe) -> None:
               "part, or this command without --part, ends with the statistics")  # fmt: skip
         return
     summary = complete(output, [task.target.name.removesuffix(".tar") for task in tasks], recipe)
-    classes = tasks[0].source.with_name("classes.txt")
+    classes = tasks[0].source.with_name(CLASSES)
     if classes.is_file():
         shutil.copyfile(classes, output / classes.name)
     write_index(output)  # last: its presence means done
@@ -216,19 +218,18 @@ def main() -> None:
     ) as workers:
         recipe = recipe_of(given, workers.facts, tasks)
         given.output.mkdir(parents=True, exist_ok=True)
-        if mine == tasks:  # no other part may be writing them
-            for path in given.output.glob("*.json.*.partial"):
-                path.unlink()
-        begin(given.output, recipe)
+        with claim_summary(given.output):
+            begin(given.output, recipe)
         encode(workers, mine)
-    finish(given.output, tasks, recipe)
+    with claim_summary(given.output):
+        finish(given.output, tasks, recipe)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the shards that are missing", file=sys.stderr)
         sys.exit(130)

@@ -49,17 +49,17 @@ def parser() -> argparse.ArgumentParser:
     for each in (folder, known, rows):
         each.add_argument("--per-shard", type=int, default=1000, metavar="N", help="images in each")
         each.add_argument("--shuffle-seed", type=int, default=0, metavar="N", help="of their order")
-    for each, mode in ((folder, "RGB"), (known, "auto"), (rows, "RGB"), (shards, "auto")):
+    for each, mode in ((folder, "RGB"), (known, None), (rows, "RGB"), (shards, "auto")):
         add_common(each, mode)
     return top
 
 
-def add_common(kind: argparse.ArgumentParser, mode: str) -> None:
+def add_common(kind: argparse.ArgumentParser, mode: str | None) -> None:
     """Add the options that all sources have.
 
     Args:
         kind: Parser of one source.
-        mode: Its default mode.
+        mode: Its default mode; None: see `mode_of`.
     """
     add = kind.add_argument
     add("--output", type=Path, required=True, metavar="DIR")
@@ -69,7 +69,8 @@ def add_common(kind: argparse.ArgumentParser, mode: str) -> None:
         "--mode",
         choices=("RGB", "L", "auto"),
         default=mode,
-        help=f"auto: that of the first readable image; default {mode}",
+        help="auto: that of the first readable image; default "
+        + (mode or "RGB for ImageNet, else auto"),
     )
     add("--format", choices=("png", "jpg"), default="png", help="of images that are changed")
     add("--quality", type=int, metavar="N", help=f"of jpg, 1 to 100; default {QUALITY}")
@@ -133,6 +134,11 @@ def open_source(given: argparse.Namespace) -> "Source":
     return Dealt(images, per_shard=given.per_shard, seed=given.shuffle_seed)
 
 
+def mode_of(given: argparse.Namespace) -> str:
+    """The mode that is given, or that of the source."""
+    return given.mode or ("RGB" if given.name == "ImageNet" else "auto")
+
+
 def write_reference(given: argparse.Namespace) -> None:
     """Run ``lightning reference`` on the shards, in a process of its own."""
     command = [sys.executable, "-m", "w2s_train", "reference", "-c", given.reference]
@@ -150,9 +156,13 @@ def main() -> None:
     from w2s_train.preparation.run import first_mode
 
     source = open_source(given)
-    mode = first_mode(source) if given.mode == "auto" else given.mode
+    mode = mode_of(given)
+    guessed = mode == "auto"
+    if guessed:
+        mode = first_mode(source)
     quality, upright = given.quality or QUALITY, given.exif == "apply"
-    conversion = Conversion(given.size, mode, given.format, quality, upright)
+    only_grey = guessed and mode == "L"
+    conversion = Conversion(given.size, mode, given.format, quality, upright, only_grey)
     preparation = Preparation(source, conversion, given.output, given.split)
     print(preparation.run(processes=given.processes, max_broken=given.max_broken), flush=True)
     if given.reference is not None:

@@ -1,16 +1,19 @@
 """Images of all sorts, and the command that turns them into shards, for tests."""
 
+import contextlib
 import importlib.util
 import io
 import os
+import resource
 import struct
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset as wds
 from conftest import ROOT
 from PIL import Image
 
@@ -44,6 +47,24 @@ def written(folder: Path) -> dict[str, bytes]:
     """All files but locks."""
     paths = [path for path in sorted(folder.iterdir()) if path.suffix != ".lock"]
     return {path.name: path.read_bytes() for path in paths}
+
+
+def write_tar(path: Path, *members: dict) -> Path:
+    with open(path, "wb") as file, contextlib.closing(wds.TarWriter(file, encoder=False)) as tar:
+        for number, fields in enumerate(members):
+            tar.write({"__key__": f"{number:03d}", **fields})
+    return path
+
+
+@contextlib.contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """Files cannot grow beyond this many bytes; as a full disk, but with another message."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def preparer(

@@ -63,7 +63,7 @@ def test_shards_hold_the_moments(place: Path):
     assert not torch.equal(flipped, plain.flip(-1))
     names = {path.name for path in (place / "whole").iterdir() if path.suffix != ".npz"}
     shards = {f"train-{i:06d}.tar" for i in range(3)}
-    assert names == shards | {"index.json", "latents.json", "classes.txt"}
+    assert names == shards | {"index.json", "latents.json", "classes.txt", ".locks"}
 
 
 def test_statistics_are_those_of_all_stored_moments(place: Path):
@@ -75,6 +75,8 @@ def test_statistics_are_those_of_all_stored_moments(place: Path):
     stored = {key: torch.tensor(about["statistics"][key]).double() for key in ("mean", "std")}
     torch.testing.assert_close(stored["mean"], mean.mean(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(stored["std"], variance.sqrt(), rtol=1e-5, atol=0)
+    together = (mean.var(correction=0) + log_variance.exp().mean()).sqrt().item()
+    assert about["statistics"]["std_of_all"] == pytest.approx(together, rel=1e-5)
     assert about["statistics"]["count"] == 60 * 8 * 8
     assert (about["images"], about["latent_shape"]) == (30, [4, 8, 8])
 
@@ -150,6 +152,7 @@ def test_other_settings_need_another_folder(place: Path, tmp_path: Path):
     refused("--dtype", "bfloat16", message="output=.*of dtype float16, now bfloat16 ")
     refused("--no-flip", message="output=.*of flip True, now False ")
     refused("--precision", "bfloat16", message="output=.*of precision float32, now bfloat16 ")
+    refused("--batch-size", BATCH + 1, message=f"output=.*of batch_size {BATCH}, now {BATCH + 1} ")
     other = save_vae(tmp_path / "other", seed=1)
     refused("--autoencoder", other, message="output=.*of weights .{64}, now .{64} ")
     write_images(tmp_path / "images", shards=1)
@@ -205,16 +208,16 @@ def test_sources_that_cannot_be_encoded(place: Path, tmp_path: Path):
     write_shard(shard, good, ("png", encoded_image(pixels[:14], "png")))
     assert f"source={shard}: must hold images of 16x16 pixels, as the first one; k1" in message()
     write_shard(shard, good, ("npy", b"0"))
-    assert f"source={shard}: must hold images, one of png" in message()
+    assert f"shard={shard}: must hold images (png, " in message()
     write_shard(shard, good, ("png", good[1][:45]), good)
     assert f"max_broken=0: image k1 of {shard} cannot be decoded" in message()
     assert f"max_broken=0.3: 1 of 3 images of {shard}" in message("--max-broken", 0.3)
     content = shard.read_bytes()
     shard.write_bytes(content[:-1024])
-    assert f"source={shard}: must be as long as when it was written" in message()
+    assert f"shard={shard}: must be as long as when it was written" in message()
     (tmp_path / "a.table.npz").unlink()
     shard.write_bytes(content[:1000])
-    assert f"shard={shard}: must be" in message() or f"source={shard}: must be whole" in message()
+    assert f"shard={shard}: must be a whole tar" in message()
     write_shard(shard, good)
     huge = Path(save_vae(tmp_path / "huge"))
     vae = load_autoencoder(str(huge), "vae")
@@ -231,7 +234,7 @@ def test_compressed_sources(place: Path, tmp_path: Path):
     last = tmp_path / "train-000002.tar.gz"
     content = last.read_bytes()
     last.write_bytes(content[:-2000])
-    with pytest.raises(SystemExit, match=f"^error: source={last}: must be whole; "):
+    with pytest.raises(SystemExit, match=f"^error: shard={last}: must be a whole tar "):
         encode_latents(tmp_path / "*.gz", *common)
     last.write_bytes(content)
     encode_latents(tmp_path / "*.gz", *common)

@@ -74,6 +74,8 @@ def test_bytes_are_kept(kind: str, size: int | None):
 def test_changed_images_are_encoded(change: dict):
     encoded = RGB._replace(**change)(encode(noise(12, 12, 3), "jpeg"))
     assert (encoded.field, encoded.kept) == ("png", False)
+    again = encode(pixels(encoded.content), compress_level=1)
+    assert encoded.content == again
 
 
 UPRIGHT = {

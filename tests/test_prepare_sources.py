@@ -1,6 +1,5 @@
 """What data/prepare.py reads besides folders: torchvision, Hugging Face, webdataset shards."""
 
-import contextlib
 import io
 import json
 import pickle
@@ -11,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import webdataset as wds
-from image_folders import SHARED, encode, noise, pixels, preparer, samples
+from image_folders import SHARED, encode, noise, pixels, preparer, samples, write_tar
 from PIL import Image
 
 from w2s_train.errors import UserError
@@ -93,7 +91,7 @@ def test_imagenet(prepare, tmp_path: Path):
     for wnid in names:
         (root / "val" / wnid).mkdir(parents=True)
         for i in range(3):
-            jpeg = encode(noise(90, 70 + 30 * i, 3), "jpeg")
+            jpeg = encode(noise(90, 70 + 30 * i, *[3] * (i == 0)), "jpeg")  # most are grey
             (root / "val" / wnid / f"ILSVRC2012_{i}.JPEG").write_bytes(jpeg)
     torch.save((names, []), root / "meta.bin")
     options = ("--root", root, "--split", "val", "--size", 32, "--output", out)
@@ -175,6 +173,8 @@ def test_huggingface_errors(prepare, rows, tmp_path: Path, monkeypatch: pytest.M
     for column, message in (
         (labels, "row 2 has no label"),
         ([0, 1, -1, *[0] * 7], "label=-1: must be at least 0 .row 2"),
+        ([0, 2**20, *[0] * 8], r"label=1048576: must be in \[0, 1048575\] .row 1"),
+        (np.array([2**63, *[0] * 9], np.uint64), "label=9223372036854775808: must be in .*row 0"),
         ([0.5] * 10, "whole numbers or texts"),
     ):
         typed.remove_columns("label").add_column("label", column).to_parquet(path)
@@ -223,21 +223,16 @@ def test_shared_shards(prepare, tmp_path: Path, name: str, mode: str):
         np.testing.assert_array_equal(pixels(new["png"]), center_crop(image, 8))
 
 
-def write_tar(path: Path, *members: dict) -> Path:
-    with open(path, "wb") as file, contextlib.closing(wds.TarWriter(file, encoder=False)) as tar:
-        for number, fields in enumerate(members):
-            tar.write({"__key__": f"{number:03d}", **fields})
-    return path
-
-
 def test_shard_errors(prepare, tmp_path: Path):
     png, out = encode(noise(4, 4)), ("--output", tmp_path / "out")
     good = {"png": png, "cls": b"1"}
     for number, (members, message) in enumerate(
         (
-            ((good, {"png": png}), "label=: must be a whole number, in KEY.cls .sample 001"),
-            ((good, {"png": png, "cls": b"-1"}), "label=-1"),
-            ((good, {"txt": b"", "cls": b"1"}), "must hold images .*; 001 holds"),
+            ((good, {"png": png}), "label=: must be a whole number, in 001.cls of .*0.tar"),
+            ((good, {"png": png, "cls": b"-1"}), "label=-1: must be at least 0, in 001"),
+            ((good, {"png": png, "cls": b"9" * 20}), r"label=9{20}: must be in \[0, 1048575\], in"),
+            ((good, {"png": png, "cls": b"2000000000"}), "label=2000000000: .* 001.cls of .*3.tar"),
+            ((good, {"txt": b"", "cls": b"1"}), "must hold images .*; sample 001 holds"),
         )
     ):
         path = write_tar(tmp_path / f"{number}.tar", *members)

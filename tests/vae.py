@@ -73,7 +73,8 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """What every run of the command must repeat."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".npz"}
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".npz"]
+    return {path.name: path.read_bytes() for path in files}
 
 
 def arguments(place: Path, output: Path, *options: object) -> list[object]:

@@ -8,6 +8,17 @@ from typing import IO
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of reading or writing say which file it was: a full disk alone does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write to, which becomes ``path`` when the block ends without an error.
 
@@ -16,7 +27,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        with naming(path), open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError
-from w2s_train.latents.images import Image, ShardImages, batched, check_whole
+from w2s_train.latents.images import Image, ShardImages, batched
 from w2s_train.latents.kl import load_autoencoder, split_moments, weights_digest
+from w2s_train.latents.locks import claim
 from w2s_train.shards.samples import FLIPPED, to_float
 from w2s_train.shards.table import ShardTable
+from w2s_train.shards.whole import check_whole
 from w2s_train.shards.writer import ShardWriter, is_written, table_path
 
 FIELDS = {"float16": "npy", "bfloat16": "bf16.npy"}  # by type of the stored numbers
@@ -60,14 +62,6 @@ class Facts(NamedTuple):
     weights: str  # digest
     image_shape: tuple[int, int, int]
     latent_shape: tuple[int, int, int]  # (C, h, w)
-
-
-def remove_leftovers(target: Path) -> None:
-    """Delete what writers of this shard left that were killed."""
-    stem = target.name.removesuffix(".tar")
-    for kind in ("tar", "table.npz"):
-        for path in target.parent.glob(f"{stem}.{kind}.*.partial"):
-            path.unlink(missing_ok=True)
 
 
 def is_encoded(task: Task) -> bool:
@@ -122,11 +116,10 @@ class Encoder:
     def encode_shard(self, task: Task) -> Iterator[int]:
         """As `run`, for one."""
         check_whole(task.source)
-        remove_leftovers(task.target)
         channels, *_ = self.facts.image_shape
         settings = self.settings
         images = ShardImages(task.source, channels, settings.size, settings.max_broken)
-        with ShardWriter(task.target) as writer:
+        with claim(task.target), ShardWriter(task.target) as writer:
             for batch, pixels in batched(images, settings.batch_size):
                 self._write(writer, batch, pixels, task.source)
                 yield len(batch)

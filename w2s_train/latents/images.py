@@ -1,7 +1,5 @@
 """The images of one shard, in their order, whole or with an error that names what is wrong."""
 
-import tarfile
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,11 +10,9 @@ import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError
-from w2s_train.shards.samples import IMAGE_TYPES, Sample, decode_image, read_shard
-from w2s_train.shards.table import ShardTable
-from w2s_train.shards.writer import is_written, table_path
+from w2s_train.shards.samples import decode_image, encoded_image, read_shard
+from w2s_train.shards.whole import check_whole
 
-COMPRESSED = (".gz", ".tgz", ".bz2", ".xz")
 DECODERS = 2  # threads; a batch is decoded while the one before it is encoded
 
 
@@ -28,24 +24,12 @@ class Image(NamedTuple):
     pixels: Tensor
 
 
-def check_whole(shard: Path) -> None:
-    """Refuse a shard that has been cut off: reading it would end early and say nothing.
+class Waiting(NamedTuple):
+    """A sample whose image is being decoded."""
 
-    Raises:
-        UserError: It has.
-    """
-    if table_path(shard).is_file() and not is_written(shard):
-        raise UserError(f"source={shard}: must be as long as when it was written, it is not")
-    if shard.suffix not in COMPRESSED:
-        if damage := ShardTable.scan(shard).damage:
-            raise UserError(f"source={shard}: must be whole; {damage}")
-        return
-    try:
-        with tarfile.open(shard) as tar:
-            for _ in tar:
-                pass
-    except (tarfile.ReadError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f"source={shard}: must be whole; {error}") from error
+    key: str
+    label: int
+    pixels: Future[Tensor]
 
 
 class ShardImages:
@@ -71,15 +55,17 @@ class ShardImages:
     def __iter__(self) -> Iterator[Image]:
         samples = 0
         pool = ThreadPoolExecutor(DECODERS)
-        waiting: deque[tuple[Sample, Future[Tensor]]] = deque()
+        waiting: deque[Waiting] = deque()
         try:
             for sample in read_shard(self.shard):
                 samples += 1
-                waiting.append((sample, pool.submit(decode_image, self._content(sample))))
+                content, label = encoded_image(sample, self.shard)
+                pixels = pool.submit(decode_image, content)
+                waiting.append(Waiting(sample["__key__"], label, pixels))
                 if len(waiting) > 64:
-                    yield from self._image(*waiting.popleft())
+                    yield from self._image(waiting.popleft())
             while waiting:
-                yield from self._image(*waiting.popleft())
+                yield from self._image(waiting.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
         if len(self.broken) > self.max_broken * samples:
@@ -88,22 +74,11 @@ class ShardImages:
                 f"{self.shard} cannot be decoded, the first is {self.broken[0]}"
             )
 
-    def _content(self, sample: Sample) -> bytes:
-        kind = next((kind for kind in IMAGE_TYPES if kind in sample), None)
-        if kind is None:
-            fields = ", ".join(name for name in sample if not name.startswith("__"))
-            types = ", ".join(IMAGE_TYPES)
-            raise UserError(
-                f"source={self.shard}: must hold images, one of {types}; sample "
-                f"{sample['__key__']} holds {fields}"
-            )
-        return sample[kind]
-
-    def _image(self, sample: Sample, decoded: Future[Tensor]) -> list[Image]:
+    def _image(self, waiting: Waiting) -> list[Image]:
         """None or one."""
-        key = sample["__key__"]
+        key = waiting.key
         try:
-            pixels = decoded.result()
+            pixels = waiting.pixels.result()
         except Exception as error:  # decoders raise almost anything on damaged bytes
             self.broken.append(key)
             if self.max_broken == 0:
@@ -112,17 +87,7 @@ class ShardImages:
                     "a share above 0 leaves such images out"
                 ) from error
             return []
-        return [Image(key, self._label(sample), self._checked(key, pixels))]
-
-    def _label(self, sample: Sample) -> int:
-        text = sample.get("cls", b"").decode(errors="replace").strip()
-        try:
-            return int(text)
-        except ValueError:
-            raise UserError(
-                f"label={text[:20]}: must be a whole number, in {sample['__key__']}.cls of "
-                f"{self.shard}"
-            ) from None
+        return [Image(key, waiting.label, self._checked(key, pixels))]
 
     def _checked(self, key: str, pixels: Tensor) -> Tensor:
         channels, *size = pixels.shape

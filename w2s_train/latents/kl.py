@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, one_line
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w./-]+)?")
 
@@ -32,7 +32,7 @@ def load_autoencoder(path: str, name: str, revision: str | None = None) -> Any:
         from diffusers.utils import logging
     except (ImportError, RuntimeError) as error:  # it wraps errors of what it imports
         raise UserError(
-            f"{name}={path}: needs diffusers, which cannot be imported ({_line(error)}); "
+            f"{name}={path}: needs diffusers, which cannot be imported ({one_line(error)}); "
             "pip install diffusers"
         ) from error
     folder = str(Path(path).expanduser()) if local else "/".join(path.split("/")[:2])
@@ -51,7 +51,7 @@ def load_autoencoder(path: str, name: str, revision: str | None = None) -> Any:
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         where = "folder" if local else "folder, or a name on the hub that can be reached,"
         raise UserError(
-            f"{name}={path}: must be a {where} with an AutoencoderKL ({_line(error)})"
+            f"{name}={path}: must be a {where} with an AutoencoderKL ({one_line(error)})"
         ) from error
     finally:
         logging.set_verbosity(before)
@@ -61,10 +61,6 @@ def load_autoencoder(path: str, name: str, revision: str | None = None) -> Any:
             f"{len(missing)} are missing, such as {missing[0]}"
         )
     return vae.requires_grad_(False).eval()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def weights_digest(vae: nn.Module) -> str:

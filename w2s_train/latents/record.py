@@ -104,6 +104,7 @@ class Recipe(NamedTuple):
     dtype: str
     flip: bool
     precision: str
+    batch_size: int  # it decides about the last bits
     image_shape: tuple[int, ...]
     latent_shape: tuple[int, ...]
     source: str
@@ -174,7 +175,8 @@ def complete(folder: Path, stems: list[str], recipe: Recipe) -> Summary:
     std_of_all = float(np.sqrt(square.mean() - mean.mean() ** 2))
     images, size = sum(map(len, tables)), sum(table.bytes for table in tables)
     summary = Summary(images, int(broken), size, mean.tolist(), std.tolist(), std_of_all)
-    statistics = {"mean": summary.mean, "std": summary.std, "count": int(count)}
+    statistics = {name: getattr(summary, name) for name in ("mean", "std", "std_of_all")}
+    statistics["count"] = int(count)
     counts = {"images": images, "broken": summary.broken}
     _write(folder / LATENTS, recipe._asdict() | counts | {"statistics": statistics})
     return summary

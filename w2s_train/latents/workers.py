@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from w2s_train.errors import UserError
-from w2s_train.latents.encode import Encoder, Facts, Settings, Task, remove_leftovers
+from w2s_train.latents.encode import Encoder, Facts, Settings, Task
+from w2s_train.latents.locks import remove_leftovers
 
 
 class Progress(NamedTuple):
@@ -22,7 +23,7 @@ class Progress(NamedTuple):
 def work(connection: Connection, settings: Settings, device: str) -> None:
     """What a process does: load, then encode the shards that it is sent.
 
-    It sends `Facts` first, then `Progress`; a `UserError` instead of either ends it.
+    It sends `Facts` first, then `Progress`; a `UserError` or an OSError instead of either ends it.
     """
     try:
         encoder = Encoder(settings, device)
@@ -31,10 +32,10 @@ def work(connection: Connection, settings: Settings, device: str) -> None:
             for images in encoder.encode_shard(connection.recv()):
                 connection.send(Progress(images, finished=False))
             connection.send(Progress(0, finished=True))
-    except UserError as error:
-        connection.send(error)
-    except (EOFError, BrokenPipeError):  # the command has ended
+    except (EOFError, ConnectionError):  # the command has ended
         return
+    except (UserError, OSError) as error:
+        connection.send(error)
 
 
 class Worker:
@@ -76,12 +77,13 @@ class Worker:
 
         Raises:
             UserError: Its own, or it has died.
+            OSError: Its own.
         """
         try:
             message = self.connection.recv()
         except (EOFError, OSError):
             raise self._death() from None
-        if isinstance(message, UserError):
+        if isinstance(message, (UserError, OSError)):
             raise message
         return message
 
@@ -114,6 +116,7 @@ class Workers:
 
     Raises:
         UserError: Of any process, also that it has died.
+        OSError: Of any process.
     """
 
     def __init__(self, settings: Settings, devices: list[str]) -> None:

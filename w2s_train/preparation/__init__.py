@@ -1,11 +1,12 @@
 """Turns image folders and published data sets into shards: ``data/prepare.py``."""
 
 from w2s_train.preparation.base import Dealt, Images, Item, Source
-from w2s_train.preparation.image import BrokenImage, Conversion, Encoded, center_crop
+from w2s_train.preparation.image import BrokenImage, ColourImage, Conversion, Encoded, center_crop
 from w2s_train.preparation.run import Preparation
 
 __all__ = [
     "BrokenImage",
+    "ColourImage",
     "Conversion",
     "Dealt",
     "Encoded",

@@ -3,12 +3,13 @@
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from w2s_train.errors import UserError
+from w2s_train.shards.samples import MOST_CLASSES
 
 Identity = dict[str, str | int]
 
@@ -116,19 +117,19 @@ def digest(parts: Iterable[str]) -> str:
     return sha256.hexdigest()[:16]
 
 
-def check_labels(labels: np.ndarray, classes: list[str], name: str) -> None:
+def check_labels(labels: Sequence[int], classes: list[str], name: str) -> None:
     """Refuse labels that are no classes.
 
     Args:
-        labels: (N,) int64.
+        labels: Of all images, of any size.
         classes: Names of the classes; empty if they have none.
         name: What a label's place is called, such as "row".
 
     Raises:
         UserError: One is negative or too large; names its place.
     """
-    most = len(classes) or np.iinfo(np.int64).max
-    (wrong,) = np.nonzero((labels < 0) | (labels >= most))
-    if len(wrong):
-        allowed = f"in [0, {most - 1}]" if classes else "at least 0"
-        raise UserError(f"label={labels[wrong[0]]}: must be {allowed} ({name} {wrong[0]})")
+    number = len(classes) or MOST_CLASSES
+    for place, label in enumerate(labels):
+        if not 0 <= label < number:
+            allowed = "at least 0" if label < 0 else f"in [0, {number - 1}]"
+            raise UserError(f"label={label}: must be {allowed} ({name} {place})")

@@ -167,8 +167,7 @@ def _labels(rows: Rows, column: str, names: list[str]) -> tuple[np.ndarray, list
         values = [place[value] for value in values]
     if not all(type(value) is int for value in values):
         raise UserError(f"label_column={column}: must hold whole numbers or texts")
-    labels = np.array(values, np.int64)
-    check_labels(labels, names, "row")
-    if not len(labels):
+    check_labels(values, names, "row")
+    if not values:
         raise UserError(f"label_column={column}: must hold rows, there are none")
-    return labels, names
+    return np.array(values, np.int64), names

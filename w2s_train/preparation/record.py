@@ -7,9 +7,8 @@ from typing import Any
 
 from w2s_train.errors import UserError
 from w2s_train.files import atomic_write
-from w2s_train.shards.writer import INDEX
+from w2s_train.shards.writer import CLASSES, INDEX
 
-CLASSES = "classes.txt"
 DIGESTS = ("files", "labels")  # settings whose values say nothing to a reader
 
 
@@ -21,14 +20,14 @@ def check_settings(output: Path, split: str, settings: dict[str, Any]) -> None:
     """
     path = output / f"{split}.preparation.json"
     ways = f"another --output or --split, or delete {output}/{split}-* and {path.name} there"
-    if not path.is_file():
-        others = sorted(output.glob(f"{split}-*.tar*"))
-        if others:
-            raise UserError(
-                f"output={output}: holds {others[0].name}, which this command did not make; "
-                f"must be {ways}"
-            )
+    made = sorted(output.glob(f"{split}-*.tar*"))
+    if not made:
         return
+    if not path.is_file():
+        raise UserError(
+            f"output={output}: holds {made[0].name}, which this command did not make; "
+            f"must be {ways}"
+        )
     try:
         there = json.loads(path.read_text())
     except ValueError as error:

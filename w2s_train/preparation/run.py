@@ -9,16 +9,23 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, one_line
 from w2s_train.preparation import record
 from w2s_train.preparation.base import Item, Source
-from w2s_train.preparation.image import BrokenImage, Conversion, decode, is_grey, one_line
+from w2s_train.preparation.image import (
+    BrokenImage,
+    ColourImage,
+    Conversion,
+    Encoded,
+    decode,
+    is_grey,
+)
 from w2s_train.preparation.workers import write_shards
 from w2s_train.shards import ShardWriter, is_written, write_index
 from w2s_train.shards.table import ShardTable
-from w2s_train.shards.writer import table_path
+from w2s_train.shards.writer import CLASSES, table_path
 
-VERSION = 1
+VERSION = 2  # of the bytes that are written for an image
 # Missing, a broken link, not ours to read; without a number it is the source that says so.
 OF_THE_FILE = (None, errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR)
 LOCK_SECONDS = 10  # the workers of a run that was killed hold its lock until they notice
@@ -34,7 +41,7 @@ def load(item: Item) -> bytes:
         return item.load()
     except OSError as error:
         if error.errno not in OF_THE_FILE:
-            raise
+            raise OSError(error.errno, error.strerror, error.filename or item.name) from error
         # Without the path, which the list of skipped images has.
         raise BrokenImage(error.strerror or one_line(error)) from error
 
@@ -122,12 +129,14 @@ class Preparation:
 
     def settings(self) -> dict[str, Any]:
         """Whatever the bytes of the shards depend on."""
+        settings = self.conversion._asdict()
+        del settings["only_grey"]  # which only refuses images
         return {
             "version": VERSION,
             **self.source.identity,
             "classes": len(self.source.classes),
             "shards": len(self.source),
-            **self.conversion._asdict(),
+            **settings,
         }
 
     def shard(self, number: int) -> Path:
@@ -140,7 +149,7 @@ class Preparation:
         with ShardWriter(self.shard(number)) as writer:
             for item in self.source.read(number):
                 try:
-                    encoded = self.conversion(load(item))
+                    encoded = self._convert(item)
                 except BrokenImage as error:
                     skipped.append(f"{' '.join(item.name.split())}\t{error}")
                     continue
@@ -150,6 +159,14 @@ class Preparation:
             # With the table, so that they are there exactly if the shard is.
             writer.add("skipped", np.array(skipped, dtype=np.str_))
         return images
+
+    def _convert(self, item: Item) -> Encoded:
+        try:
+            return self.conversion(load(item))
+        except ColourImage:
+            raise UserError(
+                f"mode=auto: the first image is grey, {item.name} is not; give --mode RGB (or L)"
+            ) from None
 
     def _write_missing(self, processes: int) -> int:
         """Write the shards that are not there; gives the number of those that were."""
@@ -199,8 +216,9 @@ class Preparation:
             f"{self.output}: {totals.shards:,} {self.split} shards, {images:,} images, "
             f"{totals.bytes:,} bytes",
             f"{len(names):,} classes of {totals.counts.min():,} to {totals.counts.max():,} images"
-            + ("" if self.source.classes else f"; their names are not known, no {record.CLASSES}"),
-            f"{totals.kept:,} images as they were, {images - totals.kept:,} converted",
+            + ("" if self.source.classes else f"; their names are not known, no {CLASSES}"),
+            f"mode {self.conversion.mode}: {totals.kept:,} images as they were, "
+            f"{images - totals.kept:,} converted",
             f"{len(totals.skipped):,} broken images skipped"
             + (f", see {listed}" if totals.skipped else ""),
             *self.source.notes,

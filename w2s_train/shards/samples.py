@@ -1,9 +1,13 @@
 """One sample of a shard: undecoded fields by name, and the tensors that they hold."""
 
 import io
+import lzma
+import re
+import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,21 +16,66 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from w2s_train.errors import UserError
+from w2s_train.files import naming
 
 Sample = dict[str, Any]
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 ARRAY_TYPES = ("npy", "bf16.npy")  # bfloat16 is stored as its bits, uint16
 FLIPPED = "flip."  # before the name of an array: the same of the mirrored image
+MOST_CLASSES = 2**20  # more are a mistake, and counts of each would fill the memory
+
+
+class EncodedImage(NamedTuple):
+    """An image as a sample holds it, and its class."""
+
+    content: bytes
+    label: int
 
 
 def read_shard(path: str | Path) -> Iterator[Sample]:
     """The samples of one local shard, undecoded, in their order; compressed ones, too.
 
     Each has "__key__", "__url__" and its fields by name, such as "png" and "cls", as bytes.
+    One that is cut off between two samples seems to end there: `check_whole` finds that out.
+
+    Raises:
+        UserError: It cannot be read as a tar.
     """
-    with open(path, "rb") as stream:
+    with naming(Path(path)), open(path, "rb") as stream:
         source = [{"url": str(path), "stream": stream}]
-        yield from wds.tariterators.group_by_keys(wds.tariterators.tar_file_expander(source))
+        try:
+            yield from wds.tariterators.group_by_keys(wds.tariterators.tar_file_expander(source))
+        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+            # webdataset adds where it was, as an object and as further arguments
+            reason = str(error.args[0]).partition(" @ ")[0]
+            raise UserError(f"shard={path}: must be a whole tar ({reason})") from error
+
+
+def encoded_image(sample: Sample, shard: Path, classes: int = MOST_CLASSES) -> EncodedImage:
+    """The image and the class of a sample.
+
+    Args:
+        sample: As `read_shard` gives it.
+        shard: Where it is from, for messages.
+        classes: Number of classes.
+
+    Raises:
+        UserError: It has no image, or no label in [0, classes).
+    """
+    key = sample["__key__"]
+    field = next((field for field in IMAGE_TYPES if field in sample), None)
+    if field is None:
+        held = ", ".join(name for name in sample if not name.startswith("__"))
+        types = ", ".join(IMAGE_TYPES)
+        raise UserError(f"shard={shard}: must hold images ({types}); sample {key} holds {held}")
+    text = sample.get("cls", b"").decode(errors="replace").strip()
+    if not re.fullmatch(r"-?[0-9]{1,100}", text):
+        allowed = "a whole number"
+    elif 0 <= int(text) < classes:
+        return EncodedImage(sample[field], int(text))
+    else:
+        allowed = "at least 0" if int(text) < 0 else f"in [0, {classes - 1}]"
+    raise UserError(f"label={text[:20]}: must be {allowed}, in {key}.cls of {shard}")
 
 
 def decode_image(content: bytes) -> Tensor:

@@ -102,7 +102,7 @@ class ShardTable:
         name = name or str(path)
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         with open(path, "rb", buffering=0) as file:  # headers and labels, and nothing beside
-            damage = _scan(file, samples, name)
+            damage = scan_members(file, samples, name)
             size = file.seek(0, 2)
             whole = {
                 key: fields
@@ -123,12 +123,30 @@ class ShardTable:
         return cls(keys, np.array(labels, np.int64), fields, offsets, sizes, size, "", damage)
 
 
-def _scan(file: IO[bytes], samples: dict[str, dict[str, tuple[int, int]]], name: str) -> str:
-    """Add the members of a tar to ``samples``; gives what is wrong with it."""
+def scan_members(
+    file: IO[bytes],
+    samples: dict[str, dict[str, tuple[int, int]]],
+    name: str,
+    *,
+    compressed: bool = False,
+) -> str:
+    """Add the members of a tar to ``samples``.
+
+    Args:
+        file: The tar.
+        samples: Gets offset and size in bytes of each field, by key and name of the field.
+        name: What to call it in messages.
+        compressed: Accept compressed ones, too; offsets are then of what they hold.
+
+    Returns:
+        What is wrong with it; empty if nothing is.
+
+    Raises:
+        UserError: It is no such tar, or a sample has a field twice.
+    """
     last = "its start"
     try:
-        # Only plain tars: a compressed one has no places that could be sought.
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:*" if compressed else "r:") as tar:
             for member in tar:
                 match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", member.name)
                 if member.isreg() and match and not META.match(member.name):
@@ -138,16 +156,19 @@ def _scan(file: IO[bytes], samples: dict[str, dict[str, tuple[int, int]]], name:
                         raise UserError(f"shard={name}: holds two members {member.name}")
                     members[kind] = (member.offset_data, member.size)
                 last = member.name
-            end = tar.offset
-        file.seek(end)
-        block = file.read(512)
+            end, content = tar.offset, tar.fileobj
+            assert content is not None
+            content.seek(end)
+            block = content.read(512)
         if len(block) < 512:  # a whole tar ends with blocks of zeros
             return f"cut off after {last}"
         if any(block):
             return f"unreadable at byte {end:,}, after {last}"
     except tarfile.ReadError as error:
         if not samples:
-            raise UserError(f"shard={name}: must be an uncompressed tar ({error})") from None
+            kind = "a whole tar" if compressed else "an uncompressed tar"
+            reason = " ".join(str(error).split())
+            raise UserError(f"shard={name}: must be {kind} ({reason})") from None
         return f"cut off after {last} ({error})"
     return ""
 
@@ -159,8 +180,7 @@ def _label(file: IO[bytes], key: str, members: dict[str, tuple[int, int]], name:
     file.seek(offset)
     text = file.read(size).decode(errors="replace").strip()
     try:
-        return int(text)
-    except ValueError:
-        raise UserError(
-            f"label={text[:20]}: must be a whole number (sample {key} of {name})"
-        ) from None
+        return int(np.int64(int(text)))
+    except (ValueError, OverflowError) as error:
+        kind = "a whole number" if isinstance(error, ValueError) else "below 2**63 in size"
+        raise UserError(f"label={text[:20]}: must be {kind} (sample {key} of {name})") from None

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import webdataset as wds
 
-from w2s_train.files import atomic_write
+from w2s_train.files import atomic_write, naming
 from w2s_train.shards.table import ShardTable
 
 INDEX = "index.json"
+CLASSES = "classes.txt"  # names of the classes, one a line
 TABLE = ".table.npz"
 
 
@@ -67,7 +68,8 @@ class ShardWriter:
             label: Its class.
             fields: Their contents, by name; a name with dots goes in as ``**{"flip.npy": ...}``.
         """
-        self.tar.write({"__key__": key, "cls": b"%d" % label, **fields})
+        with naming(self.path):
+            self.tar.write({"__key__": key, "cls": b"%d" % label, **fields})
 
     def add(self, name: str, value: np.ndarray) -> None:
         """Add to a sum that the table keeps beside the samples."""
@@ -80,20 +82,23 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         try:
-            self.tar.close()
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
+            with naming(self.path):
+                self.tar.close()
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.file.close()
             if kind is None:
-                table = ShardTable.scan(self.partial)
-                with open(self.partial, "rb") as file:
-                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                os.replace(self.partial, self.path)
-                dataclasses.replace(table, sha256=sha256, sums=self.sums).save(
-                    table_path(self.path)
-                )
+                self._finish()
         finally:
             self.partial.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        """Give shard and table their names."""
+        with naming(self.path), open(self.partial, "rb") as file:
+            table = ShardTable.scan(self.partial, name=str(self.path))
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(self.partial, self.path)
+        dataclasses.replace(table, sha256=sha256, sums=self.sums).save(table_path(self.path))
 
 
 def write_index(folder: Path) -> dict[str, Any]:
