@@ -21,7 +21,8 @@ from vae import (
 
 from w2s_train.autoencoder import StableDiffusionVAE
 from w2s_train.latents.kl import load_autoencoder
-from w2s_train.shards import ShardWriter
+from w2s_train.latents.record import latents_beside
+from w2s_train.shards import ShardWriter, Storage
 from w2s_train.shards.samples import decode_image, payloads, to_float
 
 
@@ -85,7 +86,9 @@ def test_training_gets_unit_variance_and_evaluation_the_same_autoencoder(place: 
     """What a run does: read, sample, normalize; and decode back to the images' latents."""
     path = place / "whole" / "latents.json"
     autoencoder = StableDiffusionVAE(str(place / "vae"), statistics=str(path))
-    autoencoder.check(path)
+    [(where, made)] = latents_beside([f"{place}/whole/train-000000.tar"], Storage()).items()
+    autoencoder.load()
+    autoencoder.check(made, where)
     encoded = read_samples(place / "whole")
     moments = torch.stack([s[key] for s in encoded for key in ("npy", "flip.npy")])
     x = torch.cat([autoencoder.encode(moments) for _ in range(20)])
