@@ -135,7 +135,7 @@ def test_samples_of_two_processes(run: Path, tmp_path: Path):
     sample(run, "--seeds=3:20", f"--output={tmp_path}/two.npz", *several)
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert all(np.array_equal(one[name], two[name]) for name in ("arr_0", "arr_1"))
-    with pytest.raises(Exception, match="seeds=0:1: must be at least as many as processes, 2"):
+    with pytest.raises(SystemExit, match="seeds=0:1: must be at least as many as processes, 2"):
         sample(run, "--seeds=0:1", f"--output={tmp_path}/few.npz", *several)
 
 
