@@ -11,7 +11,6 @@ layout, ``network: {class_path: w2s_train.features.CIFAR10Classifier}``, and the
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from w2s_train.features import (
     mnist_classifier,
     train_classifier,
 )
+from w2s_train.files import atomic_write
 from w2s_train.shards import local_shards
 from w2s_train.shards.samples import decode_image, payloads, read_shard
 
@@ -133,9 +133,8 @@ def main() -> None:
     notes |= {"train_images": len(train[0]), "test_images": len(test[0])}
     notes |= {"accuracy": round(accuracy, 4), "seconds": seconds}
     beside = given.output.with_name(f"{given.output.name}.json")
-    partial = beside.with_name(f"{beside.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(notes, indent=1) + "\n")
-    partial.replace(beside)
+    with atomic_write(beside) as file:
+        file.write(json.dumps(notes, indent=1).encode() + b"\n")
     classifier.write(given.output)
 
 

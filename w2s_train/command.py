@@ -246,15 +246,12 @@ def run(args: list[str] | None) -> None:
         command = compose(args)
     except argparse.ArgumentError as error:
         sys.exit(f"error: {explain(str(error), PARTS)}")
-    except (UserError, MisconfigurationException) as error:
-        # From a loader's worker process the message is a traceback with the reason last.
-        reason = str(error).strip().splitlines()[-1]
-        sys.exit(f"error: {reason.removeprefix('w2s_train.errors.UserError: ')}")
-    except ProcessRaisedException as error:  # of strategies that fork or spawn
-        reason = str(error).strip().splitlines()[-1]
-        if not reason.startswith("w2s_train.errors.UserError: "):
+    except (UserError, MisconfigurationException, ProcessRaisedException) as error:
+        # From another process the message is a traceback with the reason last.
+        reason, ours = str(error).strip().splitlines()[-1], "w2s_train.errors.UserError: "
+        if isinstance(error, ProcessRaisedException) and not reason.startswith(ours):
             raise
-        sys.exit(f"error: {reason.removeprefix('w2s_train.errors.UserError: ')}")
+        sys.exit(f"error: {reason.removeprefix(ours)}")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     if command.stop.stopped:

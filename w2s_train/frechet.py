@@ -8,7 +8,6 @@ differs between SciPy versions, is needed.
 """
 
 import json
-import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError
+from w2s_train.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,15 @@ class Reference:
     def save(self, path: Path) -> None:
         """Write an ``.npz`` with mu, sigma, n, features and fingerprint; whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial.npz")
-        np.savez(
-            partial,
-            mu=self.moments.mu.numpy(),
-            sigma=self.moments.sigma.numpy(),
-            n=self.moments.n,
-            features=self.features.float().numpy(),
-            fingerprint=json.dumps(self.fingerprint),
-        )
-        partial.replace(path)
+        with atomic_write(path) as file:
+            np.savez(
+                file,
+                mu=self.moments.mu.numpy(),
+                sigma=self.moments.sigma.numpy(),
+                n=self.moments.n,
+                features=self.features.float().numpy(),
+                fingerprint=json.dumps(self.fingerprint),
+            )
 
     @classmethod
     def load(cls, path: Path) -> "Reference":

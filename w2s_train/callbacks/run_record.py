@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from w2s_train.errors import UserError
+from w2s_train.files import atomic_write
 
 PACKAGES = ("w2s_train", "torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
 
@@ -31,10 +32,9 @@ def append_scores(folder: Path, entries: list[dict[str, Any]]) -> None:
     path = folder / "scores.json"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".scores.lock"):  # a fit and a validate may score at the same time
-        partial = path.with_suffix(".partial")
-        scores = read_scores(folder) + entries
-        partial.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
-        partial.replace(path)
+        scores = json.dumps(read_scores(folder) + entries, indent=1, allow_nan=False)
+        with atomic_write(path) as file:
+            file.write(scores.encode() + b"\n")
 
 
 def read_scores(folder: Path) -> list[dict[str, Any]]:
