@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from w2s_train.models import DiT
 from w2s_train.shards import Storage
 
 ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("W2S_SHARED", ROOT.parent / "shared"))
 
 # Tensors are small here, and threads that wait for a busy core cost far more than they bring.
 torch.set_num_threads(1)
@@ -39,6 +41,18 @@ def _seed() -> None:
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables and downloads of one session; not the user's own."""
     monkeypatch.setenv("W2S_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small autoencoder, three shards of ten images, and their latents."""
+    from vae import encode, save_vae, write_images
+
+    folder = tmp_path_factory.mktemp("latents")
+    save_vae(folder / "vae")
+    write_images(folder / "images")
+    encode(folder, folder / "whole")
+    return folder
 
 
 @pytest.fixture
@@ -80,6 +94,14 @@ def perturbed(network: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
         if parameter.requires_grad:
             parameter.data += std * torch.randn_like(parameter)
     return network
+
+
+def shared(name: str) -> Path:
+    """A file of ``../shared``; a test that needs it is skipped where there is none."""
+    path = SHARED / name
+    if not path.is_file():
+        pytest.skip(f"no {path}; set W2S_SHARED")
+    return path
 
 
 def images(n: int, channels: int = 3, size: int = 16) -> torch.Tensor:

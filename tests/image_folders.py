@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import io
-import os
 import resource
 import struct
 import sys
@@ -19,7 +18,6 @@ from PIL import Image
 
 from w2s_train.shards.samples import read_shard
 
-SHARED = Path(os.environ.get("W2S_SHARED", ROOT.parent / "shared"))
 SCRIPT = ROOT / "data" / "prepare.py"
 ORIENTATION = 0x0112
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import runpy
 import sys
 import tarfile
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from conftest import ROOT, images, loaded, moments
+from conftest import ROOT, SHARED, images, loaded, moments, shared
 from jsonargparse import ArgumentParser
 from PIL import Image
 from safetensors.torch import save_file
@@ -30,7 +29,6 @@ from w2s_train.features import (
 from w2s_train.features.training import normalized
 from w2s_train.frechet import Moments, frechet_distance
 
-SHARED = Path(os.environ.get("W2S_SHARED", ROOT.parent / "shared"))
 NETWORKS = {"mnist": mnist_classifier, "cifar10": CIFAR10Classifier}
 # "train -> ..." of shared/features/README.md: MNIST, CIFAR-10.
 MEASURED = {
@@ -50,9 +48,7 @@ MEASURED = {
 
 
 def shared_extractor(name: str) -> ClassifierFeatures:
-    weights = SHARED / "features" / f"{name}_classifier.safetensors"
-    if not weights.is_file():
-        pytest.skip(f"no {weights}; set W2S_SHARED")
+    weights = shared(f"features/{name}_classifier.safetensors")
     return loaded(ClassifierFeatures(str(weights), NETWORKS[name](), name))
 
 
@@ -72,9 +68,7 @@ def test_shared_classifiers(name: str):
 
 def read_shared(name: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     script = runpy.run_path(str(ROOT / "data/classifier.py"))
-    urls = SHARED / "data" / name / f"{split}-*.tar.gz"
-    if not list(urls.parent.glob(urls.name)):
-        pytest.skip(f"no {urls}; set W2S_SHARED")
+    urls = shared(f"data/{name}/{split}-000000.tar.gz").with_name(f"{split}-*.tar.gz")
     return script["read_images"](str(urls), split, script["ARCHITECTURES"][name].shape, 1.0)
 
 

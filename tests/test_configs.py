@@ -1,9 +1,7 @@
 """Every committed config parses and instantiates, and takes steps."""
 
-import io
 import json
 import math
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,13 @@ import torch
 import yaml
 from conftest import ROOT, perturbed, sources
 from lightning.pytorch.cli import LightningCLI
+from shard_files import npy
 
 from w2s_train.command import Command, compose
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.models import DiT
 from w2s_train.module import DiffusionModule
+from w2s_train.shards import ShardWriter
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted(path.name for path in (ROOT / "configs" / "weak").glob("*.yaml"))
@@ -27,15 +27,10 @@ def write_latents(folder: Path, shards: int = 4, rows: int = 4) -> str:
     """Shards of random posterior moments, as `ImageNet` latents come."""
     rng = np.random.default_rng(0)
     for shard in range(shards):
-        with tarfile.open(folder / f"train-{shard:06d}.tar", "w") as tar:
+        with ShardWriter(folder / f"train-{shard:06d}.tar") as writer:
             for row in range(rows):
-                array = io.BytesIO()
-                np.save(array, rng.normal(size=(8, 32, 32)).astype(np.float16))
-                label = str(rng.integers(1000)).encode()
-                for kind, content in (("npy", array.getvalue()), ("cls", label)):
-                    info = tarfile.TarInfo(f"{shard}{row:05d}.{kind}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+                moments = npy(rng.normal(size=(8, 32, 32)).astype(np.float16))
+                writer.write(f"{shard}{row:05d}", rng.integers(1000), npy=moments)
     return str(folder / "train-*.tar")
 
 

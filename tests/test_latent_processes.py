@@ -10,20 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from vae import arguments, contents, encode, read_samples, save_vae, write_images
+from vae import arguments, contents, encode, read_samples, write_images
 
 from w2s_train.latents.encode import Settings, Task
 from w2s_train.latents.workers import Workers
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small autoencoder, three shards of ten images, and their latents."""
-    folder = tmp_path_factory.mktemp("latents")
-    save_vae(folder / "vae")
-    write_images(folder / "images")
-    encode(folder, folder / "whole")
-    return folder
 
 
 def start(place: Path, output: Path, *options: object) -> subprocess.Popen:

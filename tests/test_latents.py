@@ -26,16 +26,6 @@ from w2s_train.shards import ShardWriter, Storage
 from w2s_train.shards.samples import decode_image, payloads, to_float
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small autoencoder, three shards of ten images, and their latents."""
-    folder = tmp_path_factory.mktemp("latents")
-    save_vae(folder / "vae")
-    write_images(folder / "images")
-    encode(folder, folder / "whole")
-    return folder
-
-
 def sources(place: Path) -> tuple[list[dict], torch.Tensor]:
     """The images' samples, and all images (N, 3, H, W) in [-1, 1]."""
     samples = read_samples(place / "images")

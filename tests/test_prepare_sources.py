@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_folders import SHARED, encode, noise, pixels, preparer, samples, write_tar
+from conftest import shared
+from image_folders import encode, noise, pixels, preparer, samples, write_tar
 from PIL import Image
 
 from w2s_train.errors import UserError
@@ -198,17 +199,10 @@ def test_huggingface_errors(prepare, rows, tmp_path: Path, monkeypatch: pytest.M
 # ---- shards
 
 
-def shared(name: str) -> Path:
-    path = SHARED / "data" / name
-    if not path.is_file():
-        pytest.skip(f"no {path}; set W2S_SHARED")
-    return path
-
-
 @pytest.mark.parametrize("name, mode", [("cifar10", "RGB"), ("mnist", "L")])
 def test_shared_shards(prepare, tmp_path: Path, name: str, mode: str):
     """Keys, labels and bytes as they were; with a size, the crop of each."""
-    given = shared(f"{name}/test-000000.tar.gz")
+    given = shared(f"data/{name}/test-000000.tar.gz")
     before, out = list(read_shard(given)), tmp_path / "out"
     printed = prepare("shards", given, "--split", "test", "--output", out)
     assert "2,500 images as they were" in printed

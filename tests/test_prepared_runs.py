@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_folders import SHARED, encode, noise, preparer
+from conftest import shared
+from image_folders import encode, noise, preparer
 from PIL import Image
 from test_resume import checkpoint
 
@@ -64,10 +65,8 @@ def test_a_messy_folder(command, tmp_path: Path, monkeypatch, capsys, number: in
 @pytest.mark.parametrize("number", [1, 2])
 def test_cifar10(command, tmp_path: Path, monkeypatch, capsys, number: int):
     """Real images from other people's shards, scored with the shared classifier."""
-    source = SHARED / "data" / "cifar10" / "test-000000.tar.gz"
-    weights = SHARED / "features" / "cifar10_classifier.safetensors"
-    if not source.is_file():
-        pytest.skip(f"no {source}; set W2S_SHARED")
+    source = shared("data/cifar10/test-000000.tar.gz")
+    weights = shared("features/cifar10_classifier.safetensors")
     output = tmp_path / "cifar10"
     prepare = preparer(monkeypatch, capsys)
     prepare("shards", source, "--output", output, "--split", "test", "--processes", 1)
