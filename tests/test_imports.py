@@ -23,7 +23,7 @@ LEVELS = {
     "autoencoder": 4,
     "frechet": 2,
     "leaves": 2,
-    "files": 1,
+    "files": 0,
     "shards": 2,
     "clock": 1,
     "plan": 1,
@@ -41,13 +41,22 @@ LEVELS = {
     "datamodule": 9,
     "reference_images": 10,
     "callbacks": 9,
+    "run_folder": 11,
     "trainer": 11,
     "command": 12,
     "cli": 13,
 }
 # Libraries, and the only places where they are imported.
 ONLY_IN = {
-    "lightning": {"command", "trainer", "module", "datamodule", "reference_images", "callbacks"},
+    "lightning": {
+        "command",
+        "run_folder",
+        "trainer",
+        "module",
+        "datamodule",
+        "reference_images",
+        "callbacks",
+    },
     "webdataset": {"shards"},
     "cleanfid": {"features"},
     "timm": {"features", "models"},

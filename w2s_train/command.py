@@ -11,7 +11,6 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
 
@@ -31,9 +30,10 @@ from w2s_train.callbacks import (
 from w2s_train.callbacks.scorer import Scorer
 from w2s_train.checks import check_files, check_numbers, explain, locate
 from w2s_train.datamodule import ShardDataModule
-from w2s_train.errors import UserError
+from w2s_train.errors import INTERRUPTED, Stopped, UserError
 from w2s_train.latents.record import latents_beside
 from w2s_train.module import DiffusionModule
+from w2s_train.run_folder import find_checkpoint, run_folder
 from w2s_train.trainer import DiffusionTrainer
 
 COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference")
@@ -43,7 +43,6 @@ PARTS = {
     "data": ShardDataModule,
     "checkpoint": StepCheckpoint,
 }
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -252,42 +251,10 @@ def run(args: list[str] | None) -> None:
         if isinstance(error, ProcessRaisedException) and not reason.startswith(ours):
             raise
         sys.exit(f"error: {reason.removeprefix(ours)}")
+    except Stopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     if command.stop.stopped:
         sys.exit(INTERRUPTED)
-
-
-def run_folder(config: Any) -> Path:
-    """Where a run lives: as configured, or with its checkpoint, or ``runs/CONFIG+OVERLAY``."""
-    if config.trainer.default_root_dir:
-        return Path(config.trainer.default_root_dir)
-    checkpoint = Path(getattr(config, "ckpt_path", None) or "")
-    if checkpoint.parent.name == "checkpoints":
-        return checkpoint.parent.parent
-    names = [Path(str(path)).stem for path in config.config or []]
-    return Path("runs") / ("+".join(names) or "unnamed")
-
-
-def find_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> str | None:
-    """The checkpoint to start from; says which it is when asked for the last one.
-
-    Raises:
-        UserError: No such file; or nothing to score.
-    """
-    if ckpt_path is None:
-        if subcommand != "fit":
-            raise UserError(f"ckpt_path=null: {subcommand} needs a checkpoint file, or last")
-        return None
-    if ckpt_path == "last":
-        last = folder / "checkpoints" / "last.ckpt"
-        if last.is_file():
-            rank_zero_info(f"going on from {last}")
-            return str(last)
-        if subcommand != "fit":
-            raise UserError(f"ckpt_path=last: there is no {last}")
-        rank_zero_info(f"no {last} yet: starting from the beginning")
-        return None
-    if not Path(ckpt_path).is_file():
-        raise UserError(f"ckpt_path={ckpt_path}: must be an existing file, or last")
-    return ckpt_path

@@ -8,6 +8,27 @@ class UserError(ValueError):
     """
 
 
+# Exit statuses of the command, beside 0 (finished) and 1 (an error, a user's or ours).
+PREEMPTED = 75  # stopped by a signal or by the time limit, with a checkpoint: start it again
+PEER_LOST = 76  # another process died or hangs: start it again
+DIVERGED = 77  # the numbers went bad: starting it again would not help
+NO_PROGRESS = 78  # several starts in a row have come no further: do not start it again
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+
+class Stopped(Exception):
+    """The run ends here, on all processes at the same step, with an exit status of its own.
+
+    Args:
+        message: One line for the user.
+        status: One of the statuses above.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def one_line(error: BaseException) -> str:
     """Its kind and message, or only its kind where it says nothing."""
     message = " ".join(str(error).split())
