@@ -24,6 +24,11 @@ LEVELS = {
     "frechet": 2,
     "leaves": 2,
     "files": 0,
+    "checkpointing": 1,
+    "checkpoint_io": 8,
+    "fingerprint": 0,
+    "gradients": 0,
+    "signals": 0,
     "shards": 2,
     "clock": 1,
     "plan": 1,
@@ -49,6 +54,7 @@ LEVELS = {
 # Libraries, and the only places where they are imported.
 ONLY_IN = {
     "lightning": {
+        "checkpoint_io",
         "command",
         "run_folder",
         "trainer",

@@ -3,12 +3,14 @@
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import nn
 
 from w2s_train.errors import UserError
 
@@ -117,3 +119,38 @@ def check_files(args: list[str]) -> None:
                 raise UserError(f"{value}: {error}") from error
             except yaml.YAMLError as error:
                 raise UserError(f"{value}: must be YAML; {' '.join(str(error).split())}") from error
+
+
+def check_label_dropout(label_dropout: float, segments: Any, guidances: list[Any]) -> None:
+    """Refuse what would compare with and without a label where one of the two is never trained.
+
+    Raises:
+        UserError: It names the weak source or the guidance.
+    """
+    sources = [segment.weak for segment in segments]
+    users = [part for part in [*sources, *guidances] if part.needs_label]
+    if label_dropout == 1 and users:
+        raise UserError(
+            f"label_dropout={label_dropout}: must be below 1 for {type(users[0]).__name__}, which "
+            "compares with and without the label"
+        )
+    for weak in sources:
+        if weak.needs_label and label_dropout == 0:
+            raise UserError(
+                f"label_dropout={label_dropout}: must be above 0 for {type(weak).__name__}: the "
+                "null class would never be trained"
+            )
+
+
+def check_optimizer(optimizer: Callable[..., Any]) -> None:
+    """Optimizers check their arguments when they are built; do it before any work starts.
+
+    Raises:
+        UserError: What the optimizer refuses.
+    """
+    try:
+        optimizer([nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"optimizer: {error}; it must be callable, and its rates must be finite and at least 0"
+        ) from error

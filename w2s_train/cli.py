@@ -4,6 +4,7 @@ import os
 import sys
 
 from w2s_train import __version__
+from w2s_train.signals import PREEMPTION, REQUESTS
 
 HELP = f"""\
 usage: lightning COMMAND -c CONFIG [-c OVERLAY ...] [--KEY VALUE ...]
@@ -48,6 +49,10 @@ def main(args: list[str] | None = None) -> None:
         # Read once, when torch loads: threads that wait must sleep. Spinning threads made a small
         # network 50 times slower on a machine whose cores were shared.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if args[0] in ("fit", "validate", "test"):
+            # From now on, and not only when everything is loaded: jobs are preempted at any time.
+            REQUESTS.reset()
+            REQUESTS.listen(*PREEMPTION)
         from w2s_train.command import run
 
         run(None if args == sys.argv[1:] else args)

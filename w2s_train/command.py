@@ -16,7 +16,10 @@ from torch.multiprocessing import ProcessRaisedException
 
 from w2s_train.callbacks import (
     FID,
+    Agreement,
+    Checkpoints,
     GracefulStop,
+    Guard,
     ImageWriter,
     LeavesScores,
     MetricsCSV,
@@ -24,10 +27,10 @@ from w2s_train.callbacks import (
     ResumableEvaluation,
     RunRecord,
     SkippedSamples,
-    StepCheckpoint,
     StepSeed,
 )
 from w2s_train.callbacks.scorer import Scorer
+from w2s_train.checkpoint_io import CheckpointFiles
 from w2s_train.checks import check_files, check_numbers, explain, locate
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import INTERRUPTED, Stopped, UserError
@@ -41,7 +44,8 @@ PARTS = {
     "trainer": DiffusionTrainer,
     "model": DiffusionModule,
     "data": ShardDataModule,
-    "checkpoint": StepCheckpoint,
+    "checkpoint": Checkpoints,
+    "guard": Guard,
 }
 
 
@@ -64,18 +68,9 @@ class Command(LightningCLI):
         return {**LightningCLI.subcommands(), **ours}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """A checkpoint callback with defaults of its own, and one seed for everything."""
-        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.filename": "step-{step:06d}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.every_n_train_steps": 1000,
-                "checkpoint.save_top_k": -1,
-                "checkpoint.save_last": True,
-                "checkpoint.enable_version_counter": False,
-            }
-        )
+        """Callbacks that every run has, and one seed for everything."""
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Guard, "guard")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:
@@ -88,8 +83,8 @@ class Command(LightningCLI):
         check_numbers(config)
         folder = run_folder(config)
         config.trainer.default_root_dir = str(folder)
-        config.checkpoint.dirpath = str(folder / "checkpoints")
         if subcommand != "reference":
+            self.goes_on = config.ckpt_path == "last"
             config.ckpt_path = find_checkpoint(config.ckpt_path, folder, subcommand)
             config.weights_only = True  # of a checkpoint only tensors and plain values are read
         if config.trainer.precision in ("bf16-true", "16-true", "transformer-engine"):
@@ -109,18 +104,23 @@ class Command(LightningCLI):
             kwargs["logger"] = loggers
         # A checkpoint of another folder starts a new run in this one.
         start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
-        self.record = RunRecord(resumed=start == Path(folder).resolve())
-        self.stop = GracefulStop()
+        self.record = RunRecord(resumed=self.goes_on or start == Path(folder).resolve())
+        agreement = config.checkpoint.agreement = config.guard.agreement = Agreement()
+        # Lightning's own limit does not leave time to save.
+        self.stop, kwargs["max_time"] = GracefulStop(agreement, config.trainer.max_time), None
+        plugins = config.trainer.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [*plugins, CheckpointFiles()]
         seed = int(config.seed_everything or 0)
-        ours = [self.record, StepSeed(seed), self.stop, Progress()]
+        ours = [self.record, StepSeed(seed), Progress()]
         if self.subcommand == "fit":
-            ours.append(SkippedSamples())  # after the stop, which saves the last step
+            ours.append(SkippedSamples())
         given = self._callbacks()
         resumable = [callback for callback in given if isinstance(callback, ResumableEvaluation)]
         given = [callback for callback in given if callback not in resumable]
         if self.subcommand == "predict":
             ours.append(ImageWriter(Path(folder) / "samples"))
-        kwargs["callbacks"] = [*given, *ours, *(resumable or [ResumableEvaluation()])]
+        kwargs["callbacks"] = [*given, *ours, *(resumable or [ResumableEvaluation()]), self.stop]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError) as error:
@@ -191,8 +191,10 @@ class Command(LightningCLI):
             self.model.plan(self.trainer.max_steps)
         except UserError as error:
             raise UserError(locate(str(error), self.config["fit"])) from error
+        folder, start = Path(self.trainer.default_root_dir), self.config["fit"].ckpt_path
+        self.record.check_progress(folder, start)
         if self.trainer.is_global_zero:
-            self.record.claim(Path(self.trainer.default_root_dir))
+            self.record.claim(folder)
 
 
 class Composition(Command):
@@ -256,5 +258,5 @@ def run(args: list[str] | None) -> None:
         sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    if command.stop.stopped:
-        sys.exit(INTERRUPTED)
+    if command.stop.status:
+        sys.exit(command.stop.status)

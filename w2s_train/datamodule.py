@@ -22,6 +22,7 @@ from w2s_train.shards.indexed import IndexedStore
 from w2s_train.shards.order import Places, StreamOrder
 from w2s_train.shards.store import MemoryStore, Store
 from w2s_train.shards.urls import is_remote
+from w2s_train.signals import PREEMPTION
 
 SMALL = 512e6  # bytes of decoded samples that are held in memory unless the config says otherwise
 
@@ -57,8 +58,7 @@ class ShardDataModule(LightningDataModule):
         sampling_seeds: Validations are repeated with so many sets of ``num_generated`` seeds, none
             of them twice; each gets a score of its own.
         prepare: Name of a script in ``data/`` that makes the shards when they are missing.
-        dataset: Name of the data set, which its reference statistics carry; the name of the shards'
-            folder if not given.
+        dataset: Name of the data set, for its references; that of the shards' folder if not given.
         seed: Of the order; the command links it to ``seed_everything``.
 
     Raises:
@@ -111,6 +111,7 @@ class ShardDataModule(LightningDataModule):
         self.dataset = dataset or Path(train_urls).resolve().parent.name
         self.plan: GenerationPlan | None = None  # of `lightning sample`
         self.order: StreamOrder | None = None  # of the training stream, once there is one
+        self.store: Store | None = None
         self.shards: list[Shard] = []
         self.checkpoint_order = ""
 
@@ -138,8 +139,9 @@ class ShardDataModule(LightningDataModule):
         self.order = StreamOrder(counts, seed=self.seed, window=self.shuffle)
         self._compare_order()
         module: Any = trainer.lightning_module
+        self.store = self._store(self.order.samples)
         stream = ShardStream(
-            self._store(self.order.samples),
+            self.store,
             self.order,
             batch_size=self.batch_size,
             rank=trainer.global_rank,
@@ -152,8 +154,14 @@ class ShardDataModule(LightningDataModule):
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_ignore_signals,
         )
+
+    def names(self, first: int, rows: int) -> list[str]:
+        """Key and shard of the samples at positions ``first`` ... ``first + rows - 1``."""
+        assert self.order is not None and self.store is not None
+        numbers = self.order.at(first, first + rows).rows.tolist()
+        return [" of ".join(self.store.name(number)[::-1]) for number in numbers]
 
     def _find_shards(self) -> list[Shard]:
         """What there is to train on, checked as far as it can be without reading samples."""
@@ -243,8 +251,7 @@ class ShardDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """This rank's part of the plan of `lightning sample`, or of the first of validation."""
         assert self.trainer is not None
-        seeds, labels = range(self.num_generated), range(self.num_classes)
-        plan = self.plan or GenerationPlan(seeds, labels)
+        plan = self.plan or GenerationPlan(range(self.num_generated), range(self.num_classes))
         if len(plan) < self.trainer.world_size:
             raise UserError(
                 f"seeds={plan.seeds[0]}:{plan.seeds[-1] + 1}: must be at least as many as "
@@ -276,9 +283,10 @@ class _Continued(DataLoader):
         return super().__iter__()
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """A terminal's Ctrl-C reaches workers, too; the main process decides when they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    """What is sent to a whole job reaches workers, too; the main process decides when they end."""
+    for each in (signal.SIGINT, *PREEMPTION):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def _find_script(name: str) -> Path:

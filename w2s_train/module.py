@@ -1,7 +1,9 @@
 """The Lightning module: wires network, objective, sampler, optimizer and weight average."""
 
 import contextlib
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,16 +13,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from w2s_train.autoencoder import Autoencoder, PixelSpace
+from w2s_train.checks import check_label_dropout, check_optimizer
 from w2s_train.clock import FitClock
 from w2s_train.errors import UserError
 from w2s_train.generation import Setting, all_settings, generate
+from w2s_train.gradients import clip, drop, norm_of
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.models import DiT, WeightAverage
 from w2s_train.models.average import check_decay
-from w2s_train.objective import Objective
+from w2s_train.objective import Losses, Objective
 from w2s_train.sampler import Sampler
 from w2s_train.statistics import RunningStatistics
-from w2s_train.weak.base import Step, WeakSource
+from w2s_train.weak.base import Step
 
 
 class DiffusionModule(LightningModule):
@@ -82,32 +86,19 @@ class DiffusionModule(LightningModule):
         for each in self.guidances:
             each.bind(network, objective)
         self.unconditional = label_dropout == 1
-        self._check_labels()
+        check_label_dropout(label_dropout, self.objective.segments, self.guidances)
         first, *more = ema_decay if isinstance(ema_decay, list) else [ema_decay]
         self.ema = WeightAverage(network, check_decay("ema_decay", first))
         self.more_ema = nn.ModuleList(
             WeightAverage(network, check_decay("ema_decay", decay)) for decay in more
         )
         self.statistics, self.last_metrics = RunningStatistics(), dict[str, float]()
+        self.parts, self.good = list[Losses](), True  # of the optimizer step under way
+        self.judge: Callable[[Tensor, Tensor], bool] = lambda loss, norm: True  # see `Guard`
+        self.gradient_norm = torch.tensor(math.nan)
         self.images_seen, self.loaded_step = 0, 0
         self.clock, self.scored_weights = FitClock(), scored_weights or ["ema"]
-        _check_optimizer(optimizer)
-
-    def _check_labels(self) -> None:
-        parts: list[WeakSource | Guidance] = [s.weak for s in self.objective.segments]
-        parts += self.guidances
-        users = [part for part in parts if part.needs_label]
-        if self.unconditional and users:
-            raise UserError(
-                f"label_dropout={self.label_dropout}: must be below 1 for "
-                f"{type(users[0]).__name__}, which compares with and without the label"
-            )
-        for segment in self.objective.segments:
-            if segment.weak.needs_label and self.label_dropout == 0:
-                raise UserError(
-                    f"label_dropout={self.label_dropout}: must be above 0 for "
-                    f"{type(segment.weak).__name__}: the null class would never be trained"
-                )
+        check_optimizer(optimizer)
 
     # ---- training --------------------------------------------------------------------------
     def setup(self, stage: str) -> None:
@@ -139,7 +130,7 @@ class DiffusionModule(LightningModule):
             )
         step = Step(self.global_step, self.ema.module)
         losses = self.objective(self.network, x, self.drop_labels(batch["label"]), step)
-        self.statistics.add(losses.statistics)
+        self.parts.append(dataclasses.replace(losses, total=losses.total.detach()))
         self.images_seen += len(x) * self.trainer.world_size
         return losses.total
 
@@ -157,6 +148,11 @@ class DiffusionModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One optimizer step; then average and weak sources follow, once per *optimizer* step."""
         super().optimizer_step(*args, **kwargs)
+        parts, self.parts = self.parts, []
+        if not self.good:
+            return
+        for part in parts:
+            self.statistics.add(part.statistics)
         for average in (self.ema, *self.more_ema):
             average.update(self.network)
         # The trainer counts this step when the hook has returned.
@@ -174,12 +170,17 @@ class DiffusionModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, and keep the norm before clipping."""
+        """Clip as the trainer says, keep the norm before clipping, and drop a bad step."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        limit = gradient_clip_val if gradient_clip_algorithm in (None, "norm") else None
-        self.gradient_norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf).detach()
-        if gradient_clip_val and limit is None:
-            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        norm, loss = norm_of(parameters), torch.stack([part.total for part in self.parts]).mean()
+        overflow = self.trainer.precision == "16-mixed" and not norm.isfinite()
+        # Float16 overflows now and then: the loss scaler skips that step, and lowers the scale.
+        self.good = self.judge(loss, torch.zeros_like(norm) if overflow else norm) and not overflow
+        if self.good:
+            self.gradient_norm = norm
+            clip(parameters, norm, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            drop(parameters)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Every ``log_every_n_steps`` optimizer steps, read the statistics and log them."""
@@ -197,7 +198,7 @@ class DiffusionModule(LightningModule):
 
     def record(self, metrics: dict[str, float]) -> None:
         """Send metrics to the loggers at the current optimizer step, and to other callbacks."""
-        self.last_metrics |= metrics
+        self.last_metrics = self.last_metrics | metrics
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.steps_taken)
         self.trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
@@ -287,13 +288,3 @@ class DiffusionModule(LightningModule):
             "wall_clock_seconds": round(self.clock.wall_clock, 3),
             "training_seconds": round(self.clock.training_seconds, 3),
         }
-
-
-def _check_optimizer(optimizer: OptimizerCallable) -> None:
-    """Optimizers check their arguments when they are built; do it before any work starts."""
-    try:
-        optimizer([nn.Parameter(torch.zeros(1))])
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"optimizer: {error}; it must be callable, and its rates must be finite and at least 0"
-        ) from error

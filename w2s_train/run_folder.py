@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from w2s_train.checkpointing import damage, newest_first
 from w2s_train.errors import UserError
 
 
@@ -22,22 +23,43 @@ def run_folder(config: Any) -> Path:
 def find_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> str | None:
     """The checkpoint to start from; says which it is when asked for the last one.
 
+    A damaged last one is passed over, with a warning, for the newest that is whole.
+
     Raises:
-        UserError: No such file; or nothing to score.
+        UserError: No such file, or a damaged one; or nothing to score.
     """
     if ckpt_path is None:
         if subcommand != "fit":
             raise UserError(f"ckpt_path=null: {subcommand} needs a checkpoint file, or last")
         return None
     if ckpt_path == "last":
-        last = folder / "checkpoints" / "last.ckpt"
-        if last.is_file():
-            rank_zero_info(f"going on from {last}")
-            return str(last)
-        if subcommand != "fit":
-            raise UserError(f"ckpt_path=last: there is no {last}")
-        rank_zero_info(f"no {last} yet: starting from the beginning")
-        return None
-    if not Path(ckpt_path).is_file():
+        return _last(folder / "checkpoints", subcommand)
+    if "://" in ckpt_path or not Path(ckpt_path).is_file():
         raise UserError(f"ckpt_path={ckpt_path}: must be an existing file, or last")
+    if problem := damage(Path(ckpt_path)):
+        others = [p for p in newest_first(Path(ckpt_path).parent) if not damage(p)]
+        whole = f"; {others[0]} is whole" if others else ""
+        raise UserError(f"ckpt_path={ckpt_path}: must be a whole checkpoint; {problem}{whole}")
     return ckpt_path
+
+
+def _last(folder: Path, subcommand: str) -> str | None:
+    """The newest checkpoint that is whole."""
+    newest = folder / "last.ckpt"
+    problems = []
+    for path in newest_first(folder):
+        if problem := damage(path):
+            problems.append(f"{path}: {problem}")
+            continue
+        name = newest if newest.exists() and newest.resolve() == path.resolve() else path
+        if problems:
+            rank_zero_warn(f"{'; '.join(problems)}; an earlier one is used: {name}")
+        rank_zero_info(f"going on from {name} ({path.name})")
+        return str(path)
+    if problems:
+        # To begin anew would overwrite what may still be of use.
+        raise UserError(f"ckpt_path=last: none is whole; {'; '.join(problems)}")
+    if subcommand != "fit":
+        raise UserError(f"ckpt_path=last: there is no {newest}")
+    rank_zero_info(f"no {newest} yet: starting from the beginning")
+    return None

@@ -1,7 +1,10 @@
 """Callbacks and loggers for the Lightning trainer."""
 
+from w2s_train.callbacks.agreement import Agreement
+from w2s_train.callbacks.checkpoints import Checkpoints
 from w2s_train.callbacks.fid import FID
 from w2s_train.callbacks.graceful_stop import GracefulStop
+from w2s_train.callbacks.guard import Guard
 from w2s_train.callbacks.leaves import LeavesScores
 from w2s_train.callbacks.metrics_csv import MetricsCSV
 from w2s_train.callbacks.progress import Progress
@@ -11,14 +14,16 @@ from w2s_train.callbacks.run_record import RunRecord
 from w2s_train.callbacks.sample_grid import SampleGrid
 from w2s_train.callbacks.sample_writer import GridWriter, ImageWriter, NpzWriter, ShardWriter
 from w2s_train.callbacks.skipped_samples import SkippedSamples
-from w2s_train.callbacks.step_checkpoint import StepCheckpoint
 from w2s_train.callbacks.step_seed import StepSeed
 
 __all__ = [
+    "Agreement",
+    "Checkpoints",
     "FID",
     "GracefulStop",
     "GridWriter",
     "ImageWriter",
+    "Guard",
     "LeavesScores",
     "MetricsCSV",
     "NpzWriter",
@@ -29,6 +34,5 @@ __all__ = [
     "SampleGrid",
     "ShardWriter",
     "SkippedSamples",
-    "StepCheckpoint",
     "StepSeed",
 ]

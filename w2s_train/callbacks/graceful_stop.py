@@ -1,69 +1,147 @@
-"""A fit ends with a checkpoint, and Ctrl-C ends it at a step boundary."""
+"""Signals and the time limit end a run at one step of all processes, with a checkpoint."""
 
 import signal
-import threading
-from pathlib import Path
-from types import FrameType
+import time
+from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info
 
-from w2s_train.errors import UserError
+from w2s_train.callbacks.agreement import Agreement
+from w2s_train.callbacks.checkpoints import Checkpoints, validation_follows
+from w2s_train.callbacks.resumable_evaluation import ResumableEvaluation
+from w2s_train.errors import INTERRUPTED, PREEMPTED, Stopped
+from w2s_train.signals import PREEMPTION, REQUESTS
 
 
 class GracefulStop(Callback):
-    """The first SIGINT sets a flag; a second one interrupts at once.
+    """SIGUSR1, SIGTERM, SIGINT and the time limit set a flag; all processes look at it together.
 
-    All processes look at the flag together, every ``every`` batches, so that they stop at the same
-    step. Every end of training writes ``checkpoints/last.ckpt``. A validation under way is finished
-    first.
+    Training ends after the step at hand, with a checkpoint. An evaluation is left after the batch
+    at hand: what it has so far is kept, and the next start goes on with it. A second SIGINT
+    interrupts at once.
 
     Args:
-        every: Batches between two looks; each look is a collective.
-
-    Raises:
-        UserError: ``every`` below 1.
+        agreement: Shared with the guard.
+        max_time: Of this start (DD:HH:MM:SS), counted from the beginning of the process; None is
+            no limit. The run ends early enough to save: by twice what a save has taken so far and
+            three steps.
     """
 
-    def __init__(self, every: int = 10) -> None:
-        if every < 1:
-            raise UserError(f"every={every}: must be at least 1")
-        self.every = every
-        self.requested = self.stopped = False
+    def __init__(
+        self, agreement: Agreement, max_time: str | timedelta | dict[str, int] | None = None
+    ) -> None:
+        self.agreement = agreement
+        self.limit = Timer(max_time).time_remaining()  # which reads it; nothing was used up yet
+        self.status = 0  # with which the command ends
+        self.longest, self.begun = 0.0, 0.0  # seconds of a step or batch, and when this one began
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the handler; only a main thread may."""
-        if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGINT, self._request)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen; the command has done so before, but for SIGINT."""
+        REQUESTS.listen(signal.SIGINT, *PREEMPTION)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the earlier handler back."""
-        if hasattr(self, "previous"):
-            signal.signal(signal.SIGINT, self.previous)
+    # ---- training --------------------------------------------------------------------------
 
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        rank_zero_info("\nstopping after this step; press Ctrl-C again to stop at once")
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Say what this process was asked for."""
+        self._take_time()
+        self.agreement.wishes["preempt"] = REQUESTS.preempted or self._time_is_up(trainer)
+        self.agreement.wishes["interrupt"] = REQUESTS.interrupted
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop if any process was asked to."""
-        if trainer.world_size > 1 and (batch_idx + 1) % self.every:
+        half = (batch_idx + 1) % trainer.accumulate_grad_batches  # gradients would be lost
+        if half or not self.agreement.stop:
             return
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return  # gradients of half a step would be lost
-        if not trainer.strategy.reduce_boolean_decision(self.requested, all=False):
-            return
-        self.stopped = trainer.should_stop = True
+        self._stop(interrupted=not self.agreement.decided["preempt"])
+        if validation_follows(trainer, batch_idx):
+            return  # it is begun, and left: the next start finds it under way
+        trainer.should_stop = True
         trainer.limit_val_batches = 0  # Lightning would validate before it stops
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save where training ended, stopped or not: the last step is rarely a round one."""
-        path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
-        if self.stopped:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how to go on."""
+        if self.status:
             rank_zero_info(f"stopped at step {trainer.global_step}; continue with --ckpt_path last")
+
+    # ---- evaluation ------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure batches."""
+        self.begun = 0.0
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Leave if this process was asked to; the others do so at their next batch, or at the end.
+
+        Raises:
+            Stopped: What there is so far has been kept.
+        """
+        self._take_time()
+        asked = REQUESTS.preempted or REQUESTS.interrupted or self._time_is_up(trainer)
+        if self.status or asked:
+            self._leave_together(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave with those that were asked to before they had finished.
+
+        Raises:
+            Stopped: What there is so far has been kept.
+        """
+        self._leave_together(trainer)
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _leave_together(self, trainer: Trainer) -> None:
+        """The first collective after the batches, for those that leave and those that do not."""
+        self.agreement.wishes["preempt"] = REQUESTS.preempted or self._time_is_up(trainer)
+        self.agreement.wishes["interrupt"] = REQUESTS.interrupted
+        self.agreement.settle(torch.zeros(1, device=trainer.strategy.root_device))
+        if self.agreement.stop:
+            self._stop(interrupted=not self.agreement.decided["preempt"])
+        if not self.status:
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ResumableEvaluation):
+                callback.save(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoints):
+                callback.finish(trainer)
+        raise Stopped("in the middle of an evaluation; the next start goes on with it", self.status)
+
+    # ---- time ------------------------------------------------------------------------------
+
+    def _stop(self, *, interrupted: bool) -> None:
+        self.status = INTERRUPTED if interrupted else PREEMPTED
+
+    def _take_time(self) -> None:
+        now = time.monotonic()
+        if self.begun:
+            self.longest = max(self.longest, now - self.begun)
+        self.begun = now
+
+    def _time_is_up(self, trainer: Trainer) -> bool:
+        if self.limit is None:
+            return False
+        saving = max(
+            (c.seconds for c in trainer.callbacks if isinstance(c, Checkpoints)),  # type: ignore[attr-defined]
+            default=0.0,
+        )
+        left = self.limit - (time.monotonic() - REQUESTS.started)
+        return left < 2 * saving + 3 * self.longest

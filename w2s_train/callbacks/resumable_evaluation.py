@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from w2s_train.callbacks.scorer import Scorer, validation_loaders
+from w2s_train.checkpointing import read_file
 from w2s_train.errors import UserError
 from w2s_train.guidance import Guidance
-from w2s_train.models.saved import read_file
 
 
 class ResumableEvaluation(Callback):
@@ -98,13 +98,13 @@ class ResumableEvaluation(Callback):
         """Save now and then."""
         self.done[dataloader_idx] += batch["index"].tolist()
         if time.monotonic() - self.saved >= self.every:
-            self._save(trainer)
+            self.save(trainer)
             self.saved = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the scorers what was taken in before."""
         if self.path.exists():
-            self._save(trainer)
+            self.save(trainer)
         if trainer.is_global_zero:
             for path in self.earlier:
                 for scorer, state in zip(
@@ -125,7 +125,8 @@ class ResumableEvaluation(Callback):
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
 
-    def _save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer) -> None:
+        """Write what this process has taken in so far."""
         partial = self.path.with_suffix(".partial")
         content = {"done": self.done, "scorers": [s.state() for s in _scorers(trainer)]}
         with open(partial, "wb") as file:

@@ -17,9 +17,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from w2s_train.errors import UserError
+from w2s_train.errors import NO_PROGRESS, Stopped, UserError
 from w2s_train.files import atomic_write
 
+STARTS = "starts.json"
+RESTARTS = 3  # without progress, before another one is refused
 PACKAGES = ("w2s_train", "torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
 
 
@@ -78,6 +80,8 @@ def environment(trainer: Trainer) -> dict[str, Any]:
 class RunRecord(Callback):
     """Keeps the run folder (``trainer.default_root_dir``).
 
+    Starts that come no further are counted in ``starts.json`` until one ends in good order.
+
     A fresh fit never writes into an earlier run: it moves that run aside, to ``FOLDER.1``,
     ``FOLDER.2`` and so on. A lock keeps two fits out of one folder. ``environment.json`` gets one
     element per start; at the end a table of the scores is printed.
@@ -89,6 +93,30 @@ class RunRecord(Callback):
     def __init__(self, resumed: bool = False) -> None:
         self.resumed = resumed
         self.lock: Any = None
+        self.starts: dict[str, Any] = {}
+
+    def check_progress(self, folder: Path, start: str | None) -> None:
+        """Refuse one more restart where several have come no further; on all processes alike.
+
+        Args:
+            folder: Of the run.
+            start: The checkpoint to start from.
+
+        Raises:
+            Stopped: Too many restarts.
+        """
+        path, name = folder / STARTS, Path(start).name if start else "the beginning"
+        if not self.resumed:
+            return
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        number = found["number"] if found.get("from") == name else 0
+        if number > RESTARTS:
+            raise Stopped(
+                f"{RESTARTS} restarts from {name} have come no further; see what went wrong, then "
+                f"remove {path} to try again",
+                NO_PROGRESS,
+            )
+        self.starts = {"from": name, "number": number + 1}
 
     def claim(self, folder: Path) -> None:
         """Make the folder this run's own; called on the first process, before loggers write there.
@@ -119,9 +147,18 @@ class RunRecord(Callback):
         """Record the environment."""
         if not trainer.is_global_zero:
             return
-        path = Path(trainer.default_root_dir) / "environment.json"
+        folder = Path(trainer.default_root_dir)
+        if self.starts:
+            with atomic_write(folder / STARTS) as file:
+                file.write(json.dumps(self.starts).encode())
+        path = folder / "environment.json"
         earlier = json.loads(path.read_text()) if path.is_file() else []
         path.write_text(json.dumps([*earlier, environment(trainer)], indent=1) + "\n")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """It came to its end, or was stopped and saved."""
+        if trainer.is_global_zero:
+            (Path(trainer.default_root_dir) / STARTS).unlink(missing_ok=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the table of scores and give the folder up."""
@@ -133,6 +170,8 @@ class RunRecord(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give the folder up."""
+        if isinstance(exception, Stopped):
+            self.on_fit_end(trainer, pl_module)
         self._release()
 
     def _release(self) -> None:

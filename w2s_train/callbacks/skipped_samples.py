@@ -62,15 +62,19 @@ class SkippedSamples(Callback):
         self.epoch = epoch
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report what the last, unfinished epoch has had.
+        """Report what the last, unfinished epoch has had."""
+        self._merge(trainer)
+        if not self.error:
+            self._report(self.epoch, f"epoch {self.epoch} of the data, so far")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End with an error, now that the last step is saved.
 
         Raises:
-            UserError: It was more than ``data.max_skipped`` allows.
+            UserError: More samples were skipped than ``data.max_skipped`` allows.
         """
-        self._merge(trainer)
         if self.error:
             raise UserError(self.error)
-        self._report(self.epoch, f"epoch {self.epoch} of the data, so far")
 
     def _epoch(self, trainer: Trainer, pl_module: Any) -> int:
         return int(pl_module.images_seen // trainer.datamodule.order.samples)  # type: ignore[attr-defined]

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from w2s_train.checkpointing import read_file
 from w2s_train.errors import UserError
 from w2s_train.interpolant import Interpolant
 from w2s_train.models.dit import DiT
-from w2s_train.models.saved import read_file
 
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 

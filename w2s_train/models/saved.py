@@ -1,33 +1,12 @@
 """Networks from the checkpoints of our own runs."""
 
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from w2s_train.checkpointing import read_file
 from w2s_train.errors import UserError
 from w2s_train.models.dit import DiT
 
 PREFIX = {"ema": "ema.module.", "raw": "network."}
-
-
-def read_file(path: str) -> dict[str, Any]:
-    """What `torch.save` wrote as a dict: tensors and plain values only.
-
-    Raises:
-        UserError: A file that is missing, truncated, or something else.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"path={path}: must be an existing file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many types: what a broken pickle raises depends on its bytes
-        raise UserError(
-            f"path={path}: cannot be read ({type(error).__name__}); must be a whole checkpoint"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"path={path}: must hold a dict, such as a state dict")
-    return content
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:

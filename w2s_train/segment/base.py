@@ -123,9 +123,11 @@ class Segment(nn.Module, abc.ABC):
     def describe(self) -> str:
         """One line: range, weak source, strength."""
 
-    def report(self, strong: Tensor, weak: Tensor, inside: Tensor) -> dict[str, Statistic]:
-        """RMS and maximum of strong, weak and their difference, for rows (n, C, H, W)."""
-        named = dict(strong=strong.detach(), weak=weak.detach())
+    def report(
+        self, strong: Tensor, weak: Tensor, v: Tensor, inside: Tensor
+    ) -> dict[str, Statistic]:
+        """RMS and maximum of strong, weak, their difference and v, for rows (n, C, H, W)."""
+        named = dict(strong=strong.detach(), weak=weak.detach(), velocity=v.float())
         named["difference"] = named["strong"] - named["weak"]
         statistics = {}
         for name, value in named.items():

@@ -55,4 +55,5 @@ class Consistency(Segment):
         # Multiplied, not selected: the graph must be the same whichever timesteps were drawn.
         weight = self.factor(strong.step) * self.weight
         penalty[rows] = weight * inside * mean_square(velocity - weak)
-        return SegmentTerms(rows, None, penalty, self.report(velocity, weak, inside))
+        v = strong.noisy.v[rows]
+        return SegmentTerms(rows, None, penalty, self.report(velocity, weak, v, inside))

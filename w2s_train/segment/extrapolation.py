@@ -127,7 +127,7 @@ class Extrapolation(Segment):
         shift = factor * self.scale * self._clip(difference)
         if self.omega != 1:
             shift = shift + factor * (self.omega - 1) * (noisy.v[rows].float() - weak.detach())
-        statistics = self.report(velocity, weak, inside)
+        statistics = self.report(velocity, weak, noisy.v[rows], inside)
         guides = torch.full_like(noisy.t[rows], self.effective_scale(factor))
         statistics[f"{self.name}/effective_scale"] = Statistic(guides, inside, "mean")
         return SegmentTerms(rows, right_pad(inside, shift) * shift, penalty, statistics)

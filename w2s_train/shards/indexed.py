@@ -99,7 +99,7 @@ class IndexedStore(Store):
     def name(self, row: int) -> tuple[str, str]:
         number = int(np.searchsorted(self.firsts, row, "right")) - 1
         shard, place = self.shards[number], int(row - self.firsts[number])
-        if number in self._failures or number not in self._contents:
+        if number in self._failures:
             return shard.url, f"number {place}"
         keys = load_table(shard, self.storage).keys
         return shard.url, str(keys[place]) if place < len(keys) else f"number {place}"

@@ -44,6 +44,7 @@ class CoTrained(WeakSource):
         self.network, self.lr, self.every = network, lr, every
         self.optimizer: torch.optim.Optimizer | None = None
         self.restored: dict[str, Any] = {}
+        self.skipped = 0  # steps whose gradient was not finite, on any process
 
     def bind(self, network: DiT) -> None:
         if self.network is None:
@@ -75,10 +76,12 @@ class CoTrained(WeakSource):
         with torch.enable_grad():
             velocity = self.network(noisy.x_t, noisy.t, y).velocity.float()
             loss = (velocity - noisy.v).square().mean()
-            gradients = torch.autograd.grad(loss, self.learned)
-        for parameter, gradient in zip(self.learned, _average(gradients), strict=True):
+            gradients = _average(torch.autograd.grad(loss, self.learned))
+        finite = bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+        for parameter, gradient in zip(self.learned, gradients, strict=True):
             parameter.requires_grad_(False)
-            parameter.grad = gradient
+            parameter.grad = gradient if finite else None  # without one, it is passed over
+        self.skipped += not finite
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -1,0 +1,226 @@
+"""Bad numbers are found before the optimizer uses them, on all processes alike."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from w2s_train.callbacks.agreement import Agreement
+from w2s_train.callbacks.checkpoints import Checkpoints
+from w2s_train.callbacks.scorer import gather
+from w2s_train.checkpointing import damage, newest_first, read_file
+from w2s_train.errors import DIVERGED, Stopped, UserError
+
+WINDOW = 100  # good steps that the running averages look back; before so many, nothing is a spike
+LARGEST_SCALE = 10.0  # effective guidance scale beyond which an alarm does not wait for more
+ALARM, ABORT = 1.2, 2.4  # times the effective scale: RMS of the strong prediction over that of v
+SHOWN = 3  # samples named on the terminal
+
+
+class Guard(Callback):
+    """Looks at loss and gradient before each optimizer step.
+
+    A step with a number that is not finite, or far above the running averages, is skipped: it
+    changes neither weights nor optimizer nor averages nor weak networks nor the statistics that are
+    logged. It is counted (``train/skipped_steps``) and recorded in ``bad_steps.jsonl`` of the run
+    folder with the samples of its batch. After several in a row, weights, averages, weak networks
+    and optimizer go back to the last good checkpoint, while steps and data go on, so that the run
+    passes what hurt it (PaLM, Chowdhery et al., 2022, skip batches like this); if that has been
+    tried, it ends with status 77.
+
+    A weak-to-strong target can run away without the loss showing it: at scale 1 the network chases
+    its own prediction. So the RMS of the strong prediction is compared with that of the data's
+    velocity v, which the unguided prediction E[v | x_t] never exceeds: a warning above 1.2 times
+    the effective guidance scale 1 / (1 - scale), the end of the run at twice that.
+
+    Args:
+        loss_spike: Times the running average that make a loss bad; None is never.
+        gradient_spike: The same for the norm of the gradient.
+        patience: Bad steps in a row that are skipped before something else is done.
+        rollbacks: How many times the run goes back to the same checkpoint before it ends.
+        enabled: False looks at nothing.
+
+    Raises:
+        UserError: A number out of its range.
+    """
+
+    def __init__(
+        self,
+        loss_spike: float | None = 4.0,
+        gradient_spike: float | None = 30.0,
+        patience: int = 10,
+        rollbacks: int = 1,
+        enabled: bool = True,
+    ) -> None:
+        for name, value in dict(loss_spike=loss_spike, gradient_spike=gradient_spike).items():
+            if value is not None and not value > 1:
+                raise UserError(f"{name}={value}: must be above 1")
+        if patience < 1:
+            raise UserError(f"patience={patience}: must be at least 1")
+        if rollbacks < 0:
+            raise UserError(f"rollbacks={rollbacks}: must be at least 0")
+        self.limits = [limit or math.inf for limit in (loss_spike, gradient_spike)]
+        self.patience, self.rollbacks, self.enabled = patience, rollbacks, enabled
+        self.agreement = Agreement()  # shared with the stop: `Command` sets it
+        self.averages = [0.0, 0.0]  # of loss and gradient norm, over good steps
+        self.good = self.skipped = self.in_a_row = 0
+        self.back: list[Any] = ["", 0]  # the file that the run last went back to, and how often
+        self.batches: list[tuple[int, int]] = []  # position and rows, since the last optimizer step
+        self.looked_at: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen."""
+        names = ("averages", "good", "skipped", "in_a_row", "back")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        vars(self).update(state_dict)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Be asked before each optimizer step."""
+        pl_module.judge = lambda loss, norm: self.judge(trainer, loss, norm)
+
+    # ---- before the optimizer step ---------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note which samples are used; look at the predictions that were logged last."""
+        rows = len(batch["label"])
+        self.batches.append((pl_module.images_seen + trainer.global_rank * rows, rows))
+        if self.enabled and pl_module.last_metrics is not self.looked_at:
+            self.looked_at = pl_module.last_metrics
+            self._look_for_a_blow_up(trainer, self.looked_at)
+
+    def judge(self, trainer: Trainer, loss: Tensor, norm: Tensor) -> bool:
+        """Whether the step is good: the same answer on all processes.
+
+        Args:
+            trainer: The trainer.
+            loss: () of this process.
+            norm: () of the gradient, which is that of all processes.
+        """
+        pair = torch.stack([loss.detach().float(), norm.float()])
+        finite = pair.isfinite()
+        numbers = torch.cat([pair.where(finite, 0), (~finite).float()])
+        sums = self.agreement.settle(numbers)
+        batches, self.batches = self.batches, []
+        if not self.enabled:
+            return True
+        means = [total / trainer.world_size for total in sums[:2]]
+        not_finite = [name for name, n in zip(("loss", "gradient"), sums[2:], strict=True) if n]
+        if not_finite:
+            reason = f"{' and '.join(not_finite)} not finite"
+        elif reason := self._spike(means):
+            reason = f"{reason} of the running average"
+        if reason:
+            self._record(trainer, reason, float(loss), float(norm), batches)
+            return False
+        self.in_a_row, self.good = 0, self.good + 1
+        share = 1 / min(self.good, WINDOW)
+        self.averages = [a + share * (x - a) for a, x in zip(self.averages, means, strict=True)]
+        return True
+
+    def _spike(self, means: list[float]) -> str:
+        if self.good < WINDOW:
+            return ""
+        found = zip(("loss", "gradient norm"), means, self.averages, self.limits, strict=True)
+        return "; ".join(
+            f"{name} {x:.4g} is {x / a:.1f} times the {a:.4g}"
+            for name, x, a, limit in found
+            if x > limit * a
+        )
+
+    def _record(
+        self, trainer: Trainer, reason: str, loss: float, norm: float, batches: list[Any]
+    ) -> None:
+        """Count a bad step, and write down which samples it was made from."""
+        self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        samples = [name for first, rows in batches for name in data.names(first, rows)]
+        mine = {"rank": trainer.global_rank, "loss": str(loss), "samples": samples}
+        everyone = gather(mine, trainer)
+        suspects = [each for each in everyone if not math.isfinite(float(each["loss"]))] or everyone
+        entry = {"step": trainer.global_step + 1, "reason": reason, "gradient_norm": str(norm)}
+        if trainer.is_global_zero:
+            with open(Path(trainer.default_root_dir) / "bad_steps.jsonl", "a") as file:
+                file.write(json.dumps({**entry, "ranks": suspects}) + "\n")
+        ranks = ", ".join(str(each["rank"]) for each in suspects)
+        some = ", ".join(suspects[0]["samples"][:SHOWN])
+        rank_zero_warn(
+            f"step {entry['step']} skipped: {reason} (rank {ranks}; samples {some}, ...: "
+            "bad_steps.jsonl)"
+        )
+        module: Any = trainer.lightning_module
+        module.record({"train/skipped_steps": self.skipped})
+
+    # ---- after it --------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After too many bad steps in a row, go back or end.
+
+        Raises:
+            Stopped: There is nothing to go back to, or it has been tried.
+        """
+        if self.in_a_row < self.patience:
+            return
+        path = self._last_good(trainer)
+        times = self.back[1] + 1 if path == self.back[0] else 1
+        report = f"{self.in_a_row} bad steps in a row until step {trainer.global_step}"
+        if not path or times > self.rollbacks:
+            raise Stopped(f"{report}; bad_steps.jsonl has their samples", DIVERGED)
+        rank_zero_warn(f"{report}: weights go back to those of {path}, steps and data go on")
+        self.back, self.in_a_row = [path, times], 0
+        folder = Path(trainer.default_root_dir)
+        _go_back(trainer, pl_module, read_file(folder / path))
+
+    def _last_good(self, trainer: Trainer) -> str:
+        """The newest checkpoint that is whole, relative to the run folder; "" if there is none."""
+        folder, found = Path(trainer.default_root_dir), ""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoints):
+                callback.finish(trainer)
+        if trainer.is_global_zero:
+            good = (path for path in newest_first(folder / "checkpoints") if not damage(path))
+            found = str(first.relative_to(folder)) if (first := next(good, None)) else ""
+        return trainer.strategy.broadcast(found)
+
+    def _look_for_a_blow_up(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Compare the strong prediction with what the scale explains.
+
+        Raises:
+            Stopped: It is far too large.
+        """
+        for key, guides in metrics.items():
+            segment, _, name = key.rpartition("/")
+            velocity = metrics.get(f"{segment}/velocity_rms")
+            if name != "effective_scale" or velocity is None:
+                continue
+            strong, allowed = metrics[f"{segment}/strong_rms"], min(guides, LARGEST_SCALE)
+            message = (
+                f"step {trainer.global_step}: {segment}/strong_rms is {strong:.4g}, which is "
+                f"{strong / velocity:.3g} times that of the data's velocity; guidance by "
+                f"{allowed:.3g} explains {allowed:.3g} times"
+            )
+            if strong > ABORT * allowed * velocity:
+                raise Stopped(f"{message}; a smaller scale or max_difference may help", DIVERGED)
+            if strong > ALARM * allowed * velocity:
+                rank_zero_warn(message)
+
+
+def _go_back(trainer: Trainer, module: LightningModule, content: dict[str, Any]) -> None:
+    """Weights, averages, weak networks and optimizers of a checkpoint; rates as they are now."""
+    module.load_state_dict(content["state_dict"])
+    for optimizer, state in zip(trainer.optimizers, content["optimizer_states"], strict=True):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
