@@ -16,6 +16,7 @@ from w2s_train.frechet import Moments
 from w2s_train.models import DiT
 from w2s_train.shards import Storage
 
+pytest_plugins = ["tally"]
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("W2S_SHARED", ROOT.parent / "shared"))
 

@@ -55,9 +55,10 @@ def digest_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
+@torch.no_grad()
 def to_host(content: Any) -> Any:
     """A copy of nested values whose tensors are in host memory, and no longer change."""
-    return tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), content)
+    return tree_map_only(Tensor, lambda x: x.to("cpu", copy=True), content)
 
 
 def write_checkpoint(content: Any, path: Path) -> None:

@@ -40,6 +40,6 @@ def fingerprint(state: dict[str, object]) -> Fingerprint:
 
 
 def _sums(x: Tensor) -> Tensor:
-    bits = x.detach().contiguous().flatten().view(BITS[x.element_size()]).long()
+    bits = x.contiguous().flatten().view(BITS[x.element_size()]).long()
     weights = torch.arange(len(bits), device=x.device) % PERIOD + 1
     return torch.stack([bits.sum(), (bits * weights).sum(), torch.isfinite(x).all().long()])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 def norm_of(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The norm () of all gradients together."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).detach()
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def clip(

@@ -106,7 +106,7 @@ class Guard(Callback):
             loss: () of this process.
             norm: () of the gradient, which is that of all processes.
         """
-        pair = torch.stack([loss.detach().float(), norm.float()])
+        pair = torch.stack([loss.float(), norm.float()])
         finite = pair.isfinite()
         numbers = torch.cat([pair.where(finite, 0), (~finite).float()])
         sums = self.agreement.settle(numbers)

@@ -1,0 +1,38 @@
+"""The table of faults that were tried and survived, printed at the end of the tests."""
+
+from collections import defaultdict
+
+import pytest
+
+TABLE = pytest.StashKey[dict]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TABLE] = defaultdict(lambda: [0, 0])
+
+
+class Tally:
+    """Counts tries of one row of the table; a try that fails ends the test, and stays counted."""
+
+    def __init__(self, cell: list[int]) -> None:
+        self.cell = cell
+
+    def __enter__(self) -> None:
+        self.cell[0] += 1
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.cell[1] += kind is None
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest):
+    """Count a try: ``with tally("row 3: ..."): ...``."""
+    return lambda row: Tally(request.config.stash[TABLE][row])
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    table = config.stash[TABLE]
+    if table:
+        terminalreporter.section("faults: tried, survived")
+        for row, (tried, survived) in sorted(table.items()):
+            terminalreporter.write_line(f"{row:<70} {tried:>4} {survived:>4}")
