@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from w2s_train.callbacks import (
     FID,
@@ -23,21 +23,24 @@ from w2s_train.callbacks import (
     ImageWriter,
     LeavesScores,
     MetricsCSV,
+    Position,
     Progress,
     ResumableEvaluation,
     RunRecord,
     SkippedSamples,
     StepSeed,
+    watched_strategies,
 )
 from w2s_train.callbacks.scorer import Scorer
 from w2s_train.checkpoint_io import CheckpointFiles
 from w2s_train.checks import check_files, check_numbers, explain, locate
 from w2s_train.datamodule import ShardDataModule
-from w2s_train.errors import INTERRUPTED, Stopped, UserError
+from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError
 from w2s_train.latents.record import latents_beside
 from w2s_train.module import DiffusionModule
 from w2s_train.run_folder import find_checkpoint, run_folder
 from w2s_train.trainer import DiffusionTrainer
+from w2s_train.watch import Watch
 
 COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference")
 PARTS = {
@@ -46,6 +49,7 @@ PARTS = {
     "data": ShardDataModule,
     "checkpoint": Checkpoints,
     "guard": Guard,
+    "watch": Watch,
 }
 
 
@@ -71,6 +75,7 @@ class Command(LightningCLI):
         """Callbacks that every run has, and one seed for everything."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(Guard, "guard")
+        parser.add_class_arguments(Watch, "watch")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:
@@ -120,7 +125,9 @@ class Command(LightningCLI):
         given = [callback for callback in given if callback not in resumable]
         if self.subcommand == "predict":
             ours.append(ImageWriter(Path(folder) / "samples"))
-        kwargs["callbacks"] = [*given, *ours, *(resumable or [ResumableEvaluation()]), self.stop]
+        watched_strategies(config.watch)
+        last = [*(resumable or [ResumableEvaluation()]), self.stop]
+        kwargs["callbacks"] = [Position(config.watch), *given, *ours, *last]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError) as error:
@@ -253,6 +260,13 @@ def run(args: list[str] | None) -> None:
         if isinstance(error, ProcessRaisedException) and not reason.startswith(ours):
             raise
         sys.exit(f"error: {reason.removeprefix(ours)}")
+    except ProcessExitedException as error:  # a forked one
+        rank, status = error.error_index, error.exit_code
+        print(
+            f"stopped: rank {rank} (pid {error.error_pid}) ended with status {status}",
+            file=sys.stderr,
+        )
+        sys.exit(status if status > 0 else PEER_LOST)
     except Stopped as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(stop.status)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from lightning import LightningModule
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from w2s_train.autoencoder import Vectors
 from w2s_train.callbacks import (
@@ -35,8 +36,20 @@ class PassThrough(LightningModule):
         return batch["image"]
 
 
+class NoSignals(_SignalConnector):
+    """Leaves signals alone: Lightning's handlers talk to other processes, or save, inside."""
+
+    def register_signal_handlers(self) -> None:
+        """Nothing: the callback that stops a run has its own."""
+
+
 class DiffusionTrainer(Trainer):
     """Fits, validates, tests, predicts, samples, and makes references."""
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the command says."""
+        self._signal_connector = NoSignals(self)
+        return super()._run(*args, **kwargs)
 
     def reference(
         self,

@@ -15,6 +15,7 @@ from w2s_train.callbacks.sample_grid import SampleGrid
 from w2s_train.callbacks.sample_writer import GridWriter, ImageWriter, NpzWriter, ShardWriter
 from w2s_train.callbacks.skipped_samples import SkippedSamples
 from w2s_train.callbacks.step_seed import StepSeed
+from w2s_train.callbacks.watch import Position, watched_strategies
 
 __all__ = [
     "Agreement",
@@ -27,6 +28,7 @@ __all__ = [
     "LeavesScores",
     "MetricsCSV",
     "NpzWriter",
+    "Position",
     "Progress",
     "ReferenceWriter",
     "ResumableEvaluation",
@@ -35,4 +37,5 @@ __all__ = [
     "ShardWriter",
     "SkippedSamples",
     "StepSeed",
+    "watched_strategies",
 ]
