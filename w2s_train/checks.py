@@ -49,6 +49,19 @@ def check_numbers(config: Any) -> None:
             raise UserError(f"{key}={value}: must be a finite number, at least 0")
 
 
+def check_pipe(allowed: bool, args: list[str]) -> None:
+    """Only who types the command may let it run others; a config may come from anybody.
+
+    Raises:
+        UserError: ``data.allow_pipe`` is true, and the arguments themselves do not say so.
+    """
+    line = " ".join(args)
+    if allowed and not re.search(r"(^| )--data\.allow_pipe[ =]true( |$)", line, re.IGNORECASE):
+        raise UserError(
+            "data.allow_pipe=true: must be given on the command line, --data.allow_pipe=true"
+        )
+
+
 def locate(message: str, config: Any) -> str:
     """A constructor's message ``name=value: rule`` with the name's full key, where it is found.
 
@@ -72,6 +85,11 @@ def explain(message: str, parts: dict[str, Any]) -> str:
         parts: The classes behind the top-level keys.
     """
     line = " ".join(message.replace("Parser key ", "").split())
+    if denied := re.search(r"Importing '([\w.]+)' is not allowed", line):
+        return (
+            f"class_path={denied[1]}: must be a class of w2s_train, torch.optim or Lightning's "
+            f"trainer; --allow_imports={denied[1].split('.')[0]} allows it, if you trust its code"
+        )
     # Of a value that may have one of several types, the reasons are enough.
     line = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: ", "", line)
     line = re.sub(r" - Expected a <class 'NoneType'>| Given value type: <class '[^']*'>", "", line)

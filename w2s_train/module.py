@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from w2s_train.clock import FitClock
 from w2s_train.errors import UserError
 from w2s_train.generation import Setting, all_settings, generate
 from w2s_train.guidance import Guidance, Unguided
+from w2s_train.loading import check_optimizer, load_module
 from w2s_train.models import DiT, WeightAverage
 from w2s_train.models.average import check_decay
 from w2s_train.objective import Objective
@@ -91,7 +93,14 @@ class DiffusionModule(LightningModule):
         self.statistics, self.last_metrics = RunningStatistics(), dict[str, float]()
         self.images_seen, self.loaded_step = 0, 0
         self.clock, self.scored_weights = FitClock(), scored_weights or ["ema"]
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, weights_only: bool = True
+    ) -> "DiffusionModule":
+        """The module of a local checkpoint of ours; always read with ``weights_only``."""
+        return load_module(cls, str(checkpoint_path)).to(map_location or "cpu")
 
     def _check_labels(self) -> None:
         parts: list[WeakSource | Guidance] = [s.weak for s in self.objective.segments]
@@ -287,13 +296,3 @@ class DiffusionModule(LightningModule):
             "wall_clock_seconds": round(self.clock.wall_clock, 3),
             "training_seconds": round(self.clock.training_seconds, 3),
         }
-
-
-def _check_optimizer(optimizer: OptimizerCallable) -> None:
-    """Optimizers check their arguments when they are built; do it before any work starts."""
-    try:
-        optimizer([nn.Parameter(torch.zeros(1))])
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"optimizer: {error}; it must be callable, and its rates must be finite and at least 0"
-        ) from error

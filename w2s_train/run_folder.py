@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from w2s_train.errors import UserError
+from w2s_train.models.saved import check_local
 
 
 def run_folder(config: Any) -> Path:
@@ -29,6 +30,7 @@ def find_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> str
         if subcommand != "fit":
             raise UserError(f"ckpt_path=null: {subcommand} needs a checkpoint file, or last")
         return None
+    check_local(ckpt_path, "ckpt_path")
     if ckpt_path == "last":
         last = folder / "checkpoints" / "last.ckpt"
         if last.is_file():

@@ -11,12 +11,23 @@ from w2s_train.models.dit import DiT
 PREFIX = {"ema": "ema.module.", "raw": "network."}
 
 
+def check_local(path: str, name: str) -> None:
+    """Refuse a checkpoint of the net: what a file holds is trusted as far as who can write it.
+
+    Raises:
+        UserError: It is a URL.
+    """
+    if "://" in path or path.startswith(("http:", "https:", "file:")):
+        raise UserError(f"{name}={path}: must be a local file, and no URL")
+
+
 def read_file(path: str) -> dict[str, Any]:
     """What `torch.save` wrote as a dict: tensors and plain values only.
 
     Raises:
         UserError: A file that is missing, truncated, or something else.
     """
+    check_local(path, "path")
     if not Path(path).is_file():
         raise UserError(f"path={path}: must be an existing file")
     try:
