@@ -26,7 +26,7 @@ class Tally:
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest):
-    """Count a try: ``with tally("row 3: ..."): ...``."""
+    """Count tries: the fixture is called with the name of the row, and its result entered."""
     return lambda row: Tally(request.config.stash[TABLE][row])
 
 

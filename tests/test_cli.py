@@ -230,7 +230,7 @@ def test_unknown_commands():
     assert (
         done.stderr
         == "error: command=train: must be one of fit, validate, test, predict, sample, reference, "
-        "compare\n"
+        "export, compare\n"
     )
 
 

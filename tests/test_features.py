@@ -29,7 +29,7 @@ from w2s_train.features import (
     FeatureExtractor,
     InceptionFeatures,
 )
-from w2s_train.features.files import fetched
+from w2s_train.features.files import fetched, sha256
 
 SMALL_VIT = "vit_tiny_patch16_224"  # 224 pixels, like the protocol: no positions to resample
 
@@ -97,11 +97,20 @@ def vit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def publish(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let a file pass for the published Inception."""
+    monkeypatch.setattr(w2s_train.features.inception, "SHA256", sha256(path))
+    return str(path)
+
+
 @pytest.fixture
-def extractor(request: pytest.FixtureRequest, tmp_path: Path) -> FeatureExtractor:
+def extractor(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> FeatureExtractor:
     """One extractor by name, with weights; it takes RGB images."""
     if request.param == "inception":
-        return loaded(InceptionFeatures(weights=str(request.getfixturevalue("inception_file"))))
+        path = publish(request.getfixturevalue("inception_file"), monkeypatch)
+        return loaded(InceptionFeatures(weights=path))
     if request.param == "adm":
         return loaded(ADMFeatures(weights=str(request.getfixturevalue("adm_file"))))
     if request.param == "dinov2":
@@ -154,7 +163,7 @@ def test_inception_is_clean_fids(inception_file: Path, tmp_path: Path, monkeypat
     model = InceptionV3W(str(inception_file.parent), download=False)
     device = torch.device("cpu")
     theirs = get_folder_features(str(tmp_path), model, num_workers=0, device=device, verbose=False)
-    extractor = loaded(InceptionFeatures(weights=str(inception_file)))
+    extractor = loaded(InceptionFeatures(weights=publish(inception_file, monkeypatch)))
     ours = extractor(x)
     assert np.linalg.norm(ours.numpy() - theirs) <= 1e-5 * np.linalg.norm(theirs)
     # One row of the softmax by hand: weights of the output layer, no bias.
@@ -182,9 +191,10 @@ class FakeInception(nn.Module):
         return self.layers(x)
 
 
-def test_inception_sees_what_clean_fid_shows_it(tmp_path: Path):
+def test_inception_sees_what_clean_fid_shows_it(tmp_path: Path, monkeypatch):
     """The real loading and resizing code around a stand-in for the 91 MB network."""
     torch.jit.script(FakeInception()).save(str(tmp_path / "inception-2015-12-05.pt"))
+    publish(tmp_path / "inception-2015-12-05.pt", monkeypatch)
     extractor = InceptionFeatures(folder=str(tmp_path))
     extractor.load()
     x = images(3)
@@ -291,7 +301,7 @@ def test_files_of_another_form(tmp_path: Path, monkeypatch):
     path.write_bytes(b"no weights")
     with pytest.raises(ValueError, match="must be a safetensors file"):
         ClassifierFeatures(str(path)).load()
-    with pytest.raises(ValueError, match="must be a TorchScript file"):
+    with pytest.raises(ValueError, match="must be the published file, sha256 f58cb9b6ec32"):
         InceptionFeatures(weights=str(path)).load()
     for build in (InceptionFeatures, ADMFeatures, DINOv2Features):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: True)

@@ -133,14 +133,23 @@ def _damage(path: Path, *state: int) -> str:
     return f"its part {first} is damaged" if first else ""
 
 
+def check_local(path: str, name: str) -> None:
+    """Refuse a checkpoint of the net: what a file holds is trusted as far as who can write it.
+
+    Raises:
+        UserError: It is a URL.
+    """
+    if "://" in path or path.startswith(("http:", "https:", "file:")):
+        raise UserError(f"{name}={path}: must be a local file, and no URL")
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
     """The dict of a file: tensors, in host memory, and plain values; nothing else is loaded.
 
     Raises:
         UserError: A URL, or a file that is missing, damaged, or something else.
     """
-    if "://" in str(path):
-        raise UserError(f"path={path}: must be a file, not a URL")
+    check_local(str(path), "path")
     if not Path(path).is_file():
         raise UserError(f"path={path}: must be an existing file")
     foreign = not digest_file(Path(path)).is_file() and not zipfile.is_zipfile(path)

@@ -3,14 +3,12 @@
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from torch import nn
 
 from w2s_train.errors import UserError
 
@@ -51,6 +49,19 @@ def check_numbers(config: Any) -> None:
             raise UserError(f"{key}={value}: must be a finite number, at least 0")
 
 
+def check_pipe(allowed: bool, args: list[str]) -> None:
+    """Only who types the command may let it run others; a config may come from anybody.
+
+    Raises:
+        UserError: ``data.allow_pipe`` is true, and the arguments themselves do not say so.
+    """
+    line = " ".join(args)
+    if allowed and not re.search(r"(^| )--data\.allow_pipe[ =]true( |$)", line, re.IGNORECASE):
+        raise UserError(
+            "data.allow_pipe=true: must be given on the command line, --data.allow_pipe=true"
+        )
+
+
 def locate(message: str, config: Any) -> str:
     """A constructor's message ``name=value: rule`` with the name's full key, where it is found.
 
@@ -74,6 +85,11 @@ def explain(message: str, parts: dict[str, Any]) -> str:
         parts: The classes behind the top-level keys.
     """
     line = " ".join(message.replace("Parser key ", "").split())
+    if denied := re.search(r"Importing '([\w.]+)' is not allowed", line):
+        return (
+            f"class_path={denied[1]}: must be a class of w2s_train, torch.optim or Lightning's "
+            f"trainer; --allow_imports={denied[1].split('.')[0]} allows it, if you trust its code"
+        )
     # Of a value that may have one of several types, the reasons are enough.
     line = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: ", "", line)
     line = re.sub(r" - Expected a <class 'NoneType'>| Given value type: <class '[^']*'>", "", line)
@@ -140,17 +156,3 @@ def check_label_dropout(label_dropout: float, segments: Any, guidances: list[Any
                 f"label_dropout={label_dropout}: must be above 0 for {type(weak).__name__}: the "
                 "null class would never be trained"
             )
-
-
-def check_optimizer(optimizer: Callable[..., Any]) -> None:
-    """Optimizers check their arguments when they are built; do it before any work starts.
-
-    Raises:
-        UserError: What the optimizer refuses.
-    """
-    try:
-        optimizer([nn.Parameter(torch.zeros(1))])
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"optimizer: {error}; it must be callable, and its rates must be finite and at least 0"
-        ) from error

@@ -18,10 +18,12 @@ commands:
   predict     write generated images to the run folder
   sample      write images of a checkpoint: seeds, classes, and a folder, grid, .npz or shards
   reference   write the statistics of a data set that scores compare with
+  export      write weights for programs without Lightning, or for diffusers
   compare     judge runs against a baseline:  lightning compare RUN [RUN ...]
 
 options:
   -c FILE               a YAML config; later ones override earlier ones, KEY VALUE overrides all
+  --allow_imports NAMES let configs name classes of more packages, such as my_package,other
   --ckpt_path last      go on with the run in the run folder, or start it
   --print_config        show the whole config, defaults included, and stop
   -h, --help            this text; `lightning COMMAND --help` lists every key
@@ -29,7 +31,7 @@ options:
 
 try:  lightning fit -c configs/digits_w2s.yaml
 """
-COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference", "compare")
+COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference", "export", "compare")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -45,6 +47,10 @@ def main(args: list[str] | None = None) -> None:
         from w2s_train.compare.command import run as compare
 
         compare(args[1:])
+    elif args[0] == "export":
+        from w2s_train.export.command import run as export
+
+        export(args[1:])
     else:
         # Read once, when torch loads: threads that wait must sleep. Spinning threads made a small
         # network 50 times slower on a machine whose cores were shared.

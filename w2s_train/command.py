@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -33,12 +34,15 @@ from w2s_train.callbacks import (
 )
 from w2s_train.callbacks.scorer import Scorer
 from w2s_train.checkpoint_io import CheckpointFiles
-from w2s_train.checks import check_files, check_numbers, explain, locate
+from w2s_train.checks import check_files, check_numbers, check_pipe, explain, locate
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError
+from w2s_train.files import atomic_write
+from w2s_train.imports import restrict_imports
 from w2s_train.latents.record import latents_beside
 from w2s_train.module import DiffusionModule
 from w2s_train.run_folder import find_checkpoint, run_folder
+from w2s_train.secrets import redacted, show_no_secrets
 from w2s_train.trainer import DiffusionTrainer
 from w2s_train.watch import Watch
 
@@ -54,12 +58,18 @@ PARTS = {
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` when fitting; scoring a checkpoint leaves the run's config alone."""
+    """Writes ``config.yaml``, without secrets, when fitting; scoring leaves the run's alone."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Write it."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """On one process."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        with atomic_write(Path(trainer.default_root_dir) / "config.yaml") as file:
+            file.write(yaml.safe_dump(redacted(config), sort_keys=False).encode())
 
 
 class Command(LightningCLI):
@@ -78,6 +88,11 @@ class Command(LightningCLI):
         parser.add_class_arguments(Watch, "watch")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse them, and keep what the command line itself says."""
+        self.given = list[str](args)
+        super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let the checkpoint's settings override the command line's."""
 
@@ -86,6 +101,7 @@ class Command(LightningCLI):
         subcommand = str(self.subcommand)
         config = self.config[subcommand]
         check_numbers(config)
+        check_pipe(config.data.allow_pipe, self.given)
         folder = run_folder(config)
         config.trainer.default_root_dir = str(folder)
         if subcommand != "reference":
@@ -147,7 +163,7 @@ class Command(LightningCLI):
             )
         self._dump_config()
         instantiator = "lightning.pytorch.cli.instantiate_module"
-        settings = {**self.config_dump["model"], "_instantiator": instantiator}
+        settings = {**redacted(self.config_dump["model"]), "_instantiator": instantiator}
         self.model.save_hyperparameters(settings, logger=False)
 
     def _callbacks(self) -> list[Any]:
@@ -176,9 +192,11 @@ class Command(LightningCLI):
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(f"ckpt_path={path}: cannot be read; {reason}") from error
         except RuntimeError as error:
-            if "loading state_dict" not in str(error):
-                raise
             reason = " ".join(str(error).split())[:300]
+            if path is not None and "TorchScript archives" in reason:
+                raise UserError(f"ckpt_path={path}: cannot be read; it is TorchScript") from error
+            if "loading state_dict" not in reason:
+                raise
             raise UserError(f"ckpt_path={path}: must fit the config; {reason}") from error
 
     def _check_autoencoder(self, subcommand: str) -> None:
@@ -222,7 +240,8 @@ def compose(args: list[str] | None, run: bool = True) -> Command:
         UserError: A value that cannot be used.
         argparse.ArgumentError: An unknown key or a wrong type.
     """
-    check_files(sys.argv[1:] if args is None else args)
+    args = restrict_imports(sys.argv[1:] if args is None else args)
+    check_files(args)
     quiet = {"exit_on_error": False, "allow_abbrev": False}
     return (Command if run else Composition)(
         DiffusionModule,
@@ -231,7 +250,7 @@ def compose(args: list[str] | None, run: bool = True) -> Command:
         trainer_class=DiffusionTrainer,
         auto_configure_optimizers=False,
         save_config_callback=SaveFitConfig,
-        save_config_kwargs={"overwrite": True},
+        save_config_kwargs={"save_to_log_dir": False},
         parser_kwargs={name: quiet for name in COMMANDS} | quiet,
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
     )
@@ -243,23 +262,30 @@ def quiet_lightning() -> None:
         lambda record: "litlogger" not in record.getMessage()
     )
     # Averages are in eval mode while the network trains; the other two are Lightning's own affair.
-    for message in (".*in eval mode at the start of training", ".*LeafSpec", ".*val_dataloader.*"):
+    # The parser gets this process's arguments, less a switch that it does not know.
+    for message in (
+        ".*in eval mode at the start of training",
+        ".*LeafSpec",
+        ".*val_dataloader.*",
+        "LightningCLI's args parameter",
+    ):
         warnings.filterwarnings("ignore", message)
 
 
 def run(args: list[str] | None) -> None:
     """Run one command; a user's error ends it with one line and status 1."""
     quiet_lightning()
+    sys.excepthook = show_no_secrets
     try:
         command = compose(args)
     except argparse.ArgumentError as error:
-        sys.exit(f"error: {explain(str(error), PARTS)}")
+        sys.exit(f"error: {redacted(explain(str(error), PARTS))}")
     except (UserError, MisconfigurationException, ProcessRaisedException) as error:
         # From another process the message is a traceback with the reason last.
         reason, ours = str(error).strip().splitlines()[-1], "w2s_train.errors.UserError: "
         if isinstance(error, ProcessRaisedException) and not reason.startswith(ours):
             raise
-        sys.exit(f"error: {reason.removeprefix(ours)}")
+        sys.exit(f"error: {redacted(reason.removeprefix(ours))}")
     except ProcessExitedException as error:  # a forked one
         rank, status = error.error_index, error.exit_code
         print(
@@ -268,7 +294,7 @@ def run(args: list[str] | None) -> None:
         )
         sys.exit(status if status > 0 else PEER_LOST)
     except Stopped as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
+        print(redacted(f"stopped: {stop}"), file=sys.stderr)
         sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from w2s_train.errors import UserError
 from w2s_train.plan import GenerationPlan, Remaining
+from w2s_train.secrets import redacted
 from w2s_train.shards import ShardStream, Storage, expand_urls
 from w2s_train.shards.index import Shard, check_labels, find_shards
 from w2s_train.shards.indexed import IndexedStore
@@ -52,7 +53,8 @@ class ShardDataModule(LightningDataModule):
         cache: Folder for downloads and tables of shards; ``$W2S_CACHE`` or ``~/.cache/w2s_train``
             if not given.
         cache_gigabytes: Limit of the downloads in the cache; None is none.
-        allow_pipe: Let ``pipe:COMMAND`` in ``train_urls`` run the command in a shell.
+        allow_pipe: Let ``pipe:COMMAND`` in ``train_urls`` run the command in a shell; true only on
+            the command line, and in no config.
         num_generated: Images per validation.
         generation_batch_size: Images per validation step; does not change the images.
         sampling_seeds: Validations are repeated with so many sets of ``num_generated`` seeds, none
@@ -108,7 +110,7 @@ class ShardDataModule(LightningDataModule):
         self.in_memory, self.max_skipped, self.seed = in_memory, max_skipped, seed
         self.num_generated, self.generation_batch_size = num_generated, generation_batch_size
         self.sampling_seeds = sampling_seeds
-        self.dataset = dataset or Path(train_urls).resolve().parent.name
+        self.dataset = dataset or Path(redacted(train_urls)).resolve().parent.name
         self.plan: GenerationPlan | None = None  # of `lightning sample`
         self.order: StreamOrder | None = None  # of the training stream, once there is one
         self.store: Store | None = None
@@ -172,7 +174,7 @@ class ShardDataModule(LightningDataModule):
             raise UserError(f"train_urls={self.train_urls}: must hold samples, there are none")
         damaged = [shard for shard in shards if shard.damage]
         lost = sum(shard.lost for shard in damaged)
-        report = "; ".join(f"{shard.url}: {shard.loss()}" for shard in damaged[:5])
+        report = redacted("; ".join(f"{s.url}: {s.loss()}" for s in damaged[:5]))
         if lost > self.max_skipped * samples:
             raise UserError(
                 f"max_skipped={self.max_skipped}: {lost:,} of {samples:,} samples are missing in "

@@ -1,11 +1,16 @@
 """Errors that are the user's to mend."""
 
+from w2s_train.secrets import redacted
+
 
 class UserError(ValueError):
     """A value that cannot be used. The command prints its message, one line, without a traceback.
 
     Messages read ``name=value: what is allowed``, with the name as it stands in the config.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))  # values may be URLs with passwords
 
 
 # Exit statuses of the command, beside 0 (finished) and 1 (an error, a user's or ours).
@@ -31,5 +36,5 @@ class Stopped(Exception):
 
 def one_line(error: BaseException) -> str:
     """Its kind and message, or only its kind where it says nothing."""
-    message = " ".join(str(error).split())
+    message = redacted(" ".join(str(error).split()))
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

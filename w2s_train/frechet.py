@@ -18,6 +18,7 @@ from torch import Tensor
 
 from w2s_train.errors import UserError
 from w2s_train.files import atomic_write
+from w2s_train.secrets import redacted
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Reference:
                 sigma=self.moments.sigma.numpy(),
                 n=self.moments.n,
                 features=self.features.float().numpy(),
-                fingerprint=json.dumps(self.fingerprint),
+                fingerprint=json.dumps(redacted(self.fingerprint)),
             )
 
     @classmethod

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,12 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from w2s_train.autoencoder import Autoencoder, PixelSpace
-from w2s_train.checks import check_label_dropout, check_optimizer
+from w2s_train.checks import check_label_dropout
 from w2s_train.clock import FitClock
 from w2s_train.errors import UserError
 from w2s_train.generation import Setting, all_settings, generate
 from w2s_train.gradients import clip, drop, norm_of
 from w2s_train.guidance import Guidance, Unguided
+from w2s_train.loading import check_optimizer, load_module
 from w2s_train.models import DiT, WeightAverage
 from w2s_train.models.average import check_decay
 from w2s_train.objective import Losses, Objective
@@ -99,6 +101,13 @@ class DiffusionModule(LightningModule):
         self.images_seen, self.loaded_step = 0, 0
         self.clock, self.scored_weights = FitClock(), scored_weights or ["ema"]
         check_optimizer(optimizer)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, weights_only: bool = True
+    ) -> "DiffusionModule":
+        """The module of a local checkpoint of ours; always read with ``weights_only``."""
+        return load_module(cls, str(checkpoint_path)).to(map_location or "cpu")
 
     # ---- training --------------------------------------------------------------------------
     def setup(self, stage: str) -> None:

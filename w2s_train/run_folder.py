@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from w2s_train.checkpointing import damage, newest_first
+from w2s_train.checkpointing import check_local, damage, newest_first
 from w2s_train.errors import UserError
 
 
@@ -32,9 +32,10 @@ def find_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> str
         if subcommand != "fit":
             raise UserError(f"ckpt_path=null: {subcommand} needs a checkpoint file, or last")
         return None
+    check_local(ckpt_path, "ckpt_path")
     if ckpt_path == "last":
         return _last(folder / "checkpoints", subcommand)
-    if "://" in ckpt_path or not Path(ckpt_path).is_file():
+    if not Path(ckpt_path).is_file():
         raise UserError(f"ckpt_path={ckpt_path}: must be an existing file, or last")
     if problem := damage(Path(ckpt_path)):
         others = [p for p in newest_first(Path(ckpt_path).parent) if not damage(p)]

@@ -23,6 +23,7 @@ from w2s_train.features import KEEP
 from w2s_train.module import DiffusionModule
 from w2s_train.plan import GenerationPlan
 from w2s_train.reference_images import ReferenceImages
+from w2s_train.secrets import redacted
 
 Format = Literal["png", "grid", "npz", "shards"]
 SUFFIXES: dict[Format, str] = {"png": "", "grid": ".png", "npz": ".npz", "shards": ""}
@@ -83,13 +84,14 @@ class DiffusionTrainer(Trainer):
             raise UserError(f"trainer.callbacks: must hold {rule}; these are {len(scorers)}")
         if keep_features < 0:
             raise UserError(f"keep_features={keep_features}: must be at least 0")
-        name = Path(urls).resolve().parent.name if urls else datamodule.dataset
+        source = redacted(urls or datamodule.train_urls)
+        name = Path(source).resolve().parent.name if urls else datamodule.dataset
         writers = [
             ReferenceWriter(
                 scorer,
                 Path(output) if output else scorer.reference_path,
                 dataset=dataset or name,
-                split=split or Path(urls or datamodule.train_urls).name.partition("-")[0],
+                split=split or Path(source.partition("?")[0]).name.partition("-")[0],
                 keep=keep_features,
             )
             for scorer in scorers

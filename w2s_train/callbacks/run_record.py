@@ -19,6 +19,7 @@ from rich.table import Table
 
 from w2s_train.errors import NO_PROGRESS, Stopped, UserError
 from w2s_train.files import atomic_write
+from w2s_train.secrets import redacted
 
 STARTS = "starts.json"
 RESTARTS = 3  # without progress, before another one is refused
@@ -34,7 +35,7 @@ def append_scores(folder: Path, entries: list[dict[str, Any]]) -> None:
     path = folder / "scores.json"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".scores.lock"):  # a fit and a validate may score at the same time
-        scores = json.dumps(read_scores(folder) + entries, indent=1, allow_nan=False)
+        scores = json.dumps(read_scores(folder) + redacted(entries), indent=1, allow_nan=False)
         with atomic_write(path) as file:
             file.write(scores.encode() + b"\n")
 
@@ -61,7 +62,7 @@ def environment(trainer: Trainer) -> dict[str, Any]:
     """Command, versions, machine and devices of this process."""
     cuda = torch.cuda.is_available()
     return {
-        "command": sys.argv,
+        "command": redacted(sys.argv),
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},

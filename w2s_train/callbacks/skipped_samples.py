@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from w2s_train.callbacks.scorer import gather
 from w2s_train.errors import UserError
+from w2s_train.secrets import redacted
 from w2s_train.shards.stream import Skipped
 
 SHOWN = 5  # shards named in a report
@@ -82,8 +83,9 @@ class SkippedSamples(Callback):
     def _merge(self, trainer: Trainer) -> None:
         for share in gather(self.new, trainer):
             for each in share:
-                self.counts[each.epoch, each.shard] += 1
-                self.reasons.setdefault(each.shard, f"{each.key}: {each.reason}")
+                shard = redacted(each.shard)  # goes into checkpoints
+                self.counts[each.epoch, shard] += 1
+                self.reasons.setdefault(shard, redacted(f"{each.key}: {each.reason}"))
         self.new = []
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         samples = data.order.samples

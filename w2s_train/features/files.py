@@ -47,6 +47,11 @@ def fetched(target: Path, download: Callable[[Path], object]) -> Path:
     return target
 
 
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def digest(weights: Path) -> str:
     """The first 12 hexadecimal digits of the file's sha256."""
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    return sha256(weights)[:12]

@@ -44,6 +44,7 @@ def load_autoencoder(path: str, name: str, revision: str | None = None) -> Any:
             subfolder=None if local else "/".join(path.split("/")[2:]) or None,
             revision=revision,
             local_files_only=local,
+            use_safetensors=True,  # and no pickle
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,  # the other way needs accelerate
             output_loading_info=True,

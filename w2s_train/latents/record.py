@@ -12,6 +12,7 @@ from torch import Tensor
 
 from w2s_train.errors import UserError
 from w2s_train.files import atomic_write
+from w2s_train.secrets import redacted
 from w2s_train.shards.storage import Storage
 from w2s_train.shards.table import ShardTable
 from w2s_train.shards.urls import is_pipe, is_remote, split_url
@@ -184,4 +185,4 @@ def complete(folder: Path, stems: list[str], recipe: Recipe) -> Summary:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
+        file.write(json.dumps(redacted(content), indent=1).encode() + b"\n")

@@ -20,6 +20,7 @@ import fsspec
 from filelock import FileLock
 
 from w2s_train.errors import UserError, one_line
+from w2s_train.secrets import redacted
 from w2s_train.shards.urls import is_pipe, is_remote, split_url
 
 ATTEMPTS, WAIT = 3, 1.0  # downloads of one file, and seconds before the second, doubled each time
@@ -134,7 +135,7 @@ class Storage:
                 os.replace(partial, target)
         except Exception as error:  # each file system has its own
             number = error.errno if isinstance(error, OSError) else None
-            reason = f"{url}: {one_line(error.__cause__ or error)}"
+            reason = f"{redacted(url)}: {one_line(error.__cause__ or error)}"
             raise OSError(number, reason) if number else OSError(reason) from error
         finally:
             partial.unlink(missing_ok=True)

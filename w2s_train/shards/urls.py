@@ -13,6 +13,9 @@ from braceexpand import braceexpand
 from w2s_train.errors import UserError, one_line
 from w2s_train.shards.writer import INDEX
 
+# Of fsspec's file systems those that only fetch bytes: others unpack, chain or render templates.
+PROTOCOLS = ("http", "https", "s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "abfss", "memory")
+
 
 def is_remote(url: str) -> bool:
     """Whether it is a URL of fsspec or a pipe, and no local path."""
@@ -113,6 +116,8 @@ def parse_index(text: str, name: str) -> dict[str, Any]:
 
 
 def _expand_remote(pattern: str, name: str) -> list[str]:
+    if pattern.partition("://")[0] not in PROTOCOLS or "::" in pattern:
+        raise UserError(f"{name}={pattern}: must begin with one of {', '.join(PROTOCOLS)}, or file")
     web = pattern.startswith(("http://", "https://"))
     if not glob.has_magic(pattern.partition("?")[0] if web else pattern):
         return [pattern]

@@ -1,0 +1,194 @@
+"""Exported weights are the checkpoint's: bit for bit, and in diffusers to rounding."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, perturbed
+from safetensors.torch import load_file
+
+from w2s_train.cli import main
+from w2s_train.errors import UserError
+from w2s_train.export.diffusers import rates_change
+from w2s_train.export.folder import export
+from w2s_train.models import DiT, saved_network
+
+WITHOUT_LIGHTNING = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("lightning", "pytorch_lightning", "jsonargparse"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def save(folder: Path, name: str = "last", **options) -> Path:
+    """A checkpoint as a run writes it, of networks that predict something."""
+    sizes = dict(input_size=8, in_channels=1, hidden_size=32, depth=2, num_heads=4, num_classes=10)
+    network = DiT(**(sizes | options))
+    state = {}
+    for prefix in ("ema.module.", "network."):
+        state |= {
+            prefix + key: value.clone() for key, value in perturbed(network).state_dict().items()
+        }
+    content = dict(state_dict=state, network=network.arguments, global_step=7)
+    content["progress"] = {"images_seen": 112}
+    interpolant = {"class_path": "w2s_train.interpolant.LinearInterpolant"}
+    objective = {"init_args": {"interpolant": interpolant}}
+    content["hyper_parameters"] = {"objective": objective, "autoencoder": None}
+    path = folder / "run" / "checkpoints" / f"{name}.ckpt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_the_lines_of_the_readme(tmp_path: Path, weights: str):
+    """They load the network in a process that cannot import Lightning; same velocities, bitwise."""
+    path = save(tmp_path)
+    main(
+        ["export", "--ckpt_path", str(tmp_path / "run"), "--weights", weights]
+        + ["--output", str(tmp_path / "exported")]
+    )
+    section = (ROOT / "README.md").read_text().partition("\n## Export\n")[2]
+    lines = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    assert len(lines.splitlines()) <= 10
+    script = f"{WITHOUT_LIGHTNING}\n{lines}\n"
+    script += 'torch.save(dict(x_t=x_t, t=t, y=y, velocity=velocity), "out.pt")\n'
+    script += 'assert "lightning" not in sys.modules\n'
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    out = torch.load(tmp_path / "out.pt", weights_only=True)
+    network = saved_network(str(path), weights).eval()
+    expected = network(out["x_t"], out["t"], out["y"]).velocity
+    assert expected.abs().max() > 0
+    assert torch.equal(out["velocity"], expected)
+
+
+def test_weights_of_a_fit(command, tmp_path: Path):
+    folder = command("fit")
+    main(["export", f"--ckpt_path={folder}", f"--output={tmp_path / 'out'}"])
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    trained = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in state.items():
+        assert torch.equal(value, trained[f"ema.module.{name}"]), name
+    about = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (about["step"], about["images_seen"], about["weights"]) == (6, 96, "ema")
+    assert (about["num_classes"], about["null_class"], about["autoencoder"]) == (10, 10, None)
+    assert about["interpolant"]["class_path"] == "w2s_train.interpolant.LinearInterpolant"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (-1.0, 1.0)])
+def test_diffusers_predicts_the_same(tmp_path: Path, scale: float, shift: float):
+    """The velocity, for times in [0, 1], all classes and the null class."""
+    diffusers = pytest.importorskip("diffusers")
+    sizes = dict(in_channels=4, input_size=16, hidden_size=48, num_heads=4)
+    path = save(tmp_path, time_scale=scale, time_shift=shift, **sizes)
+    export(str(path), tmp_path / "out", format="diffusers")
+    assert not [file for file in (tmp_path / "out").iterdir() if file.suffix in (".bin", ".pt")]
+    theirs = diffusers.DiTTransformer2DModel.from_pretrained(
+        str(tmp_path / "out"), use_safetensors=True, low_cpu_mem_usage=False
+    ).eval()
+    network = saved_network(str(path)).eval()
+    t = torch.cat([torch.linspace(0, 1, 21), torch.rand(12)])
+    x, y = torch.randn(len(t), 4, 16, 16), torch.arange(len(t)) % 11
+    with torch.no_grad():
+        ours = network(x, t, y).velocity
+        other = theirs(x, timestep=t, class_labels=y).sample
+    assert (ours - other).norm() <= 1e-5 * ours.norm()
+    assert (ours - other).abs().max() <= 1e-4 * ours.abs().max()
+
+
+def test_the_change_of_rates_is_small():
+    """What is trained stays as it is, but for a few thousandths."""
+    assert (rates_change(1.0, 0.0) - torch.eye(256)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(qk_norm=True), "qk_norm=True: must be False"),
+        (dict(mlp_ratio=2.0), "mlp_ratio=2.0: must be 4"),
+        (dict(out_channels=2), "out_channels=2: must be 1"),
+        (dict(time_scale=1000.0), "time_scale=1000.0: .* must be 1 or -1"),
+    ],
+)
+def test_what_diffusers_cannot_be(tmp_path: Path, options: dict, message: str):
+    pytest.importorskip("diffusers")
+    with pytest.raises(UserError, match=message):
+        export(str(save(tmp_path, **options)), tmp_path / "out", format="diffusers")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_without_diffusers(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match="format=diffusers: needs diffusers"):
+        export(str(save(tmp_path)), tmp_path / "out", format="diffusers")
+
+
+BAD = {
+    "missing file": (["--ckpt_path=none.ckpt"], "ckpt_path=none.ckpt: must be a checkpoint"),
+    "url": (["--ckpt_path=https://x.org/a.ckpt"], "must be a local file, and no URL"),
+    "foreign file": (["--ckpt_path=README.md"], "path=README.md: cannot be read"),
+    "no checkpoint": (["--ckpt_path={tmp}/other.pt"], "must be a checkpoint of w2s_train"),
+    "no path": (["--weights=ema"], "ckpt_path=null: must be given"),
+    "unknown weights": (
+        ["--ckpt_path={run}", "--weights=best"],
+        "weights=best: must be ema or raw",
+    ),
+    "unknown format": (
+        ["--ckpt_path={run}", "--format=onnx"],
+        "format=onnx: must be safetensors or diffusers",
+    ),
+    "unknown option": (["--color=red"], "option=--color=red: must be one of --ckpt_path"),
+    "no value": (["--ckpt_path"], "ckpt_path: expected one argument"),
+    "output exists": (["--ckpt_path={run}", "--output={tmp}"], "must not exist yet"),
+    "no folder": (["--ckpt_path={run}", "--output=/proc/none/x"], "must be a folder to write to"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_are_one_line(case: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options, expected = BAD[case]
+    run = save(tmp_path)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    options = [option.format(tmp=tmp_path, run=run) for option in options]
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "--output", str(tmp_path / "out"), *options])
+    message = str(stop.value.code)
+    assert message.startswith("error: ") and "\n" not in message
+    assert expected in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_quick():
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "w2s_train", "export", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0 and "--weights NAME" in done.stdout
+    assert time.monotonic() - start < 5

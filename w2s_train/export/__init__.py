@@ -1,0 +1,1 @@
+"""Weights of a checkpoint for programs without Lightning."""
