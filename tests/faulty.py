@@ -1,12 +1,13 @@
 """The command, with a fault in one rank: python tests/faulty.py FAULT RANK fit ...
 
-The fault happens at step 3. ``W2S_FAULT`` carries it to the processes that Lightning starts.
+The fault happens at step 3, or in setup ("user_error"), or before the processes meet ("early").
 """
 
 import os
 import signal
 import sys
 import time
+from typing import NoReturn
 
 from w2s_train.cli import main
 from w2s_train.errors import UserError
@@ -14,20 +15,21 @@ from w2s_train.errors import UserError
 STEP = 3
 
 
-def stuck() -> None:
+def announce() -> None:
+    """Say who it is, and when."""
+    os.write(1, f"FAULT {os.getpid()} {time.time()}\n".encode())
+
+
+def stuck() -> NoReturn:
     while True:
         time.sleep(1)
 
 
-def error() -> None:
+def error() -> NoReturn:
     raise ValueError("a bad thing")
 
 
-def user_error() -> None:
-    raise UserError("data.x=1: must be 2")
-
-
-FAULTS = {
+IN_STEP = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "stuck": stuck,
@@ -40,39 +42,41 @@ def inject(fault: str, rank: int) -> None:
     from w2s_train.datamodule import ShardDataModule
     from w2s_train.module import DiffusionModule
 
-    step, setup = DiffusionModule.training_step, ShardDataModule.setup
+    step, set_up = DiffusionModule.training_step, ShardDataModule.setup
     loader = ShardDataModule.train_dataloader
 
     def training_step(self, batch, batch_idx):
-        if self.trainer.global_rank == rank and self.global_step == STEP and fault in FAULTS:
-            FAULTS[fault]()
+        if self.trainer.global_rank == rank and self.global_step == STEP and fault in IN_STEP:
+            announce()
+            IN_STEP[fault]()
         return step(self, batch, batch_idx)
 
-    def slow(batches):
+    def until_stuck(batches):
         for number, batch in enumerate(batches):
             if number == STEP:
+                announce()
                 stuck()
             yield batch
 
     def train_dataloader(self):
-        found = loader(self)
-        if fault != "data" or self.trainer.global_rank != rank:
-            return found
-        return slow(found)
+        here = fault == "data" and self.trainer.global_rank == rank
+        return until_stuck(loader(self)) if here else loader(self)
 
-    def set_up(self, stage):
+    def setup(self, stage):
         if fault == "user_error" and self.trainer.global_rank == rank:
-            user_error()
-        setup(self, stage)
+            announce()
+            raise UserError("data.x=1: must be 2")
+        set_up(self, stage)
 
     DiffusionModule.training_step = training_step
     ShardDataModule.train_dataloader = train_dataloader
-    ShardDataModule.setup = set_up
+    ShardDataModule.setup = setup
 
 
 if __name__ == "__main__":
     fault, rank, *arguments = sys.argv[1:]
     if fault == "early" and os.environ.get("LOCAL_RANK", "0") == rank:
-        sys.exit(f"error: {fault}")
+        announce()
+        sys.exit(1)
     inject(fault, int(rank))
     main(arguments)

@@ -33,6 +33,7 @@ LEVELS = {
     "fingerprint": 0,
     "gradients": 0,
     "signals": 0,
+    "peers": 0,
     "watch": 1,
     "shards": 2,
     "clock": 1,

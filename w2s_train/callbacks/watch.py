@@ -17,17 +17,11 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 
-from w2s_train.errors import PEER_LOST
-from w2s_train.watch import (
-    BACKWARD,
-    BETWEEN,
-    GRACE,
-    STEP,
-    VALIDATED,
-    VALIDATING,
-    Watch,
-)
+from w2s_train.errors import PEER_LOST, Stopped, one_line
+from w2s_train.peers import Stage
+from w2s_train.watch import GRACE, Watch
 
+MEET = 600.0  # seconds that processes have to meet, with all that they import before
 PARENT = "W2S_PARENT"  # the process that started this one
 
 
@@ -100,7 +94,7 @@ class WatchedDDP(DDPStrategy):
     ) -> None:
         # The watch comes first: it says who it was, and it knows of work that takes long.
         super().__init__(
-            timeout=timedelta(seconds=2 * watch.timeout),
+            timeout=timedelta(seconds=max(2 * watch.timeout, MEET)),
             start_method=start_method,
             find_unused_parameters=find_unused_parameters,
         )
@@ -115,14 +109,18 @@ class WatchedDDP(DDPStrategy):
             )
 
     def setup_environment(self) -> None:
-        """Meet, and watch from here on: preparing the data comes next."""
+        """Meet, and watch from here on: preparing the data comes next.
+
+        Raises:
+            Stopped: Not all processes came.
+        """
         launcher = self._launcher
-        with (
-            launcher.meeting()
-            if isinstance(launcher, WatchedLauncher)
-            else contextlib.nullcontext()
-        ):
-            super().setup_environment()
+        local = launcher.meeting() if isinstance(launcher, WatchedLauncher) else None
+        try:
+            with local or contextlib.nullcontext():
+                super().setup_environment()
+        except torch.distributed.DistError as error:
+            raise Stopped(f"not all processes came; {one_line(error)}", PEER_LOST) from error
         self.watch.start(self.global_rank, os.environ["MASTER_ADDR"], self._exchange)
 
     def _exchange(self, value: Any) -> list[Any]:
@@ -187,21 +185,21 @@ class Position(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         """The loss is there."""
-        self.watch.at(BACKWARD)
+        self.watch.at(Stage.IN_THE_BACKWARD_PASS)
 
     def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
         """The gradients are there, of all processes."""
-        self.watch.at(STEP)
+        self.watch.at(Stage.TAKING_THE_STEP)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The other callbacks, then the next batch's data."""
-        self.watch.at(BETWEEN)
+        self.watch.at(Stage.BETWEEN_TWO_BATCHES)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Images are generated."""
-        self.watch.at(VALIDATING)
+        self.watch.at(Stage.VALIDATING)
 
     def on_validation_batch_end(
         self,
@@ -213,11 +211,11 @@ class Position(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """One batch more; how many a process has may differ."""
-        self.watch.at(VALIDATING)
+        self.watch.at(Stage.VALIDATING)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """This process's images are there."""
-        self.watch.at(VALIDATED)
+        self.watch.at(Stage.DONE_WITH_VALIDATING)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
