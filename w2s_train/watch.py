@@ -21,6 +21,7 @@ import torch.distributed
 
 from w2s_train.errors import PEER_LOST, Stopped, UserError, one_line
 from w2s_train.peers import Beat, Fault, Peer, Stage, identity, judge
+from w2s_train.signals import REQUESTS
 
 BEAT = 1.0  # seconds between two signs of life
 LOOK = 5.0  # seconds without one, after a collective has failed, that tell a dead process
@@ -85,7 +86,7 @@ class Watch:
         everyone = exchange([port, *me])
         self.peers, self.rank = [Peer(*about) for _, *about in everyone], rank
         if rank == 0:
-            for key in ("fault", *range(len(everyone))):
+            for key in ("fault", "stop", *range(len(everyone))):
                 self.store.set(str(key), "")
         exchange(None)  # now all keys are there
         if rank > 0:
@@ -146,9 +147,13 @@ class Watch:
             try:
                 self.store.set(str(self.rank), json.dumps(beat))
                 fault = self.store.compare_set("fault", "", self.report)
+                # That one process is to stop is enough. Training agrees on it at each step, but
+                # evaluations, which are dealt out unevenly, have no steps in common.
+                stop = self.store.compare_set("stop", "", "yes" if REQUESTS.preempted else "")
                 texts = self.store.multi_get(keys) if self.looking else []
             except torch.distributed.DistError:
                 return  # rank 0 is gone: its silence tells
+            REQUESTS.preempted = REQUESTS.preempted or bool(stop)
             now = time.monotonic()
             self.heard[0] = now  # it has answered
             for rank, text in enumerate(texts):

@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def fork(work: Callable[[], None], log: Path) -> int:
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout, sys.stderr = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False)
+        warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(each, signal.default_int_handler if each == signal.SIGINT else 0)
         work()

@@ -127,6 +127,36 @@ def test_signals_in_an_evaluation(command, tmp_path: Path, tally, caplog):
     assert "of 400 images were taken in before" in caplog.text
 
 
+def test_a_signal_to_one_process_in_an_evaluation(command, tmp_path: Path, tally):
+    """Row 6: the other one, which has many batches left, learns of it within two seconds."""
+    options = ["--trainer.max_steps=3", "--data.num_generated=4000", *TWO]
+    options += ["--data.generation_batch_size=8"]
+
+    def work(rank: int) -> None:
+        real = DiffusionModule.validation_step
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            (tmp_path / f"at.{batch_idx}").touch()
+            time.sleep(0.1)
+            return real(self, batch, batch_idx, dataloader_idx)
+
+        DiffusionModule.validation_step = validation_step
+        command("fit", *options, "--ckpt_path=last")
+
+    for rank in (0, 1):
+        for path in tmp_path.glob("at.*"):
+            path.unlink()
+        ranks = start_ranks(work, 2, tmp_path / "log")
+        while not (tmp_path / "at.3").exists():
+            time.sleep(0.01)
+        os.kill(ranks[rank], signal.SIGTERM)
+        begun = time.monotonic()
+        with tally("6   signal to one of two processes in an evaluation"):
+            assert wait(ranks) == [PREEMPTED, PREEMPTED], (tmp_path / "log.0").read_text()
+            assert time.monotonic() - begun < 15
+            assert len(list((tmp_path / "run" / "evaluation").rglob("*.pt"))) == 2 * (rank + 1)
+
+
 def test_a_signal_before_the_first_step(command, tmp_path: Path, tally):
     """Row 6: while everything is being set up: one step is taken and saved."""
 

@@ -42,7 +42,7 @@ class Guard(Callback):
         loss_spike: Times the running average that make a loss bad; None is never.
         gradient_spike: The same for the norm of the gradient.
         patience: Bad steps in a row that are skipped before something else is done.
-        rollbacks: How many times the run goes back to the same checkpoint before it ends.
+        rollbacks: How often the run goes back before it ends, unless 100 good steps lie between.
         enabled: False looks at nothing.
 
     Raises:
@@ -69,13 +69,13 @@ class Guard(Callback):
         self.agreement = Agreement()  # shared with the stop: `Command` sets it
         self.averages = [0.0, 0.0]  # of loss and gradient norm, over good steps
         self.good = self.skipped = self.in_a_row = 0
-        self.back: list[Any] = ["", 0]  # the file that the run last went back to, and how often
+        self.backs, self.good_before = 0, 0  # how often it went back; good steps before that
         self.batches: list[tuple[int, int]] = []  # position and rows, since the last optimizer step
         self.looked_at: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What it has seen."""
-        names = ("averages", "good", "skipped", "in_a_row", "back")
+        names = ("averages", "good", "skipped", "in_a_row", "backs", "good_before")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -173,12 +173,13 @@ class Guard(Callback):
         if self.in_a_row < self.patience:
             return
         path = self._last_good(trainer)
-        times = self.back[1] + 1 if path == self.back[0] else 1
+        again = self.good < self.good_before + WINDOW
+        self.backs = self.backs + 1 if again else 1
         report = f"{self.in_a_row} bad steps in a row until step {trainer.global_step}"
-        if not path or times > self.rollbacks:
+        if not path or self.backs > self.rollbacks:
             raise Stopped(f"{report}; bad_steps.jsonl has their samples", DIVERGED)
         rank_zero_warn(f"{report}: weights go back to those of {path}, steps and data go on")
-        self.back, self.in_a_row = [path, times], 0
+        self.good_before, self.in_a_row = self.good, 0
         folder = Path(trainer.default_root_dir)
         _go_back(trainer, pl_module, read_file(folder / path))
 
