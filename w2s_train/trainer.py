@@ -6,6 +6,7 @@ from typing import Any, Literal
 from lightning import LightningModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
 
 from w2s_train.autoencoder import Vectors
 from w2s_train.callbacks import (
@@ -14,6 +15,7 @@ from w2s_train.callbacks import (
     ImageWriter,
     NpzWriter,
     ReferenceWriter,
+    ResumableEvaluation,
     ShardWriter,
 )
 from w2s_train.callbacks.sample_writer import SampleWriter
@@ -51,6 +53,15 @@ class DiffusionTrainer(Trainer):
         """Do what the command says."""
         self._signal_connector = NoSignals(self)
         return super()._run(*args, **kwargs)
+
+    def _run_stage(self) -> Any:
+        """The same; then finish an evaluation of the last step, while everything is still set up."""
+        results = super()._run_stage()
+        if self.state.fn == TrainerFn.FITTING:
+            for callback in self.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, ResumableEvaluation):
+                    callback.look(self, self.lightning_module)
+        return results
 
     def reference(
         self,

@@ -58,7 +58,7 @@ class ResumableEvaluation(Callback):
         loop.run()
         trainer.training = True
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same after the last step, where Lightning does not start to train."""
         if not self.looked:
             self.on_train_start(trainer, pl_module)
