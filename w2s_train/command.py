@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
 
@@ -89,7 +90,9 @@ class Command(LightningCLI):
         folder = run_folder(config)
         config.trainer.default_root_dir = str(folder)
         config.checkpoint.dirpath = str(folder / "checkpoints")
+        self.goes_on = False
         if subcommand != "reference":
+            self.goes_on = config.ckpt_path == "last"
             config.ckpt_path = find_checkpoint(config.ckpt_path, folder, subcommand)
             config.weights_only = True  # of a checkpoint only tensors and plain values are read
         if config.trainer.precision in ("bf16-true", "16-true", "transformer-engine"):
@@ -107,9 +110,10 @@ class Command(LightningCLI):
         elif config.trainer.logger in (None, True):
             loggers = [TensorBoardLogger(folder, name="", version=""), MetricsCSV(folder)]
             kwargs["logger"] = loggers
-        # A checkpoint of another folder starts a new run in this one.
+        # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
+        # job that was stopped before its first checkpoint keeps its folder.
         start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
-        self.record = RunRecord(resumed=start == Path(folder).resolve())
+        self.record = RunRecord(resumed=self.goes_on or start == Path(folder).resolve())
         self.stop = GracefulStop()
         seed = int(config.seed_everything or 0)
         ours = [self.record, StepSeed(seed), self.stop, Progress()]
@@ -121,6 +125,11 @@ class Command(LightningCLI):
         if self.subcommand == "predict":
             ours.append(ImageWriter(Path(folder) / "samples"))
         kwargs["callbacks"] = [*given, *ours, *(resumable or [ResumableEvaluation()])]
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+            # Lightning would save inside the signal handler, on each process at another step.
+            given = config.trainer.plugins or []
+            given = given if isinstance(given, list) else [given]
+            kwargs["plugins"] = [*given, SLURMEnvironment(auto_requeue=False)]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError) as error:
