@@ -266,4 +266,4 @@ def run(args: list[str] | None) -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     if command.stop.stopped:
-        sys.exit(INTERRUPTED)
+        sys.exit(command.stop.status)

@@ -9,7 +9,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from w2s_train.errors import UserError
+from w2s_train.errors import INTERRUPTED, PREEMPTED, UserError
 
 
 class GracefulStop(Callback):
@@ -31,11 +31,14 @@ class GracefulStop(Callback):
             raise UserError(f"every={every}: must be at least 1")
         self.every = every
         self.requested = self.stopped = False
+        self.status = PREEMPTED
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handler; only a main thread may."""
         if threading.current_thread() is threading.main_thread():
             self.previous = signal.signal(signal.SIGINT, self._request)
+            signal.signal(signal.SIGUSR1, self._request)
+            signal.signal(signal.SIGTERM, self._request)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the earlier handler back."""
@@ -43,8 +46,10 @@ class GracefulStop(Callback):
             signal.signal(signal.SIGINT, self.previous)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            self.status = INTERRUPTED
         self.requested = True
         rank_zero_info("\nstopping after this step; press Ctrl-C again to stop at once")
 
