@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
@@ -104,6 +105,7 @@ class Command(LightningCLI):
         check_pipe(config.data.allow_pipe, self.given)
         folder = run_folder(config)
         config.trainer.default_root_dir = str(folder)
+        self.goes_on = False
         if subcommand != "reference":
             self.goes_on = config.ckpt_path == "last"
             config.ckpt_path = find_checkpoint(config.ckpt_path, folder, subcommand)
@@ -123,15 +125,14 @@ class Command(LightningCLI):
         elif config.trainer.logger in (None, True):
             loggers = [TensorBoardLogger(folder, name="", version=""), MetricsCSV(folder)]
             kwargs["logger"] = loggers
-        # A checkpoint of another folder starts a new run in this one.
+        # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
+        # job that was stopped before its first checkpoint keeps its folder.
         start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
         self.record = RunRecord(resumed=self.goes_on or start == Path(folder).resolve())
         agreement = config.checkpoint.agreement = config.guard.agreement = Agreement()
         # Lightning's own limit does not leave time to save.
         self.stop, kwargs["max_time"] = GracefulStop(agreement, config.trainer.max_time), None
-        plugins = config.trainer.plugins or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        kwargs["plugins"] = [*plugins, CheckpointFiles()]
+        kwargs["plugins"] = _plugins(config.trainer.plugins)
         seed = int(config.seed_everything or 0)
         ours = [self.record, StepSeed(seed), Progress()]
         if self.subcommand == "fit":
@@ -220,6 +221,15 @@ class Command(LightningCLI):
         self.record.check_progress(folder, start)
         if self.trainer.is_global_zero:
             self.record.claim(folder)
+
+
+def _plugins(given: Any) -> list[Any]:
+    """Those of the config, our checkpoint files, and no requeueing by Lightning."""
+    ours: list[Any] = [CheckpointFiles()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning would save inside the signal handler, on each process at another step.
+        ours.append(SLURMEnvironment(auto_requeue=False))
+    return [*(given if isinstance(given, list) else [given] if given else []), *ours]
 
 
 class Composition(Command):

@@ -101,6 +101,7 @@ class ShardDataModule(LightningDataModule):
             raise UserError(f"max_skipped={max_skipped}: must be in [0, 1]")
         if cache_gigabytes is not None and not cache_gigabytes > 0:
             raise UserError(f"cache_gigabytes={cache_gigabytes}: must be above 0")
+        self.prepare_data_per_node = False  # nodes share the project's folder
         self.script = _find_script(prepare) if prepare else None
         self.storage = Storage(cache, cache_gigabytes, allow_pipe)
         self.train_urls, self.num_classes, self.batch_size = train_urls, num_classes, batch_size

@@ -55,7 +55,7 @@ class DiffusionTrainer(Trainer):
         return super()._run(*args, **kwargs)
 
     def _run_stage(self) -> Any:
-        """The same; then finish an evaluation of the last step, while everything is still set up."""
+        """The same; then finish an evaluation of the last step, while all is still set up."""
         results = super()._run_stage()
         if self.state.fn == TrainerFn.FITTING:
             for callback in self.callbacks:  # type: ignore[attr-defined]

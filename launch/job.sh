@@ -1,0 +1,57 @@
+# Sourced by train.sbatch and evaluate.sbatch, from the copy of the code that belongs to the job.
+# shellcheck shell=bash
+
+# Run one process per task of the job, and leave in rc the status of the first one that failed.
+#   run_ranks LOGS PROJECT RUN CODE COMMAND OPTION ...    LOGS: first word of the logs' names
+run_ranks() {
+    local logs=$1 project=$2 run=$3 code=$4
+    cd "$project" && mkdir -p "$run/logs" && source "$code/launch/site.sh" && setup || exit 1
+    export MASTER_ADDR=${master_addr:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    export MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000)) # below the ports that systems hand out
+    # The copy comes before an installed package, and the current folder, where data lies, is no
+    # place for code.
+    export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
+    # A name of this start alone: shared file systems remember for a while that a file was missing.
+    export W2S_FIRST_STATUS=$run/logs/.status-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+    echo "$(date -Is) job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST: $run"
+    srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+        --open-mode=append --output="$run/logs/$logs-%t.log" \
+        bash "$code/launch/rank.sh" python -m w2s_train "${@:5}" \
+        --trainer.num_nodes="$SLURM_NNODES" --trainer.devices="$SLURM_NTASKS_PER_NODE" \
+        --trainer.strategy=ddp
+    rc=$?
+    # srun gives the highest status. Processes that it ended because of the first one have 137 or
+    # 143, which would hide the reason.
+    if [ -f "$W2S_FIRST_STATUS" ]; then
+        rc=$(<"$W2S_FIRST_STATUS")
+        rm "$W2S_FIRST_STATUS"
+    fi
+    echo "$(date -Is) job $SLURM_JOB_ID ended with status $rc"
+}
+
+# Turn the third start in a row that was told to stop before it could listen into "no progress": with
+# a time limit that is shorter than a start, it would go round for ever.
+#   limit_unheard RUN    (reads and sets rc)
+limit_unheard() {
+    local count=$1/logs/.unheard-$SLURM_JOB_ID
+    if [ "$rc" = 138 ]; then
+        echo "$SLURM_RESTART_COUNT" >>"$count"
+        [ "$(wc -l <"$count")" -lt 3 ] && return
+        echo "told to stop three times before training began: the time limit is too short"
+        rc=78
+    fi
+    rm -f "$count"
+}
+
+# Put this job, or this task of an array, back into the queue if the status is one of the given ones.
+#   requeue_on STATUS ...    (reads rc)
+requeue_on() {
+    local id=$SLURM_JOB_ID status
+    [ -z "$SLURM_ARRAY_JOB_ID" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    for status in "$@"; do
+        if [ "$rc" = "$status" ]; then
+            echo "status $rc: back into the queue"
+            scontrol requeue "$id"
+        fi
+    done
+}

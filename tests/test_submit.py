@@ -1,0 +1,194 @@
+"""`launch/submit` before it submits: what it prints, refuses and copies."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SITE = """\
+account=me
+gpus_per_node=4
+tasks_per_node=4
+cpus_per_task=8
+memory=100G
+time_limit=2:00:00
+warning=90
+options=(--qos=long)
+"""
+CONFIGS = ("-c", "configs/base.yaml", "-c", "configs/weak/one.yaml")
+SBATCH = """\
+#!/bin/bash
+printf '%s\\n' "$@" >sbatch.txt
+echo 17
+"""
+
+
+def git(folder: Path, *words: str) -> None:
+    command = ["git", "-C", str(folder), "-c", "user.name=test", "-c", "user.email=test@test"]
+    subprocess.run([*command, *words], check=True)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A small edited checkout with the real `launch/`, and an sbatch that notes its arguments."""
+    folder = tmp_path / "project"
+    files = {f"launch/{path.name}": path.read_text() for path in (ROOT / "launch").iterdir()}
+    files |= {f"configs/{name}.yaml": "" for name in ("base", "weak/one", "weak/two", "ignored")}
+    files |= {"code.py": "old\n", ".env": "password\n", ".gitignore": "/runs/\nignored*\n"}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "launch" / "submit").chmod(0o755)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "all")
+    edits = {"code.py": "new\n", ".env": "other\n", "untracked.py": "", "certs/a.PEM": ""}
+    for name, text in {**edits, "credentials.json": "", "ignored.bin": ""}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (tmp_path / "site.sh").write_text(SITE)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def submit(project: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run it in the checkout."""
+    place = project.parent
+
+    def run(*options: str, **environment: str) -> subprocess.CompletedProcess:
+        path = f"{place}/bin{os.pathsep}{os.environ['PATH']}"
+        given = {"PATH": path, "W2S_SITE": str(place / "site.sh"), **environment}
+        return subprocess.run(
+            [sys.executable, "launch/submit", *options],
+            cwd=project,
+            env=os.environ | given,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def everything(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def test_a_dry_run_says_everything_and_writes_nothing(project: Path, submit):
+    before = everything(project.parent)
+    options = ("--nodes", "2", "--seeds", "0", "1", "--dry-run", "--", "--model.ema_decay", "0.9")
+    done = submit("-c", "configs/base.yaml", "-c", *CONFIGS[3:], "configs/weak/two.yaml", *options)
+    assert done.returncode == 0, done.stderr
+    assert everything(project.parent) == before
+    for stem in ("base+one", "base+two"):
+        for seed in (0, 1):
+            assert f"{project}/runs/{stem}-seed{seed} (new)" in done.stdout
+    commands = [line for line in done.stdout.splitlines() if " lightning fit -c " in line]
+    assert len(commands) == 4 and "--seed_everything=1 --model.ema_decay 0.9 " in commands[3]
+    for words in (
+        "nodes    2 for each run; processes on each: 4, GPUs on each: 4",
+        "time     2:00:00; 90 s before",
+        "--nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8 --mem=100G",
+        "--time=2:00:00 --signal=USR1@90 --account=me --qos=long",
+        "--array=0-3 ",
+    ):
+        assert words in done.stdout, words
+
+
+def test_the_working_tree_is_copied_without_secrets(project: Path, submit):
+    """Tracked and untracked files as they are; nothing that is ignored or looks secret."""
+    done = submit(*CONFIGS)
+    assert done.stdout.endswith("submitted 17\n"), done.stderr
+    run = project / "runs" / "base+one"
+    (code,) = (run / "code").iterdir()
+    copied = {str(path.relative_to(code)) for path in everything(code) if path.is_file()}
+    assert {"code.py", "untracked.py", "configs/base.yaml", "launch/train.sbatch"} <= copied
+    assert not {".env", "credentials.json", "certs/a.PEM", "ignored.bin"} & copied
+    assert (code / "code.py").read_text() == "new\n"
+    assert (code / "launch" / "site.sh").read_text() == SITE
+    assert (code / "COMMIT").read_text().endswith("-dirty\n")
+    diff = (code / "uncommitted.diff").read_text()
+    assert "-old\n+new" in diff and "password" not in diff
+    said = (project / "sbatch.txt").read_text().splitlines()
+    options = f"-c {code}/configs/base.yaml -c {code}/configs/weak/one.yaml"
+    script = [f"{code}/launch/train.sbatch", str(project), code.name]
+    assert said[-4:] == [*script, f"{run} {options} --trainer.default_root_dir={run}"]
+
+
+def test_later_submissions_leave_earlier_copies_alone(project: Path, submit):
+    """The same state is one copy, another state another one; a run that exists goes on."""
+    for _ in range(2):
+        submit(*CONFIGS)
+        (project / "sbatch.txt").unlink()
+    run = project / "runs" / "base+one"
+    (first,) = (run / "code").iterdir()
+    (project / "code.py").write_text("newer\n")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
+    assert f"{run} (exists: goes on from its last checkpoint)" in submit(*CONFIGS).stdout
+    assert len(list((run / "code").iterdir())) == 2
+    assert (first / "code.py").read_text() == "new\n"
+
+
+def test_evaluation_belongs_to_the_run_of_its_checkpoint(project: Path, submit):
+    path = project / "runs" / "base+one" / "checkpoints" / "step-000003.ckpt"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    guided = ("-c", "configs/weak/one.yaml", "configs/weak/two.yaml", "--evaluate", str(path))
+    done = submit("-c", "configs/base.yaml", *guided, "--dry-run")
+    commands = [line for line in done.stdout.splitlines() if " lightning validate " in line]
+    assert len(commands) == 2
+    for command in commands:
+        assert f"--trainer.default_root_dir={path.parent.parent} --ckpt_path={path} " in command
+        assert "--ckpt_path=last" not in command
+    assert "--job-name=evaluate-base " in done.stdout
+
+
+WRONG = {
+    "config=configs/none.yaml: no such file": ["-c", "configs/none.yaml"],
+    "config=configs/ignored.yaml: must be in": ["-c", "configs/ignored.yaml"],
+    "config=/dev/null: no such file": ["-c", "/dev/null"],
+    "config: two combinations have one folder": ["-c", "configs/base.yaml", "configs/base.yaml"],
+    "nodes=0: must be at least 1": [*CONFIGS, "--nodes", "0"],
+    "tasks_per_node=5: must be in [1, 4]": [*CONFIGS, "--tasks-per-node", "5"],
+    "seeds=[1, 1]: must be different": [*CONFIGS, "--seeds", "1", "1"],
+    "seeds=[-1]: must be different numbers, at least 0": [*CONFIGS, "--seeds", "-1"],
+    "argument --seeds: invalid int value: 'x'": [*CONFIGS, "--seeds", "x"],
+    "unrecognized arguments: --node 2": [*CONFIGS, "--node", "2"],
+    "the following arguments are required: -c": [],
+    "--trainer.devices: is set by": [*CONFIGS, "--", "--trainer.devices=2"],
+    "evaluate=/none.ckpt: must be an existing file": [*CONFIGS, "--evaluate", "/none.ckpt"],
+    "evaluate=last: there is no checkpoint in": [*CONFIGS, "--evaluate", "last"],
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_nonsense_is_refused_before_anything_happens(project: Path, submit, message: str):
+    before = everything(project.parent)
+    done = submit(*WRONG[message])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert everything(project.parent) == before
+
+
+def test_the_site_is_checked(project: Path, submit):
+    site = project.parent / "site.sh"
+    assert "error: sbatch: not found" in submit(*CONFIGS, PATH=sys.executable).stderr
+    assert f"error: site={site}x: cannot be read" in submit(*CONFIGS, W2S_SITE=f"{site}x").stderr
+    site.write_text(SITE.replace("warning=90", "warning=3m"))
+    assert f"error: warning=3m: must be a whole number (in {site})" in submit(*CONFIGS).stderr
+
+
+def test_what_is_no_code_is_not_copied(project: Path, submit):
+    """A large file that git does not ignore is data that someone forgot."""
+    with open(project / "data.bin", "wb") as file:
+        file.truncate(300_000_000)
+    assert "error: code: 300 MB, such as data.bin; git must ignore" in submit(*CONFIGS).stderr
+    assert not (project / "runs").exists()
