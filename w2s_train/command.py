@@ -8,9 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -29,6 +28,7 @@ from w2s_train.callbacks import (
     Progress,
     ResumableEvaluation,
     RunRecord,
+    SaveFitConfig,
     SkippedSamples,
     StepSeed,
     watched_strategies,
@@ -38,7 +38,6 @@ from w2s_train.checkpoint_io import CheckpointFiles
 from w2s_train.checks import check_files, check_numbers, check_pipe, explain, locate
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError
-from w2s_train.files import atomic_write
 from w2s_train.imports import restrict_imports
 from w2s_train.latents.record import latents_beside
 from w2s_train.module import DiffusionModule
@@ -56,21 +55,6 @@ PARTS = {
     "guard": Guard,
     "watch": Watch,
 }
-
-
-class SaveFitConfig(SaveConfigCallback):
-    """Writes ``config.yaml``, without secrets, when fitting; scoring leaves the run's alone."""
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Write it."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """On one process."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        with atomic_write(Path(trainer.default_root_dir) / "config.yaml") as file:
-            file.write(yaml.safe_dump(redacted(config), sort_keys=False).encode())
 
 
 class Command(LightningCLI):

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from w2s_train.errors import UserError
 from w2s_train.plan import GenerationPlan, Remaining
+from w2s_train.preparation.script import find_script
 from w2s_train.secrets import redacted
 from w2s_train.shards import ShardStream, Storage, expand_urls
 from w2s_train.shards.index import Shard, check_labels, find_shards
@@ -102,7 +103,7 @@ class ShardDataModule(LightningDataModule):
         if cache_gigabytes is not None and not cache_gigabytes > 0:
             raise UserError(f"cache_gigabytes={cache_gigabytes}: must be above 0")
         self.prepare_data_per_node = False  # nodes share the project's folder
-        self.script = _find_script(prepare) if prepare else None
+        self.script = find_script(prepare) if prepare else None
         self.storage = Storage(cache, cache_gigabytes, allow_pipe)
         self.train_urls, self.num_classes, self.batch_size = train_urls, num_classes, batch_size
         if self.script is None:
@@ -290,14 +291,3 @@ def _ignore_signals(worker: int) -> None:
     """What is sent to a whole job reaches workers, too; the main process decides when they end."""
     for each in (signal.SIGINT, *PREEMPTION):
         signal.signal(each, signal.SIG_IGN)
-
-
-def _find_script(name: str) -> Path:
-    """A script in the project's ``data/`` folder and nowhere else: a config may not run more."""
-    folder = Path(__file__).resolve().parent.parent / "data"
-    script = folder / f"{name}.py"
-    known = [path for path in sorted(folder.glob("*.py")) if "def prepare(" in path.read_text()]
-    if script not in known:
-        names = ", ".join(path.stem for path in known) or "none"
-        raise UserError(f"prepare={name}: must be one of the scripts in {folder}: {names}")
-    return script

@@ -13,6 +13,7 @@ from w2s_train.callbacks.resumable_evaluation import ResumableEvaluation
 from w2s_train.callbacks.run_record import RunRecord
 from w2s_train.callbacks.sample_grid import SampleGrid
 from w2s_train.callbacks.sample_writer import GridWriter, ImageWriter, NpzWriter, ShardWriter
+from w2s_train.callbacks.save_config import SaveFitConfig
 from w2s_train.callbacks.skipped_samples import SkippedSamples
 from w2s_train.callbacks.step_seed import StepSeed
 from w2s_train.callbacks.watch import Position, watched_strategies
@@ -34,6 +35,7 @@ __all__ = [
     "ResumableEvaluation",
     "RunRecord",
     "SampleGrid",
+    "SaveFitConfig",
     "ShardWriter",
     "SkippedSamples",
     "StepSeed",
