@@ -139,6 +139,12 @@ BAD = {
         ],
         ["num_classes=4", "must equal the network's, 10"],
     ),
+    "no such seed": (["--seed_everything=-1"], ["seed_everything=-1", "[0, 4294967295]"]),
+    "no steps": (["--trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
+    "no epochs": (["--trainer.check_val_every_n_epoch=0"], ["check_val_every_n_epoch=0"]),
+    "no devices": (["--trainer.devices=abc"], ["trainer: `devices`"]),
+    "nothing to score": (["--model.scored_weights=[]"], ["scored_weights=[]", "at least one"]),
+    "not UTF-8": (["-c", "tests/golden/sit_forward.npz"], ["must be YAML"]),
     "plan": (["--model.objective.init_args.total_steps=0"], ["total_steps=0", "at least 1"]),
     "patch size": (
         ["--model.network.init_args.patch_size=3"],
@@ -328,6 +334,10 @@ YAML = {
         "trainer:\n  max_steps: 3\n  max_steps: 4\n",
         ["max_steps: stands twice, again in line 3"],
     ),
+    "key twice in a nested file": ("data: nested.yaml", ["batch_size: stands twice"]),
+    "contains itself": ("model: &a {network: *a}", ["must be YAML", "Circular"]),
+    "list as key": ("? [1, 2]\n: 3\n", ["must be YAML"]),
+    "too deep": ("[" * 3000, ["must be YAML"]),
     "no yaml": ("trainer: [", ["must be YAML", "line"]),
     "nan": ("model: {label_dropout: .nan}", ["model.label_dropout=nan: must be a number"]),
 }
@@ -336,9 +346,10 @@ YAML = {
 @pytest.mark.parametrize("case", YAML)
 def test_bad_yaml(case: str, command, tmp_path: Path):
     text, expected = YAML[case]
+    (tmp_path / "nested.yaml").write_text("batch_size: 3\nbatch_size: 4\n")
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(SystemExit) as stop:
-        command("fit", "-c", str(tmp_path / "bad.yaml"))
+        command("fit", f"--config={tmp_path / 'bad.yaml'}")
     message = str(stop.value.code)
     assert message.startswith("error: ")
     assert "\n" not in message

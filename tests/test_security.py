@@ -458,8 +458,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @pytest.mark.parametrize("where", ["user", "query", "missing"])
 def test_secrets_are_written_nowhere(where: str, digits: None, tmp_path: Path):
     """A fit with secrets in its URL, its logger and its command: no file and no line holds them."""
-    served = tmp_path / "served"
-    served.mkdir()
+    served = tmp_path / "served" / "digits"
+    served.mkdir(parents=True)
     for shard in range(2):
         with ShardWriter(served / f"train-{shard}.tar") as writer:
             for i in range(20):
@@ -467,14 +467,14 @@ def test_secrets_are_written_nowhere(where: str, digits: None, tmp_path: Path):
                 writer.write(
                     f"{shard}{i:03d}", i % 10, npy=broken or npy(np.zeros((1, 8, 8), "f4"))
                 )
-    handler = functools.partial(Quiet, directory=str(served))
+    handler = functools.partial(Quiet, directory=str(served.parent))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = f"127.0.0.1:{server.server_port}"
     name = "none" if where == "missing" else "train"
-    url = f"http://{host}/{name}-{{0..1}}.tar?token={SECRET}a&X-Amz-Signature={SECRET}b"
+    url = f"http://{host}/digits/{name}-{{0..1}}.tar?token={SECRET}a&X-Amz-Signature={SECRET}b"
     if where == "user":
-        url = f"http://someone:{SECRET}c@{host}/{name}-{{0..1}}.tar"
+        url = f"http://someone:{SECRET}c@{host}/digits/{name}-{{0..1}}.tar"
     (tmp_path / "secret_logger.py").write_text(
         "from lightning.pytorch.loggers import CSVLogger\n"
         "class Secret(CSVLogger):\n"

@@ -1,6 +1,7 @@
 """Configs that cannot be meant, and what to tell who wrote them."""
 
 import inspect
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -10,9 +11,14 @@ from typing import Any
 
 import yaml
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, one_line
 
-COUNTS = ("val_check_interval", "log_every_n_steps", "accumulate_grad_batches")
+COUNTS = (
+    "val_check_interval",
+    "check_val_every_n_epoch",
+    "log_every_n_steps",
+    "accumulate_grad_batches",
+)
 RATES = ("lr", "weight_decay", "gradient_clip_val")
 
 
@@ -43,6 +49,10 @@ def check_numbers(config: Any) -> None:
         if math.isnan(value):
             raise UserError(f"{key}={value}: must be a number")
         name = key.split(".")[-1]
+        if key == "seed_everything" and not 0 <= value < 2**32:
+            raise UserError(f"{key}={value}: must be in [0, {2**32 - 1}]")
+        if key == "trainer.max_steps" and value == 0:
+            raise UserError(f"{key}={value}: must be at least 1, or -1 for no end")
         if name in COUNTS and (value < 1 or value != int(value)):
             raise UserError(f"{key}={value}: must be a whole number of steps, at least 1")
         if name in RATES and not 0 <= value < math.inf:
@@ -122,19 +132,32 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def check_files(args: list[str]) -> None:
-    """Refuse configs in which a key stands twice.
+    """Refuse configs, and files that they name for a part, which are no YAML or have a key twice.
 
     Raises:
-        UserError: One does.
+        UserError: One is.
     """
-    for option, value in zip(args, args[1:], strict=False):
-        if option in ("-c", "--config") and Path(value).is_file():
-            try:
-                yaml.load(Path(value).read_text(), _UniqueKeys)
-            except UserError as error:
-                raise UserError(f"{value}: {error}") from error
-            except yaml.YAMLError as error:
-                raise UserError(f"{value}: must be YAML; {' '.join(str(error).split())}") from error
+    for option, value in zip(args, [*args[1:], ""], strict=True):
+        if option in ("-c", "--config"):
+            _check_file(Path(value))
+        elif option.startswith(("-c", "--config=")):
+            _check_file(Path(option.removeprefix("--config=").removeprefix("-c")))
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        content = yaml.load(path.read_text("utf-8"), _UniqueKeys)
+        json.dumps(content, default=str, skipkeys=True)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        # also: not UTF-8, lists as keys, a mapping that contains itself
+        raise UserError(f"{path}: must be YAML; {one_line(error)}") from error
+    for value in content.values() if isinstance(content, dict) else ():
+        if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+            _check_file(path.parent / value)
 
 
 def check_label_dropout(label_dropout: float, segments: Any, guidances: list[Any]) -> None:

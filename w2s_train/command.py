@@ -77,6 +77,7 @@ class Command(LightningCLI):
         """Parse them, and keep what the command line itself says."""
         self.given = list[str](args)
         super().parse_arguments(parser, args)
+        check_numbers(self.config[self.config.subcommand])
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let the checkpoint's settings override the command line's."""
@@ -85,7 +86,6 @@ class Command(LightningCLI):
         """Derive the run folder, find the checkpoint, and check what constructors do not see."""
         subcommand = str(self.subcommand)
         config = self.config[subcommand]
-        check_numbers(config)
         check_pipe(config.data.allow_pipe, self.given)
         folder = run_folder(config)
         config.trainer.default_root_dir = str(folder)
@@ -131,7 +131,7 @@ class Command(LightningCLI):
         kwargs["callbacks"] = [Position(config.watch), *given, *ours, *last]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def instantiate_classes(self) -> None:

@@ -12,8 +12,10 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from w2s_train.errors import UserError
 
 SWITCH = "--allow_imports"
-OURS = "autoencoder callbacks features guidance interpolant metrics models objective sampler"
-OURS += " schedule segment timesteps weak"
+OURS = """
+    autoencoder callbacks features guidance interpolant metrics models objective sampler schedule
+    segment timesteps weak
+"""
 TRAINERS = "accelerators callbacks loggers plugins profilers strategies cli.ReduceLROnPlateau"
 ALLOWED = [
     *(f"w2s_train.{name}" for name in OURS.split()),

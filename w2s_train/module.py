@@ -79,7 +79,8 @@ class DiffusionModule(LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.autoencoder = autoencoder or PixelSpace()
         self.guidances = guidance if isinstance(guidance, list) else [guidance or Unguided()]
-        for name, given in dict(guidance=guidance, ema_decay=ema_decay).items():
+        lists = dict(guidance=guidance, ema_decay=ema_decay, scored_weights=scored_weights)
+        for name, given in lists.items():
             if given == []:
                 raise UserError(f"{name}=[]: must name at least one")
         self.label_dropout, self.generation_block = label_dropout, generation_block

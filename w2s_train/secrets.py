@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any
 
 HIDDEN = "***"
-NAME = r"(?:api|access|private|signing|account)[_-]?key|secret|token(?!s)|passw(?:or)?d|passphrase"
-NAME += r"|credential|signature"
+KEY = r"(?:api|access|private|signing|account)[_-]?key"
+NAME = rf"{KEY}|secret|token(?!s)|passw(?:or)?d|passphrase|credential|signature"
 SECRET_NAME = re.compile(rf"{NAME}|(?:^|[_-])auth(?:$|[_-])", re.IGNORECASE)
 # In URLs, a few names more: Azure signs with sig, others ask for key or auth.
 PARAMETER = rf"[?&;][\w.%-]*(?:{NAME}|sig|key|auth|pwd)[\w.%-]*="
