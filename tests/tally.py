@@ -1,4 +1,7 @@
-"""The table of faults that were tried and survived, printed at the end of the tests."""
+"""The table of faults that were tried and survived, printed at the end of the tests.
+
+A test marked ``fault("ROW  WHAT")`` counts as one try; one that tries often counts with ``tally``.
+"""
 
 from collections import defaultdict
 
@@ -30,9 +33,22 @@ def tally(request: pytest.FixtureRequest):
     return lambda row: Tally(request.config.stash[TABLE][row])
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    marker = item.get_closest_marker("fault")
+    if marker and marker.args and report.when == "call" and not report.skipped:
+        cell = item.config.stash[TABLE][marker.args[0]]
+        cell[0] += 1
+        cell[1] += report.passed
+    return report
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     table = config.stash[TABLE]
     if table:
         terminalreporter.section("faults: tried, survived")
-        for row, (tried, survived) in sorted(table.items()):
-            terminalreporter.write_line(f"{row:<70} {tried:>4} {survived:>4}")
+        for row, (tried, survived) in sorted(
+            table.items(), key=lambda each: int(each[0].split()[0])
+        ):
+            terminalreporter.write_line(f"{row:<64} {tried:>4} {survived:>4}")

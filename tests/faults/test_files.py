@@ -20,7 +20,7 @@ from w2s_train.errors import UserError
 from w2s_train.files import atomic_write
 from w2s_train.run_folder import find_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 
 
 @pytest.fixture

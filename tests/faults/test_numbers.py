@@ -15,7 +15,7 @@ from w2s_train.errors import DIVERGED
 from w2s_train.module import DiffusionModule
 from w2s_train.objective import WeakToStrongObjective
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 LONG = ["--trainer.val_check_interval=1000", "--checkpoint.every_n_train_steps=1000"]
 WEAK = "{class_path: w2s_train.segment.Extrapolation, init_args: {low: %s, high: %s, scale: 0.3, "

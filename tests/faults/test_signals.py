@@ -14,7 +14,7 @@ from test_resume import assert_same, checkpoint
 from w2s_train.errors import INTERRUPTED, NO_PROGRESS, PREEMPTED
 from w2s_train.module import DiffusionModule
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
