@@ -206,7 +206,7 @@ def test_globs_of_a_file_system(tmp_path: Path):
 
 
 def test_unknown_file_systems():
-    with pytest.raises(UserError, match="train_urls=nowhere://.*cannot be listed"):
+    with pytest.raises(UserError, match="train_urls=nowhere://.*must begin with one of http"):
         expand_urls("nowhere://bucket/train-*.tar")
 
 
