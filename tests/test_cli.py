@@ -182,6 +182,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault("18  bad configuration")
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case: str, command, capsys, tmp_path: Path):
     options, expected = BAD[case]
@@ -343,6 +344,7 @@ YAML = {
 }
 
 
+@pytest.mark.fault("18  bad configuration")
 @pytest.mark.parametrize("case", YAML)
 def test_bad_yaml(case: str, command, tmp_path: Path):
     text, expected = YAML[case]

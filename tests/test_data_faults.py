@@ -35,6 +35,7 @@ def data(tmp_path: Path) -> str:
     return write_images(tmp_path / "data", [40, 33, 47])
 
 
+@pytest.mark.fault("11  unreadable samples")
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_skips_are_reported_at_the_end_of_the_epoch(
     command, tmp_path: Path, data: str, caplog, processes: int
@@ -56,6 +57,7 @@ def test_skips_are_reported_at_the_end_of_the_epoch(
     assert "train-000002.tar, such as 00100: ValueError: it is no image" in said
 
 
+@pytest.mark.fault("11  unreadable samples")
 def test_too_many_skips_stop_the_run(command, tmp_path: Path, data: str, capsys):
     """Faults row 11: the message names share, shard and key; the step that was reached is saved."""
     for key in ("00007", "00011"):
@@ -68,6 +70,7 @@ def test_too_many_skips_stop_the_run(command, tmp_path: Path, data: str, capsys)
     assert 0 < checkpoint(tmp_path / "run")["global_step"] < 10
 
 
+@pytest.mark.fault("13  few shards")
 @pytest.mark.parametrize("counts", [[20, 20, 20], [30], [1, 1]])
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_few_shards(command, tmp_path: Path, counts: list[int], processes: int):
@@ -79,6 +82,7 @@ def test_few_shards(command, tmp_path: Path, counts: list[int], processes: int):
     assert checkpoint(folder)["progress"]["images_seen"] == 6 * 16 * processes
 
 
+@pytest.mark.fault("12  label that is no class")
 def test_a_label_that_is_no_class(command, tmp_path: Path):
     """Faults row 12: key, shard and value, before the first step."""
     with ShardWriter(tmp_path / "data" / "train-000000.tar") as writer:
@@ -97,6 +101,7 @@ def test_virtual_epochs_change_nothing(command, data: str):
     assert_same(checkpoint(whole), checkpoint(pieces))
 
 
+@pytest.mark.fault("2   resume on another number of processes")
 def test_the_position_survives_another_number_of_processes(command, data: str, monkeypatch):
     """Faults row 2: one process of 16 rows, then two of 8, then one: the samples of one run."""
     seen = Path(data.partition("=")[2]).parent.parent / "seen"
@@ -153,6 +158,7 @@ def killed(command, options: list[str], step: int) -> int:
     return os.waitpid(child, 0)[1]
 
 
+@pytest.mark.fault("1   kill -9 at 20 random steps")
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(command, data: str):
     """Faults row 1: SIGKILL at 20 random steps; weights, averages, weak networks, optimizer, data.

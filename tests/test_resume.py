@@ -44,6 +44,7 @@ def assert_same(one: dict, other: dict) -> None:
 RECIPES = sorted(path.stem for path in (ROOT / "configs" / "weak").glob("*.yaml"))
 
 
+@pytest.mark.fault("1   stop and resume")
 @pytest.mark.parametrize("stop", [2, 3, 5])
 @pytest.mark.parametrize("overlay", ["sgg", "separate"])
 def test_resumed_equals_uninterrupted(command, overlay: str, stop: int):
@@ -60,6 +61,7 @@ def test_resumed_equals_uninterrupted(command, overlay: str, stop: int):
     assert [s["step"] for s in final] == [6, 6]
 
 
+@pytest.mark.fault("1   stop and resume")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_resumes(command, recipe: str):
     """Stopped at step 5 of 8: every schedule has begun, and a co-trained network has learned."""
@@ -169,6 +171,7 @@ def wait_for(path: Path, process: subprocess.Popen, lines: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.fault("6   SIGINT to all processes")
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c(tmp_path: Path, processes: int):
@@ -205,6 +208,7 @@ def test_two_processes(tmp_path: Path):
     assert scores[1]["protocol"]["images_seen"] == 2 * 6 * 16
 
 
+@pytest.mark.fault("1   stop and resume")
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_resumes_on_two_processes(command, tmp_path: Path, recipe: str):

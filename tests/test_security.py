@@ -125,6 +125,7 @@ YAML = {
 }
 
 
+@pytest.mark.fault("19  malicious input")
 @pytest.mark.parametrize("case", YAML)
 def test_configs(case: str, command, sentinel: Path, tmp_path: Path):
     text, expected = YAML[case]
@@ -137,6 +138,7 @@ def test_configs(case: str, command, sentinel: Path, tmp_path: Path):
     refused(lambda: command("fit", "-c", str(config)), *expected)
 
 
+@pytest.mark.fault("19  malicious input")
 @pytest.mark.parametrize(
     "option",
     [
@@ -212,6 +214,7 @@ USES = {
 }
 
 
+@pytest.mark.fault("19  malicious input")
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "script"])
 def test_checkpoints(use: str, form: str, command, sentinel: Path, tmp_path: Path):
@@ -228,6 +231,7 @@ def test_checkpoints(use: str, form: str, command, sentinel: Path, tmp_path: Pat
     refused(lambda: command(*USES[use](path), folder="out"), f"path={path}: cannot be read")
 
 
+@pytest.mark.fault("19  malicious input")
 def test_export_reads_no_pickle(sentinel: Path, tmp_path: Path):
     torch.save({"state_dict": {}, "network": {}, "evil": Call(sentinel)}, tmp_path / "evil.ckpt")
     options = [f"--ckpt_path={tmp_path / 'evil.ckpt'}", f"--output={tmp_path / 'out'}"]
@@ -239,6 +243,7 @@ def trained(command) -> dict[str, Any]:
     return torch.load(command("fit") / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+@pytest.mark.fault("19  malicious input")
 def test_settings_of_checkpoints(trained: dict[str, Any], sentinel: Path, tmp_path: Path):
     """What a checkpoint wants to be built by and of, which Lightning's own loading follows."""
     path, settings = tmp_path / "evil.ckpt", trained["hyper_parameters"]
@@ -261,6 +266,7 @@ def test_settings_of_checkpoints(trained: dict[str, Any], sentinel: Path, tmp_pa
     assert all(torch.equal(value, trained["state_dict"][name]) for name, value in state.items())
 
 
+@pytest.mark.fault("19  malicious input")
 def test_load_from_checkpoint_reads_no_pickle(sentinel: Path, tmp_path: Path):
     torch.save({"state_dict": {}, "evil": Call(sentinel)}, tmp_path / "evil.ckpt")
     for options in ({}, {"weights_only": False}):
@@ -287,6 +293,7 @@ def members(path: Path, *entries: tuple[str, bytes | str]) -> None:
                 tar.addfile(info, io.BytesIO(content))
 
 
+@pytest.mark.fault("19  malicious input")
 def test_pickles_in_shards(command, sentinel: Path, tmp_path: Path):
     """Members that webdataset's decoders would unpickle lie beside the images, and are not read."""
     evil = pickle.dumps(Call(sentinel))
@@ -302,6 +309,7 @@ def test_pickles_in_shards(command, sentinel: Path, tmp_path: Path):
     assert (folder / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.fault("19  malicious input")
 def test_arrays_in_shards(command, sentinel: Path, tmp_path: Path):
     """NumPy would unpickle arrays of objects."""
     file = io.BytesIO()
@@ -314,6 +322,7 @@ def test_arrays_in_shards(command, sentinel: Path, tmp_path: Path):
     refused(lambda: command("fit", *options, "--trainer.callbacks=[]", "--data.num_workers=0"))
 
 
+@pytest.mark.fault("19  malicious input")
 @pytest.mark.parametrize("kind", ["fit", "prepare"])
 def test_paths_in_shards(kind: str, command, sentinel: Path, tmp_path: Path):
     """Members that climb out of the folder, and links, are samples by name or nothing."""
@@ -342,6 +351,7 @@ def test_paths_in_shards(kind: str, command, sentinel: Path, tmp_path: Path):
 # ---- statistics and weights --------------------------------------------------------------------
 
 
+@pytest.mark.fault("19  malicious input")
 def test_references(command, sentinel: Path, tmp_path: Path):
     path = tmp_path / "reference.npz"
     with open(path, "wb") as file:
@@ -376,6 +386,7 @@ class Writes(nn.Module):
         return x
 
 
+@pytest.mark.fault("19  malicious input")
 @pytest.mark.parametrize("name", ["ClassifierFeatures", "InceptionFeatures", "ADMFeatures"])
 @pytest.mark.parametrize("form", ["pickle", "script"])
 def test_weights_of_extractors(name: str, form: str, command, sentinel: Path, tmp_path: Path):
@@ -394,6 +405,7 @@ def test_weights_of_extractors(name: str, form: str, command, sentinel: Path, tm
     refused(lambda: command("fit", *options), f"weights={path}")
 
 
+@pytest.mark.fault("19  malicious input")
 def test_weights_of_autoencoders(place: Path, sentinel: Path, tmp_path: Path):
     from w2s_train.latents.kl import load_autoencoder
 
@@ -454,6 +466,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         """Nothing."""
 
 
+@pytest.mark.fault("19  secrets in a config")
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["user", "query", "missing"])
 def test_secrets_are_written_nowhere(where: str, digits: None, tmp_path: Path):
