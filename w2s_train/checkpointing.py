@@ -22,7 +22,7 @@ from w2s_train.errors import UserError
 from w2s_train.files import atomic_write
 
 CHUNK = 1 << 22  # bytes that are hashed at a time
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, as opposed to other errors
 
 
 class _Hashed:
@@ -143,6 +143,11 @@ def check_local(path: str, name: str) -> None:
         raise UserError(f"{name}={path}: must be a local file, and no URL")
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether a file holds no checksums at all, as those of other programs do."""
+    return not digest_file(path.resolve()).is_file() and not zipfile.is_zipfile(path)
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
     """The dict of a file: tensors, in host memory, and plain values; nothing else is loaded.
 
@@ -152,8 +157,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     check_local(str(path), "path")
     if not Path(path).is_file():
         raise UserError(f"path={path}: must be an existing file")
-    foreign = not digest_file(Path(path)).is_file() and not zipfile.is_zipfile(path)
-    if not foreign and (problem := damage(Path(path))):
+    if not is_foreign(Path(path)) and (problem := damage(Path(path))):
         raise UserError(f"path={path}: must be a whole checkpoint; {problem}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

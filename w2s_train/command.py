@@ -37,7 +37,8 @@ from w2s_train.callbacks.scorer import Scorer
 from w2s_train.checkpoint_io import CheckpointFiles
 from w2s_train.checks import check_files, check_numbers, check_pipe, explain, locate
 from w2s_train.datamodule import ShardDataModule
-from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError
+from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError, one_line
+from w2s_train.files import OF_THE_DISK
 from w2s_train.imports import restrict_imports
 from w2s_train.latents.record import latents_beside
 from w2s_train.module import DiffusionModule
@@ -287,6 +288,10 @@ def run(args: list[str] | None) -> None:
             file=sys.stderr,
         )
         sys.exit(status if status > 0 else PEER_LOST)
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        sys.exit(f"error: {one_line(error)}")
     except Stopped as stop:
         print(redacted(f"stopped: {stop}"), file=sys.stderr)
         sys.exit(stop.status)

@@ -160,7 +160,9 @@ class RunRecord(Callback):
                 file.write(json.dumps(self.starts).encode())
         path = folder / "environment.json"
         earlier = json.loads(path.read_text()) if path.is_file() else []
-        path.write_text(json.dumps([*earlier, environment(trainer)], indent=1) + "\n")
+        entries = json.dumps([*earlier, environment(trainer)], indent=1)
+        with atomic_write(path) as file:
+            file.write(entries.encode() + b"\n")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """It came to its end, or was stopped and saved."""
