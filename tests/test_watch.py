@@ -135,3 +135,14 @@ def test_torchrun(digits: None, tmp_path: Path, fault: str, rank: int):
     assert code == 1
     print(f"torchrun {fault} {rank}: {seconds:.1f} s")
     assert seconds < TIMEOUT + 20
+
+
+@pytest.mark.slow
+def test_forked(digits: None, tmp_path: Path):
+    """The process that forks reaps the dead one and says so itself."""
+    folder = f"--trainer.default_root_dir={tmp_path}/run"
+    options = (folder, "--trainer.strategy=ddp_fork")
+    code, output, seconds = run("kill", 1, [sys.executable], *options)
+    assert "stopped: rank 1 (pid " in output, output
+    assert code == PEER_LOST
+    assert seconds < TIMEOUT + 20

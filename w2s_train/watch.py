@@ -93,7 +93,7 @@ class Watch:
         self.store.set_timeout(timedelta(days=10000))  # a wait cut short leaves half an answer
         self.beats = [Beat() for _ in everyone]
         self.heard = [time.monotonic()] * len(everyone)
-        self.running, self.wake = True, threading.Event()
+        self.running, self.wake, self.done = True, threading.Event(), threading.Event()
         self.threads = [threading.Thread(target=f, daemon=True) for f in (self._talk, self._decide)]
         for thread in self.threads:
             thread.start()
@@ -117,6 +117,7 @@ class Watch:
         """No one needs this process any more."""
         if self.running and not self.ending:
             self.running = False
+            self.done.set()
             self.wake.set()
             for thread in self.threads:
                 thread.join(LOOK)
@@ -164,7 +165,7 @@ class Watch:
         """Look at the others where the main thread does not move."""
         moves, last = -1, time.monotonic()
         while self.running:
-            time.sleep(BEAT / 2)
+            self.done.wait(BEAT / 2)
             now = time.monotonic()
             if moves != self.moves or now - last > LOOK:  # it moved, or this process was stopped
                 moves, self.idle, self.looking = self.moves, 0.0, 0.0
