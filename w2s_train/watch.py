@@ -4,6 +4,7 @@ The store that they tell it to is one of its own: the client of the process grou
 waiting in the main thread. Rank 0 holds it, and who cannot reach it knows that rank 0 is gone.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -33,6 +34,12 @@ def is_of_peers(error: BaseException) -> bool:
     """Whether a collective failed, as it does on the processes whose peer died."""
     known = isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
     return known or isinstance(error, torch.distributed.DistError)
+
+
+def say(line: str) -> None:
+    """Print an error, past all buffers; the end must come even where nobody reads any more."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {line}\n".encode())
 
 
 class Watch:
@@ -211,7 +218,7 @@ class Watch:
 
     def _leave(self, fault: Fault, status: int) -> None:
         """Say why, kill what hangs on this machine, and end without waiting for anything."""
-        os.write(2, f"error: {fault.line}; rank {self.rank} ends\n".encode())
+        say(f"{fault.line}; rank {self.rank} ends")
         flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # a full pipe would hang it
         flush.start()
         flush.join(BEAT)
