@@ -107,7 +107,7 @@ LOCAL = [
     ("error", 1, PEER_LOST, "error: WHO failed: ValueError: a bad thing; rank 0 ends"),
     ("error", 0, 1, "error: WHO failed: ValueError: a bad thing; rank 1 ends"),
     ("user_error", 1, PEER_LOST, "error: WHO failed: UserError: data.x=1: must be 2; rank 0 ends"),
-    ("early", 1, 1, "ended with status 1 before the processes met; rank 0 ends"),
+    ("early", 1, 1, "ended with status 1 before the processes met"),
 ]
 
 
@@ -134,4 +134,15 @@ def test_torchrun(digits: None, tmp_path: Path, fault: str, rank: int):
     assert re.search(SILENT % 0, output), output
     assert code == 1
     print(f"torchrun {fault} {rank}: {seconds:.1f} s")
+    assert seconds < TIMEOUT + 20
+
+
+@pytest.mark.slow
+def test_forked(digits: None, tmp_path: Path):
+    """The process that forks reaps the dead one and says so itself."""
+    folder = f"--trainer.default_root_dir={tmp_path}/run"
+    options = (folder, "--trainer.strategy=ddp_fork")
+    code, output, seconds = run("kill", 1, [sys.executable], *options)
+    assert "stopped: rank 1 (pid " in output, output
+    assert code == PEER_LOST
     assert seconds < TIMEOUT + 20

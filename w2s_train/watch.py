@@ -4,6 +4,7 @@ The store that they tell it to is one of its own: the client of the process grou
 waiting in the main thread. Rank 0 holds it, and who cannot reach it knows that rank 0 is gone.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -34,6 +35,12 @@ def is_of_peers(error: BaseException) -> bool:
     """Whether a collective failed, as it does on the processes whose peer died."""
     known = isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
     return known or isinstance(error, torch.distributed.DistError)
+
+
+def say(line: str) -> None:
+    """Print an error, past all buffers; the end must come even where nobody reads any more."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {line}\n".encode())
 
 
 class Watch:
@@ -94,7 +101,7 @@ class Watch:
         self.store.set_timeout(timedelta(days=10000))  # a wait cut short leaves half an answer
         self.beats = [Beat() for _ in everyone]
         self.heard = [time.monotonic()] * len(everyone)
-        self.running, self.wake = True, threading.Event()
+        self.running, self.wake, self.done = True, threading.Event(), threading.Event()
         self.threads = [threading.Thread(target=f, daemon=True) for f in (self._talk, self._decide)]
         for thread in self.threads:
             thread.start()
@@ -118,6 +125,7 @@ class Watch:
         """No one needs this process any more."""
         if self.running and not self.ending:
             self.running = False
+            self.done.set()
             self.wake.set()
             for thread in self.threads:
                 thread.join(LOOK)
@@ -169,7 +177,7 @@ class Watch:
         """Look at the others where the main thread does not move."""
         moves, last = -1, time.monotonic()
         while self.running:
-            time.sleep(BEAT / 2)
+            self.done.wait(BEAT / 2)
             now = time.monotonic()
             if moves != self.moves or now - last > LOOK:  # it moved, or this process was stopped
                 moves, self.idle, self.looking = self.moves, 0.0, 0.0
@@ -215,7 +223,7 @@ class Watch:
 
     def _leave(self, fault: Fault, status: int) -> None:
         """Say why, kill what hangs on this machine, and end without waiting for anything."""
-        os.write(2, f"error: {fault.line}; rank {self.rank} ends\n".encode())
+        say(f"{fault.line}; rank {self.rank} ends")
         flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # a full pipe would hang it
         flush.start()
         flush.join(BEAT)

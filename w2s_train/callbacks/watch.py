@@ -3,7 +3,6 @@
 import contextlib
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from w2s_train.errors import PEER_LOST, Stopped, one_line
 from w2s_train.peers import Stage
-from w2s_train.watch import GRACE, Watch
+from w2s_train.watch import GRACE, Watch, say
 
 MEET = 600.0  # seconds that processes have to meet, with all that they import before
 PARENT = "W2S_PARENT"  # the process that started this one
@@ -65,19 +64,16 @@ class WatchedLauncher(_SubprocessScriptLauncher):
                         self._end(child)
             if self.parent and os.getppid() != self.parent:
                 time.sleep(GRACE if met.is_set() else 0)  # the watch says more, or all is done
-                print("error: the first process has ended, so does this one", file=sys.stderr)
+                say("the first process has ended, so does this one")
                 os._exit(PEER_LOST)
             time.sleep(0.5)
 
     def _end(self, child: subprocess.Popen) -> None:
-        print(
-            f"error: process {child.pid} ended with status {child.returncode} before the "
-            "processes met; rank 0 ends",
-            file=sys.stderr,
-        )
+        status = child.returncode
+        say(f"process {child.pid} ended with status {status} before the processes met")
         for each in self.procs:
             each.kill()
-        os._exit(child.returncode if child.returncode > 0 else PEER_LOST)
+        os._exit(status if status > 0 else PEER_LOST)
 
 
 class WatchedDDP(DDPStrategy):
