@@ -113,18 +113,19 @@ def damage(path: Path) -> str:
     stat = path.stat()
     if stat.st_size == 0:
         return "it is empty"
-    return _damage(path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    digests = frozenset(_digests(path)) if digest_file(path).is_file() else None
+    return _damage(path, digests, stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
 @functools.lru_cache(maxsize=256)
-def _damage(path: Path, *state: int) -> str:
+def _damage(path: Path, digests: frozenset[str] | None, *state: int) -> str:
     """`damage` of a file in one state: files are large, and asked about more than once."""
-    if digest_file(path).is_file():
+    if digests is not None:
         found = hashlib.sha256()
         with open(path, "rb") as file:
             while chunk := file.read(CHUNK):
                 found.update(chunk)
-        return "" if found.hexdigest() in _digests(path) else "its SHA-256 is another"
+        return "" if found.hexdigest() in digests else "its SHA-256 is another"
     try:
         with zipfile.ZipFile(path) as archive:
             first = archive.testzip()

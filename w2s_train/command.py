@@ -1,10 +1,8 @@
 """What the ``lightning`` command does once it knows that it has work to do."""
 
 import argparse
-import logging
 import pickle
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +42,7 @@ from w2s_train.latents.record import latents_beside
 from w2s_train.module import DiffusionModule
 from w2s_train.run_folder import find_checkpoint, run_folder
 from w2s_train.secrets import redacted, show_no_secrets
-from w2s_train.trainer import DiffusionTrainer
+from w2s_train.trainer import DiffusionTrainer, quiet_lightning
 from w2s_train.watch import Watch
 
 COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference")
@@ -249,22 +247,6 @@ def compose(args: list[str] | None, run: bool = True) -> Command:
         parser_kwargs={name: quiet for name in COMMANDS} | quiet,
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
     )
-
-
-def quiet_lightning() -> None:
-    """Drop advertisements and warnings that say nothing about this project."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
-    )
-    # Averages are in eval mode while the network trains; the other two are Lightning's own affair.
-    # The parser gets this process's arguments, less a switch that it does not know.
-    for message in (
-        ".*in eval mode at the start of training",
-        ".*LeafSpec",
-        ".*val_dataloader.*",
-        "LightningCLI's args parameter",
-    ):
-        warnings.filterwarnings("ignore", message)
 
 
 def run(args: list[str] | None) -> None:

@@ -1,5 +1,7 @@
 """Lightning's trainer, with the two commands that it does not have."""
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,3 +180,19 @@ def parse_seeds(seeds: str) -> range:
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise UserError(f"seeds={seeds}: must be FIRST:LAST with FIRST < LAST, such as 0:64")
     return range(int(first), int(last))
+
+
+def quiet_lightning() -> None:
+    """Drop advertisements and warnings that say nothing about this project."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+    # Averages are in eval mode while the network trains; the other two are Lightning's own affair.
+    # The parser gets this process's arguments, less a switch that it does not know.
+    for message in (
+        ".*in eval mode at the start of training",
+        ".*LeafSpec",
+        ".*val_dataloader.*",
+        "LightningCLI's args parameter",
+    ):
+        warnings.filterwarnings("ignore", message)
