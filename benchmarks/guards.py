@@ -1,6 +1,6 @@
 """What everything that guards a run costs per step, switched on and off in turns in one run.
 
-    python benchmarks/guards.py [--rounds 40] [--steps 25] [--output benchmarks/guards.json]
+    python benchmarks/guards.py [--rounds 600] [--steps 2] [--output benchmarks/guards.json]
 
 Guards are: the look at loss and gradient before each step, the flag for signals and the time limit,
 the watch over other processes, and the decision whether to save. The step is that of
@@ -104,8 +104,8 @@ def _ms(seconds: Any) -> float:
 def main() -> None:
     """Measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     result = json.dumps(measure(given.rounds, given.steps), indent=1)

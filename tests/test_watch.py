@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from faulty import inject
+from ranks import start_ranks, wait
 
 from w2s_train.errors import PEER_LOST, UserError
 from w2s_train.peers import Beat, Peer, Stage, identity, judge
@@ -94,50 +96,82 @@ def run(fault: str, rank: int, launcher: list[str], *options: str) -> tuple[int,
 
 
 SILENT = r"error: WHO: no sign of life for \d+ s, last seen at step \d+; rank %d ends"
-STUCK = r"error: WHO: stuck for \d+ s at step \d, %s; the others wait for it; rank %d ends"
+STUCK = r"error: WHO: stuck for \d+ s at step \d, %s; the others wait for it; rank %s ends"
 KILLED = -signal.SIGKILL
-# What happens to which rank, the status that the shell sees, and what the other rank says.
-LOCAL = [
-    ("kill", 1, PEER_LOST, SILENT % 0),
-    ("kill", 0, KILLED, SILENT % 1),
-    ("stop", 1, PEER_LOST, SILENT % 0),
-    ("stop", 0, KILLED, SILENT % 1),
-    ("stuck", 1, PEER_LOST, STUCK % ("in the forward pass", 0)),
-    ("data", 0, PEER_LOST, STUCK % ("between two batches", 1)),
-    ("error", 1, PEER_LOST, "error: WHO failed: ValueError: a bad thing; rank 0 ends"),
-    ("error", 0, 1, "error: WHO failed: ValueError: a bad thing; rank 1 ends"),
-    ("user_error", 1, PEER_LOST, "error: WHO failed: UserError: data.x=1: must be 2; rank 0 ends"),
-    ("early", 1, 1, "ended with status 1 before the processes met"),
+# What happens to which rank, the status that it ends with, and what the other one says.
+RANKS = [
+    ("kill", 0, KILLED, SILENT),
+    ("stop", 0, KILLED, SILENT),
+    ("stop", 1, KILLED, SILENT),
+    ("stuck", 1, PEER_LOST, STUCK % ("in the forward pass", "%d")),
+    ("data", 0, PEER_LOST, STUCK % ("between two batches", "%d")),
+    ("error", 0, 1, "error: WHO failed: ValueError: a bad thing; rank %d ends"),
+    ("error", 1, 1, "error: WHO failed: ValueError: a bad thing; rank %d ends"),
+    ("user_error", 1, 1, "error: WHO failed: UserError: data.x=1: must be 2; rank %d ends"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "rank", "status", "line"), LOCAL)
-def test_local(digits: None, tmp_path: Path, fault: str, rank: int, status: int, line: str):
+@pytest.mark.fault("14  a process dies or hangs")
+@pytest.mark.parametrize(("fault", "rank", "status", "line"), RANKS)
+def test_ranks(command, tmp_path: Path, fault: str, rank: int, status: int, line: str):
+    """Two processes of a launcher that does not care how they end."""
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.callbacks=null"]
+    options += ["--trainer.max_steps=1000000", "--trainer.val_check_interval=500000"]
+    options += [f"--watch.timeout_minutes={TIMEOUT / 60}", "--data.num_workers=1"]
+
+    def work(number: int) -> None:
+        inject(fault, rank)
+        command("fit", *options)
+
+    children = start_ranks(work, 2, tmp_path / "log")
+    statuses, end = wait(children), time.time()
+    mine, others = (tmp_path / f"log.{r}" for r in (rank, 1 - rank))
+    found = re.search(r"FAULT (\d+) ([\d.]+)", mine.read_text())
+    assert found, mine.read_text()
+    who = f"rank {rank} (host {socket.gethostname()}, pid {children[rank]})"
+    output = others.read_text().replace(who, "WHO")
+    assert re.search(line % (1 - rank), output), output
+    assert statuses[rank] == status and statuses[1 - rank] == PEER_LOST, output
+    print(f"{fault} {rank}: {end - float(found[2]):.1f} s")
+    assert end - float(found[2]) < TIMEOUT + 20
+
+
+@pytest.mark.slow
+@pytest.mark.fault("14  a process dies or hangs")
+@pytest.mark.parametrize(
+    ("fault", "status", "line"),
+    [
+        ("kill", PEER_LOST, SILENT % 0),
+        ("early", 1, "ended with status 1 before the processes met"),
+    ],
+)
+def test_local(digits: None, tmp_path: Path, fault: str, status: int, line: str):
     """Processes that Lightning starts; the shell sees the status of rank 0."""
     folder = f"--trainer.default_root_dir={tmp_path}/run"
-    code, output, seconds = run(fault, rank, [sys.executable], folder, "--trainer.strategy=ddp")
-    assert re.search(line.replace("(", r"\("), output), output
+    code, output, seconds = run(fault, 1, [sys.executable], folder, "--trainer.strategy=ddp")
+    assert re.search(line, output), output
     assert code == status, output
-    print(f"{fault} {rank}: {seconds:.1f} s")
+    print(f"{fault}: {seconds:.1f} s")
     assert seconds < TIMEOUT + 20
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "rank"), [("stop", 1), ("kill", 1)])
-def test_torchrun(digits: None, tmp_path: Path, fault: str, rank: int):
+@pytest.mark.fault("14  a process dies or hangs")
+def test_torchrun(digits: None, tmp_path: Path):
     """Its own status is always 1; the processes say the rest."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     launcher += [f"--master_port={29500 + os.getpid() % 1000}"]
     folder = f"--trainer.default_root_dir={tmp_path}/run"
-    code, output, seconds = run(fault, rank, launcher, folder)
+    code, output, seconds = run("stop", 1, launcher, folder)
     assert re.search(SILENT % 0, output), output
     assert code == 1
-    print(f"torchrun {fault} {rank}: {seconds:.1f} s")
+    print(f"torchrun: {seconds:.1f} s")
     assert seconds < TIMEOUT + 20
 
 
 @pytest.mark.slow
+@pytest.mark.fault("14  a process dies or hangs")
 def test_forked(digits: None, tmp_path: Path):
     """The process that forks reaps the dead one and says so itself."""
     folder = f"--trainer.default_root_dir={tmp_path}/run"
