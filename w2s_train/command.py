@@ -292,5 +292,7 @@ def run(args: list[str] | None) -> None:
         sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except SystemExit as end:  # the trainer makes 1 of a second Ctrl-C
+        sys.exit(INTERRUPTED if isinstance(end.__context__, KeyboardInterrupt) else end.code)
     if command.stop.status:
         sys.exit(command.stop.status)
