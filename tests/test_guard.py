@@ -1,5 +1,6 @@
-"""What the guard takes for a bad step, and where it goes back to; the slow faults are in faults/."""
+"""What the guard takes for a bad step and where it goes back to; slow faults are in faults/."""
 
+import errno
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from test_resume import checkpoint
+from torch.utils.tensorboard.writer import FileWriter as EventFileWriter
 
-from w2s_train.callbacks import Guard
+from w2s_train.callbacks import Guard, MetricsCSV
 from w2s_train.callbacks.guard import WINDOW
 from w2s_train.checkpointing import point_to, write_checkpoint
 from w2s_train.module import DiffusionModule
@@ -81,3 +83,25 @@ def test_a_run_that_goes_back_in_its_folder_forgets_what_came_later(command, mon
     text = " ".join(str(each.message) for each in recwarn)
     assert "until step 7: weights go back to those of checkpoints/step-000003.ckpt" in text
     assert checkpoint(folder)["global_step"] == 8
+
+
+def test_numbers_that_cannot_be_written_end_no_run(command, monkeypatch, recwarn):
+    """As while a checkpoint that is being written fills the disk."""
+    real_csv, real_events, calls = MetricsCSV._append, EventFileWriter.add_event, []
+
+    def full(real):
+        def write(self, *args: Any):
+            calls.append(1)
+            if 30 < len(calls) < 50:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(self, *args)
+
+        return write
+
+    monkeypatch.setattr(MetricsCSV, "_append", full(real_csv))
+    monkeypatch.setattr(EventFileWriter, "add_event", full(real_events))
+    folder = command("fit", "--trainer.max_steps=30", "--trainer.val_check_interval=1000")
+    assert checkpoint(folder)["global_step"] == 30
+    assert "training goes on (OSError" in " ".join(str(each.message) for each in recwarn)
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    assert rows[-1].startswith("30,") and 10 < len(rows) < 31

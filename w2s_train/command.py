@@ -10,7 +10,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -19,6 +18,7 @@ from w2s_train.callbacks import (
     FID,
     Agreement,
     Checkpoints,
+    Events,
     GracefulStop,
     Guard,
     ImageWriter,
@@ -107,7 +107,7 @@ class Command(LightningCLI):
         if self.subcommand in ("predict", "sample", "reference"):
             kwargs["logger"] = False
         elif config.trainer.logger in (None, True):
-            loggers = [TensorBoardLogger(folder, name="", version=""), MetricsCSV(folder)]
+            loggers = [Events(folder, name="", version=""), MetricsCSV(folder)]
             kwargs["logger"] = loggers
         # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
         # job that was stopped before its first checkpoint keeps its folder.
