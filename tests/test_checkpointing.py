@@ -12,7 +12,14 @@ from w2s_train import checkpoint_io
 from w2s_train.callbacks import Checkpoints
 from w2s_train.callbacks import checkpoints as module
 from w2s_train.checkpoint_io import CheckpointFiles
-from w2s_train.checkpointing import damage, digest_file, newest_first, read_file, write_checkpoint
+from w2s_train.checkpointing import (
+    damage,
+    digest_file,
+    newest_first,
+    point_to,
+    read_file,
+    write_checkpoint,
+)
 from w2s_train.errors import UserError
 from w2s_train.fingerprint import fingerprint
 
@@ -148,3 +155,20 @@ def test_a_checkpoint_comes_before_each_evaluation(command, monkeypatch, options
     monkeypatch.setattr(Checkpoints, "on_validation_start", on_validation_start)
     command("fit", "--trainer.max_steps=14", "--checkpoint.every_n_train_steps=1000", *options)
     assert len(validated) > 1 and saved == [*validated, 14]
+
+
+def test_a_copy_that_lost_its_times_and_links_is_in_the_order_of_steps(tmp_path: Path):
+    """As `rsync -r` and object stores leave it."""
+    files = {step: tmp_path / f"step-{step:06d}.ckpt" for step in (30, 200, 10, 100)}
+    for path in [*files.values(), tmp_path / "mine.ckpt"]:
+        write_checkpoint({}, path)
+    names = ["step-000200", "step-000100", "step-000030", "step-000010", "mine"]
+    assert [path.stem for path in newest_first(tmp_path)] == names
+    point_to(tmp_path / "last.ckpt", files[30])  # it went back, and on from there
+    names = ["step-000030", "step-000010", "mine", "step-000200", "step-000100"]
+    assert [path.stem for path in newest_first(tmp_path)] == names
+    files[30].unlink()
+    assert [path.stem for path in newest_first(tmp_path)] == names[1:]
+    (tmp_path / "last.ckpt").unlink()
+    write_checkpoint({}, tmp_path / "last.ckpt")  # a copy of what the link meant
+    assert newest_first(tmp_path)[0].name == "last.ckpt"

@@ -192,3 +192,17 @@ def test_help_is_quick():
     )
     assert done.returncode == 0 and "--weights NAME" in done.stdout
     assert time.monotonic() - start < 5
+
+
+def test_a_damaged_last_checkpoint_is_passed_over(tmp_path: Path, capsys):
+    """As by `--ckpt_path last`; a copied folder without links will do."""
+    save(tmp_path, "step-000002")
+    newest = save(tmp_path, "step-000010")
+    newest.write_bytes(newest.read_bytes()[:-100])
+    arguments = ["export", "--ckpt_path", str(tmp_path / "run"), "--output"]
+    main([*arguments, str(tmp_path / "exported")])
+    said = capsys.readouterr().err
+    assert str(newest) in said and "step-000002.ckpt" in said
+    (tmp_path / "run/checkpoints/step-000002.ckpt").write_bytes(b"")
+    with pytest.raises(SystemExit, match="none is whole"):
+        main([*arguments, str(tmp_path / "again")])

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
@@ -99,7 +100,9 @@ def _digests(path: Path) -> set[str]:
     beside = digest_file(path)
     if not beside.is_file():
         return set()
-    return {line.split()[0] for line in beside.read_text(errors="replace").splitlines() if line}
+    return {
+        line.split()[0] for line in beside.read_text(errors="replace").splitlines() if line.strip()
+    }
 
 
 def damage(path: Path) -> str:
@@ -185,9 +188,24 @@ def remove(path: Path) -> None:
     digest_file(path).unlink(missing_ok=True)
 
 
+def step_of(path: Path) -> int:
+    """The step of ``step-NNNNNN.ckpt``; -1 for a file of another name."""
+    number = path.stem.removeprefix("step-")
+    return int(number) if number.isdecimal() and number != path.stem else -1
+
+
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a folder: what ``last.ckpt`` is first, then by the time of writing."""
+    """The checkpoints of a folder: what ``last.ckpt`` is first, then by their steps.
+
+    Steps beyond the last one come after those before it: they are of a part of the run that was
+    given up. (Times of writing would say more, but a copied folder has those of the copy.)
+    """
     files = [path for path in folder.glob("*.ckpt") if path.is_file() and not path.is_symlink()]
-    files.sort(key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
     last = (folder / "last.ckpt").resolve()
-    return sorted(files, key=lambda path: path.resolve() != last)
+    limit = step_of(last) if last.name != "last.ckpt" else sys.maxsize
+
+    def rank(path: Path) -> tuple[bool, bool, int, int]:
+        step = step_of(path)
+        return path.resolve() == last, step <= limit, step, path.stat().st_mtime_ns
+
+    return sorted(files, key=rank, reverse=True)

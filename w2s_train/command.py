@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -17,6 +16,7 @@ from w2s_train.callbacks import (
     FID,
     Agreement,
     Checkpoints,
+    Events,
     GracefulStop,
     Guard,
     ImageWriter,
@@ -106,7 +106,7 @@ class Command(LightningCLI):
         if self.subcommand in ("predict", "sample", "reference"):
             kwargs["logger"] = False
         elif config.trainer.logger in (None, True):
-            loggers = [TensorBoardLogger(folder, name="", version=""), MetricsCSV(folder)]
+            loggers = [Events(folder, name="", version=""), MetricsCSV(folder)]
             kwargs["logger"] = loggers
         # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
         # job that was stopped before its first checkpoint keeps its folder.
@@ -279,5 +279,7 @@ def run(args: list[str] | None) -> None:
         sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except SystemExit as end:  # the trainer makes 1 of a second Ctrl-C
+        sys.exit(INTERRUPTED if isinstance(end.__context__, KeyboardInterrupt) else end.code)
     if command.stop.status:
         sys.exit(command.stop.status)

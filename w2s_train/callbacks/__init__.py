@@ -6,7 +6,7 @@ from w2s_train.callbacks.fid import FID
 from w2s_train.callbacks.graceful_stop import GracefulStop
 from w2s_train.callbacks.guard import Guard
 from w2s_train.callbacks.leaves import LeavesScores
-from w2s_train.callbacks.metrics_csv import MetricsCSV
+from w2s_train.callbacks.metrics_csv import Events, MetricsCSV
 from w2s_train.callbacks.progress import Progress
 from w2s_train.callbacks.reference_writer import ReferenceWriter
 from w2s_train.callbacks.resumable_evaluation import ResumableEvaluation
@@ -21,6 +21,7 @@ from w2s_train.callbacks.watch import Position, watched_strategies
 __all__ = [
     "Agreement",
     "Checkpoints",
+    "Events",
     "FID",
     "GracefulStop",
     "GridWriter",

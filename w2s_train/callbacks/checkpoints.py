@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from w2s_train.callbacks.agreement import Agreement
 from w2s_train.callbacks.scorer import gather
 from w2s_train.checkpoint_io import CheckpointFiles
-from w2s_train.checkpointing import newest_first, point_to, remove
+from w2s_train.checkpointing import newest_first, point_to, remove, step_of
 from w2s_train.errors import DIVERGED, Stopped, UserError, one_line
 from w2s_train.fingerprint import Fingerprint, fingerprint
 
@@ -67,9 +67,12 @@ class Checkpoints(Checkpoint):
                 path.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the run stands."""
-        self.step = self.saved = trainer.global_step
-        self.when = time.monotonic()
+        """Note where the run stands, also in the folder: it may have gone back in it."""
+        self.step, self.when = trainer.global_step, time.monotonic()
+        start = Path(trainer.ckpt_path or "").resolve()
+        ours = start.parent == self.folder.resolve() and step_of(start) >= 0
+        if ours and trainer.is_global_zero:
+            point_to(self.folder / "last.ckpt", start)
         tensors = itertools.chain(pl_module.parameters(), pl_module.buffers())
         self.seconds = 3 * sum(x.numel() * x.element_size() for x in tensors) / BYTES_PER_SECOND
 
@@ -120,7 +123,7 @@ class Checkpoints(Checkpoint):
             self.seconds = time.monotonic() - begun
 
         trainer.save_checkpoint(path, weights_only=False, storage_options=written)
-        self.saved, self.when = trainer.global_step, time.monotonic()
+        self.when = time.monotonic()
 
     def finish(self, trainer: Trainer) -> None:
         """Wait until everything is on the disk; on all processes together.
@@ -145,8 +148,8 @@ class Checkpoints(Checkpoint):
     def _tidy(self) -> None:
         """Delete what does not stay."""
         files = newest_first(self.folder)
-        steps = [path for path in files if path.stem.removeprefix("step-").isdecimal()]
-        round_ones = [p for p in steps if not int(p.stem[5:]) % self.every_n_train_steps]
+        steps = [path for path in files if step_of(path) >= 0]
+        round_ones = [path for path in steps if not step_of(path) % self.every_n_train_steps]
         for path in set(steps) - set(files[:LEAST]) - set(round_ones[: self.keep]):
             remove(path)
 

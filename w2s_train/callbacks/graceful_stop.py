@@ -40,8 +40,12 @@ class GracefulStop(Callback):
         self.longest, self.begun = 0.0, 0.0  # seconds of a step or batch, and when this one began
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen; the command has done so before, but for SIGINT."""
-        REQUESTS.listen(signal.SIGINT, *PREEMPTION)
+        """Listen; the command has done so before, but for SIGINT.
+
+        What only writes images has nothing to save, and ends at once.
+        """
+        if stage != "predict":
+            REQUESTS.listen(signal.SIGINT, *PREEMPTION)
 
     # ---- training --------------------------------------------------------------------------
 
@@ -57,13 +61,13 @@ class GracefulStop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop if any process was asked to."""
-        half = (batch_idx + 1) % trainer.accumulate_grad_batches  # gradients would be lost
-        if half or not self.agreement.stop:
+        if not self.agreement.stop:  # decided in optimizer steps alone: no gradients are lost
             return
         self._stop(interrupted=not self.agreement.decided["preempt"])
         if validation_follows(trainer, batch_idx):
             return  # it is begun, and left: the next start finds it under way
         trainer.should_stop = True
+        trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, None  # not now
         trainer.limit_val_batches = 0  # Lightning would validate before it stops
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

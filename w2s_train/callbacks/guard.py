@@ -13,7 +13,7 @@ from torch import Tensor
 from w2s_train.callbacks.agreement import Agreement
 from w2s_train.callbacks.checkpoints import Checkpoints
 from w2s_train.callbacks.scorer import gather
-from w2s_train.checkpointing import damage, newest_first, read_file
+from w2s_train.checkpointing import damage, newest_first, read_file, step_of
 from w2s_train.errors import DIVERGED, Stopped, UserError
 
 WINDOW = 100  # good steps that the running averages look back; before so many, nothing is a spike
@@ -67,7 +67,7 @@ class Guard(Callback):
         self.limits = [limit or math.inf for limit in (loss_spike, gradient_spike)]
         self.patience, self.rollbacks, self.enabled = patience, rollbacks, enabled
         self.agreement = Agreement()  # shared with the stop: `Command` sets it
-        self.averages = [0.0, 0.0]  # of loss and gradient norm, over good steps
+        self.averages = [0.0, 0.0]  # of sizes of loss and gradient norm, over good steps
         self.good = self.skipped = self.in_a_row = 0
         self.backs, self.good_before = 0, 0  # how often it went back; good steps before that
         self.batches: list[tuple[int, int]] = []  # position and rows, since the last optimizer step
@@ -124,7 +124,9 @@ class Guard(Callback):
             return False
         self.in_a_row, self.good = 0, self.good + 1
         share = 1 / min(self.good, WINDOW)
-        self.averages = [a + share * (x - a) for a, x in zip(self.averages, means, strict=True)]
+        sizes = zip(self.averages, map(abs, means), self.limits, strict=True)
+        # Among the first steps nothing is a spike, and no spike may hide those that come later.
+        self.averages = [a + share * (min(x, limit * a if a else x) - a) for a, x, limit in sizes]
         return True
 
     def _spike(self, means: list[float]) -> str:
@@ -132,9 +134,9 @@ class Guard(Callback):
             return ""
         found = zip(("loss", "gradient norm"), means, self.averages, self.limits, strict=True)
         return "; ".join(
-            f"{name} {x:.4g} is {x / a:.1f} times the {a:.4g}"
+            f"{name} {x:.4g} is {abs(x) / a:.1f} times the {a:.4g}"
             for name, x, a, limit in found
-            if x > limit * a
+            if a and abs(x) > limit * a  # energy distances may be below 0
         )
 
     def _record(
@@ -184,13 +186,19 @@ class Guard(Callback):
         _go_back(trainer, pl_module, read_file(folder / path))
 
     def _last_good(self, trainer: Trainer) -> str:
-        """The newest checkpoint that is whole, relative to the run folder; "" if there is none."""
+        """The newest checkpoint that is whole, relative to the run folder; "" if there is none.
+
+        One that was saved among the bad steps has the weights that may be their reason; one of a
+        later step is of a part of the run that was given up by going on from before it.
+        """
         folder, found = Path(trainer.default_root_dir), ""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoints):
                 callback.finish(trainer)
         if trainer.is_global_zero:
-            good = (path for path in newest_first(folder / "checkpoints") if not damage(path))
+            steps = range(trainer.global_step - self.in_a_row + 1)
+            files = newest_first(folder / "checkpoints")
+            good = (path for path in files if step_of(path) in steps and not damage(path))
             found = str(first.relative_to(folder)) if (first := next(good, None)) else ""
         return trainer.strategy.broadcast(found)
 

@@ -1,11 +1,61 @@
-"""``metrics.csv``: every logged number, appended and never deleted."""
+"""``metrics.csv``: every logged number, appended and never deleted; and TensorBoard's events.
 
+Numbers that cannot be written, such as for a full disk, are lost with a warning: they end no run.
+"""
+
+import contextlib
 import csv
+import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from w2s_train.errors import one_line
+
+
+@contextlib.contextmanager
+def warned(what: str) -> Iterator[None]:
+    """What cannot be written is warned about."""
+    try:
+        yield
+    except OSError as error:
+        rank_zero_warn(f"{what} not written; training goes on ({one_line(error)})")
+
+
+class Events(TensorBoardLogger):
+    """TensorBoard's, whose writer never works again after an error: the next entry gets another."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log them, or drop the writer."""
+        with warned(f"TensorBoard's numbers of step {step} were"), self._dropped():
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what there is to write."""
+        with warned("TensorBoard's events were"), self._dropped():
+            super().save()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what there is to write, and close."""
+        with warned("TensorBoard's events were"), self._dropped():
+            super().finalize(status)
+
+    @contextlib.contextmanager
+    def _dropped(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # Lightning takes any error for a wrong value
+            self._experiment = None
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from error
+            raise
 
 
 class MetricsCSV(Logger):
@@ -41,10 +91,23 @@ class MetricsCSV(Logger):
         row = {"step": step, **metrics}
         known = self._columns()
         columns = known + [name for name in row if name not in known]
-        if columns != known:
-            self._rewrite(columns)
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, columns).writerow(row)
+        line = io.StringIO()
+        csv.DictWriter(line, columns).writerow(row)
+        with warned(f"{self.path}: step {step} was"):
+            if columns != known:
+                self._rewrite(columns)
+            self._append(line.getvalue().encode())
+
+    def _append(self, line: bytes) -> None:
+        """A whole line or none."""
+        with open(self.path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    file.write(line)  # fails, and says why
+            except OSError:
+                file.truncate(size)
+                raise
 
     def _columns(self) -> list[str]:
         if not self.path.is_file():

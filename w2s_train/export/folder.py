@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save_file
 
-from w2s_train.checkpointing import check_local
+from w2s_train.checkpointing import check_local, damage, newest_first
 from w2s_train.errors import UserError
 from w2s_train.export.diffusers import write_diffusers
 from w2s_train.models import DiT
@@ -38,7 +39,7 @@ def export(
     """
     check_local(ckpt_path, "ckpt_path")
     path = Path(ckpt_path)
-    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    path = _newest(path / "checkpoints") if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"ckpt_path={ckpt_path}: must be a checkpoint, or a run folder with one")
     if output.exists():
@@ -60,6 +61,20 @@ def export(
         raise UserError(f"output={output}: must be a folder to write to ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _newest(folder: Path) -> Path:
+    """The newest checkpoint of a run that is whole; a warning names those that are not."""
+    problems = list[str]()
+    for path in newest_first(folder):
+        if not (problem := damage(path)):
+            if problems:
+                print(f"{'; '.join(problems)}; an earlier one is used: {path}", file=sys.stderr)
+            return path
+        problems.append(f"{path}: {problem}")
+    if problems:
+        raise UserError(f"ckpt_path={folder.parent}: none is whole; {'; '.join(problems)}")
+    return folder / "last.ckpt"
 
 
 def describe(content: dict[str, Any], network: DiT, weights: str) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""What the guard takes for a bad step and where it goes back to; slow faults are in faults/."""
+
+import errno
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_resume import checkpoint
+from torch.utils.tensorboard.writer import FileWriter as EventFileWriter
+
+from w2s_train.callbacks import Guard, MetricsCSV
+from w2s_train.callbacks.guard import WINDOW
+from w2s_train.checkpointing import point_to, write_checkpoint
+from w2s_train.module import DiffusionModule
+
+
+class Recorded(Guard):
+    """Remembers reasons."""
+
+    def _record(self, trainer: Any, reason: str, *rest: Any) -> None:
+        self.in_a_row, self.reasons = self.in_a_row + 1, [*vars(self).get("reasons", []), reason]
+
+
+def judged(guard: Guard, losses: list[float]) -> list[bool]:
+    trainer: Any = SimpleNamespace(world_size=1)
+    return [guard.judge(trainer, torch.tensor(x), torch.tensor(1.0)) for x in losses]
+
+
+def test_a_spike_among_the_first_steps_hides_no_later_one():
+    guard = Recorded()
+    first = [0.0, *[1.0] * 50, 1e9, *[1.0] * WINDOW]
+    assert all(judged(guard, first))
+    assert guard.averages[0] == pytest.approx(1, abs=0.1)
+    assert judged(guard, [5.0, 1.0]) == [False, True]
+
+
+def test_losses_on_both_sides_of_zero_are_no_spikes():
+    """An energy distance is one; what is as large below zero is."""
+    guard, draws = Recorded(), torch.randn(1000).tolist()
+    assert judged(guard, draws).count(False) < 10
+    assert judged(guard, [-50.0, 50.0, 0.0]) == [False, False, True]
+
+
+def test_nothing_is_a_spike_where_everything_was_zero():
+    assert all(judged(Recorded(), [0.0] * (WINDOW + 2) + [1.0]))
+
+
+@pytest.mark.parametrize("in_a_row, expected", [(2, "step-000007"), (4, "step-000005"), (6, "")])
+def test_it_goes_back_to_before_the_bad_steps(tmp_path: Path, in_a_row: int, expected: str):
+    """Not to a file that was written among them, nor to one of a part that was given up."""
+    for step in (5, 7, 20):
+        write_checkpoint({}, tmp_path / "checkpoints" / f"step-{step:06d}.ckpt")
+    point_to(tmp_path / "checkpoints/last.ckpt", tmp_path / "checkpoints/step-000020.ckpt")
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    trainer: Any = SimpleNamespace(default_root_dir=tmp_path, callbacks=[], is_global_zero=True)
+    trainer.strategy, trainer.global_step, guard = strategy, 9, Guard()
+    guard.in_a_row = in_a_row
+    found = guard._last_good(trainer)
+    assert found == (f"checkpoints/{expected}.ckpt" if expected else "")
+
+
+def test_a_run_that_goes_back_in_its_folder_forgets_what_came_later(command, monkeypatch, recwarn):
+    """Neither a roll-back nor a kill leads to the part that was given up."""
+    options = ["--trainer.val_check_interval=1000", "--guard.patience=3"]
+    options += ["--checkpoint.every_n_train_steps=3"]
+    folder = command("fit", *options, "--trainer.max_steps=9")
+    real = DiffusionModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        bad = math.nan if self.global_step in (4, 5, 6) else 1.0
+        loss = real(self, batch, batch_idx)
+        self.parts[-1].total.mul_(bad)
+        if self.global_step == 4:
+            assert checkpoint(folder)["global_step"] == 3
+        return loss * bad
+
+    monkeypatch.setattr(DiffusionModule, "training_step", training_step)
+    start = f"--ckpt_path={folder}/checkpoints/step-000003.ckpt"
+    command("fit", *options, "--trainer.max_steps=8", start)
+    text = " ".join(str(each.message) for each in recwarn)
+    assert "until step 7: weights go back to those of checkpoints/step-000003.ckpt" in text
+    assert checkpoint(folder)["global_step"] == 8
+
+
+def test_numbers_that_cannot_be_written_end_no_run(command, monkeypatch, recwarn):
+    """As while a checkpoint that is being written fills the disk."""
+    real_csv, real_events, calls = MetricsCSV._append, EventFileWriter.add_event, []
+
+    def full(real):
+        def write(self, *args: Any):
+            calls.append(1)
+            if 30 < len(calls) < 50:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(self, *args)
+
+        return write
+
+    monkeypatch.setattr(MetricsCSV, "_append", full(real_csv))
+    monkeypatch.setattr(EventFileWriter, "add_event", full(real_events))
+    folder = command("fit", "--trainer.max_steps=30", "--trainer.val_check_interval=1000")
+    assert checkpoint(folder)["global_step"] == 30
+    assert "training goes on (OSError" in " ".join(str(each.message) for each in recwarn)
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    assert rows[-1].startswith("30,") and 10 < len(rows) < 31
