@@ -12,6 +12,7 @@ run_ranks() {
     # place for code.
     export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
     # A name of this start alone: shared file systems remember for a while that a file was missing.
+    rm -f "$run/logs/.status-$SLURM_JOB_ID"-* # of starts that SLURM ended: their scripts could not
     export W2S_FIRST_STATUS=$run/logs/.status-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
     echo "$(date -Is) job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST: $run"
     srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \

@@ -66,6 +66,7 @@ def refused(run: Any, *expected: str) -> None:
 
 
 NETWORK = "model: {network: {class_path: %s, init_args: %s}}"
+SCHEDULER = "torch.optim.lr_scheduler.LambdaLR"
 STRANGE = "class_path: strange_package.Thing"
 ALLOWS = ["--allow_imports"]
 # Configs, and what the line must hold. SENTINEL stands for the file.
@@ -104,6 +105,29 @@ YAML = {
     "a part of ours": (
         NETWORK % ("w2s_train.shards.storage._run_pipe", "{url: 'pipe:touch SENTINEL'}"),
         ["_run_pipe", *ALLOWS],
+    ),
+    "a function": (
+        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.LambdaCallback, init_args: "
+        "{on_fit_start: {class_path: w2s_train.callbacks.run_record.append_scores, "
+        "init_args: {folder: DIR, entries: []}}}}]}",
+        ["append_scores: must be a class, or a function that makes a network", *ALLOWS],
+    ),
+    "a connection": (
+        "model: {scheduler: {class_path: torch.optim.lr_scheduler.LambdaLR, init_args: {lr_lambda: "
+        "{class_path: lightning.fabric.plugins.collectives.TorchCollective.init_group, "
+        "dict_kwargs: {init_method: 'file://SENTINEL', world_size: 1, rank: 0}}}}}",
+        ["init_group: must be a class", *ALLOWS],
+    ),
+    "a method": (
+        "model: {optimizer: {class_path: lightning.fabric.plugins.TorchCheckpointIO."
+        "load_checkpoint, init_args: {path: DIR/evil.pt, weights_only: false}}}",
+        ["load_checkpoint: must be a class", *ALLOWS],
+    ),
+    "remote": ("model: local://DIR/nested.yaml", ["model", "local://"]),
+    "text": (
+        "model: {optimizer: {class_path: torch.optim.AdamW, dict_kwargs: "
+        "{a: {class_path: strange_package.Thing}}}}",
+        ["optimizer: "],
     ),
     "callback": (f"trainer: {{callbacks: {{{STRANGE}}}}}", ["strange_package", *ALLOWS]),
     "logger": (f"trainer: {{logger: {{{STRANGE}}}}}", ["strange_package", *ALLOWS]),
@@ -248,6 +272,8 @@ def test_settings_of_checkpoints(trained: dict[str, Any], sentinel: Path, tmp_pa
     """What a checkpoint wants to be built by and of, which Lightning's own loading follows."""
     path, settings = tmp_path / "evil.ckpt", trained["hyper_parameters"]
     evil = {"class_path": "os.system", "init_args": {"command": f"touch {sentinel}"}}
+    arguments = {"folder": str(sentinel.parent), "entries": []}
+    call = {"class_path": "w2s_train.callbacks.run_record.append_scores", "init_args": arguments}
     changes = [
         {"network": evil},
         {"autoencoder": {"class_path": "strange_package.Thing"}},
@@ -255,6 +281,7 @@ def test_settings_of_checkpoints(trained: dict[str, Any], sentinel: Path, tmp_pa
         {"guidance": [evil]},
         {"optimizer": "strange_package.Thing"},
         {"scheduler": evil},
+        {"scheduler": {"class_path": SCHEDULER, "init_args": {"lr_lambda": call}}},
     ]
     for change in changes:
         torch.save(trained | {"hyper_parameters": settings | change}, path)

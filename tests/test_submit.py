@@ -137,6 +137,13 @@ def test_later_submissions_leave_earlier_copies_alone(project: Path, submit):
     assert (first / "code.py").read_text() == "new\n"
 
 
+def test_each_seed_has_a_folder_of_its_own(submit):
+    """Also where it is submitted alone: another seed is another run and must not go on with it."""
+    for seed in ("0", "1"):
+        assert f"/runs/base+one-seed{seed} (new)" in submit(*CONFIGS, "--seeds", seed).stdout
+    assert "/runs/base+one (new)" in submit(*CONFIGS).stdout
+
+
 def test_evaluation_belongs_to_the_run_of_its_checkpoint(project: Path, submit):
     path = project / "runs" / "base+one" / "checkpoints" / "step-000003.ckpt"
     path.parent.mkdir(parents=True)
@@ -164,6 +171,7 @@ WRONG = {
     "unrecognized arguments: --node 2": [*CONFIGS, "--node", "2"],
     "the following arguments are required: -c": [],
     "--trainer.devices: is set by": [*CONFIGS, "--", "--trainer.devices=2"],
+    "-c: is set by": [*CONFIGS, "--", "-cother.yaml"],
     "evaluate=/none.ckpt: must be an existing file": [*CONFIGS, "--evaluate", "/none.ckpt"],
     "evaluate=last: there is no checkpoint in": [*CONFIGS, "--evaluate", "last"],
 }

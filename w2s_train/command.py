@@ -37,7 +37,7 @@ from w2s_train.checks import check_files, check_numbers, check_pipe, explain, lo
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError, one_line
 from w2s_train.files import OF_THE_DISK
-from w2s_train.imports import restrict_imports
+from w2s_train.imports import check_functions, restrict_imports
 from w2s_train.latents.record import latents_beside
 from w2s_train.module import DiffusionModule
 from w2s_train.run_folder import find_checkpoint, run_folder
@@ -77,6 +77,7 @@ class Command(LightningCLI):
         self.given = list[str](args)
         super().parse_arguments(parser, args)
         check_numbers(self.config[self.config.subcommand])
+        check_functions(self.config)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let the checkpoint's settings override the command line's."""

@@ -5,9 +5,13 @@ to call with arguments of a stranger's choice; those stand here. The switch ``--
 packages, on the command line and nowhere else: a config cannot allow itself anything.
 """
 
-from typing import Any, TypeVar
+import inspect
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, TypeVar, get_type_hints
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from torch import nn
 
 from w2s_train.errors import UserError
 
@@ -24,6 +28,7 @@ ALLOWED = [
     "torch.optim",
 ]
 Module = TypeVar("Module")
+trusted = list[str]()  # packages that the switch adds
 
 
 def restrict_imports(args: list[str]) -> list[str]:
@@ -49,12 +54,71 @@ def restrict_imports(args: list[str]) -> list[str]:
             raise UserError(
                 f"{SWITCH[2:]}={','.join(more)}: must name packages, such as my_package,other.part"
             )
+    trusted[:] = more
     set_parsing_settings(
+        config_read_mode_urls_enabled=False,
+        config_read_mode_fsspec_enabled=False,  # which Lightning has switched on
         import_path_denylist=["*"],
         import_path_allowlist=ALLOWED + more,
         instantiate_subclass_spec_in_any=False,
     )
     return rest
+
+
+def check_functions(config: Any) -> None:
+    """Refuse class paths of functions, which would be called; only makers of networks may be.
+
+    The list holds classes for what their constructors do, but functions stand beside them, such as
+    one that opens a connection to wherever its arguments say.
+
+    Args:
+        config: As it was parsed.
+
+    Raises:
+        UserError: It names one.
+    """
+    for path in _class_paths(config):
+        # What is not on the list is text that only looks like a class path; none is built of it.
+        if _within(path, trusted) or not _within(path, ALLOWED):
+            continue
+        value = _found(path)
+        if value is None or inspect.isclass(value):
+            continue
+        made = get_type_hints(value).get("return") if inspect.isfunction(value) else None
+        if not (inspect.isclass(made) and issubclass(made, nn.Module)):
+            raise UserError(
+                f"class_path={path}: must be a class, or a function that makes a network; "
+                f"--allow_imports={path} allows it, if you trust its code"
+            )
+
+
+def _within(path: str, packages: list[str]) -> bool:
+    return any(f"{path}.".startswith(f"{package}.") for package in packages)
+
+
+def _found(path: str) -> Any:
+    """What an import path names; None if there is no such thing."""
+    value: Any = None
+    done = ""
+    for part in path.split("."):
+        done += f".{part}" if done else part
+        value = getattr(value, part, None)
+        if value is None:
+            try:
+                value = import_module(done)
+            except ImportError:
+                return None
+    return value
+
+
+def _class_paths(node: Any) -> Iterator[str]:
+    if isinstance(node, Namespace | dict):
+        node = vars(node) if isinstance(node, Namespace) else node
+        if isinstance(node.get("class_path"), str):
+            yield node["class_path"]
+        node = list(node.values())
+    for value in node if isinstance(node, list | tuple) else ():
+        yield from _class_paths(value)
 
 
 def instantiate(cls: type[Module], settings: dict[str, Any]) -> Module:
@@ -66,4 +130,6 @@ def instantiate(cls: type[Module], settings: dict[str, Any]) -> Module:
     restrict_imports([])
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "module", fail_untyped=False)
-    return parser.instantiate_classes(parser.parse_object({"module": settings})).module
+    config = parser.parse_object({"module": settings})
+    check_functions(config)
+    return parser.instantiate_classes(config).module
