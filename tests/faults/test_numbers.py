@@ -186,9 +186,9 @@ BLOW_UP += "%s, allow_unstable: true, weak: {class_path: w2s_train.weak.NullClas
 def test_a_blow_up_ends_the_run(command, tmp_path: Path, tally, scale: float, ends: bool):
     """Row 10: at scale 1 and above predictions run away; the loss is blind, the alarm is not."""
     options = [f"--model.objective.init_args.segments={BLOW_UP % scale}", *LONG]
-    options += ["--trainer.max_steps=1500", "--trainer.log_every_n_steps=20"]
+    options += ["--trainer.max_steps=700", "--trainer.log_every_n_steps=20"]
     options += ["--model.optimizer.init_args.lr=0.01", "--guard.gradient_spike=null"]
-    options += ["--model.objective.init_args.total_steps=1500", "--guard.loss_spike=null"]
+    options += ["--model.objective.init_args.total_steps=700", "--guard.loss_spike=null"]
     log = tmp_path / "log"
     with tally(f"10  weak-to-strong target at scale {scale}"):
         status = wait([fork(lambda: command("fit", *options) and None, log)])
