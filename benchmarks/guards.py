@@ -78,7 +78,7 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
             + ["--checkpoint.every_n_train_steps", "1000000"],
             run=False,
         )
-        callbacks: list[Callback] = command.trainer.callbacks
+        callbacks: list[Callback] = command.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.insert(0, switch)
         command.trainer.fit(command.model, datamodule=command.datamodule)
     pairs = list(zip(switch.blocks[True][1:], switch.blocks[False][1:], strict=False))
@@ -91,7 +91,8 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
         "rounds": len(pairs),
         "steps_per_block": steps,
         "commit": git_commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
