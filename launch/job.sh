@@ -15,6 +15,7 @@ run_ranks() {
     rm -f "$run/logs/.status-$SLURM_JOB_ID"-* # of starts that SLURM ended: their scripts could not
     export W2S_FIRST_STATUS=$run/logs/.status-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
     echo "$(date -Is) job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST: $run"
+    before=$(begun "$run")
     srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
         --open-mode=append --output="$run/logs/$logs-%t.log" \
         bash "$code/launch/rank.sh" python -m w2s_train "${@:5}" \
@@ -30,18 +31,29 @@ run_ranks() {
     echo "$(date -Is) job $SLURM_JOB_ID ended with status $rc"
 }
 
-# Turn the third start in a row that was told to stop before it could listen into "no progress": with
-# a time limit that is shorter than a start, it would go round for ever.
-#   limit_unheard RUN    (reads and sets rc)
-limit_unheard() {
-    local count=$1/logs/.unheard-$SLURM_JOB_ID
-    if [ "$rc" = 138 ]; then
-        echo "$SLURM_RESTART_COUNT" >>"$count"
-        [ "$(wc -l <"$count")" -lt 3 ] && return
-        echo "told to stop three times before training began: the time limit is too short"
-        rc=78
-    fi
+# Turn the third start in a row that ended before training began into "no progress": with a time limit
+# shorter than a start, or too little memory for one, it would go round for ever. What ends later is
+# counted by the command itself. A start that begins to train writes environment.json.
+#   limit_unbegun RUN    (reads rc and before; sets rc)
+limit_unbegun() {
+    local count=$1/logs/.unbegun-$SLURM_JOB_ID
+    case $rc in
+    76 | 137 | 138)
+        if [ "$before" = "$(begun "$1")" ]; then
+            echo "$rc" >>"$count"
+            [ "$(wc -l <"$count")" -lt 3 ] && return
+            echo "ended three times before training began: see the logs of the processes"
+            rc=78
+        fi
+        ;;
+    esac
     rm -f "$count"
+}
+
+# When training began last; nothing if it never did.
+#   begun RUN
+begun() {
+    stat -c %y "$1/environment.json" 2>/dev/null
 }
 
 # Put this job, or this task of an array, back into the queue if the status is one of the given ones.

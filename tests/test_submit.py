@@ -158,6 +158,38 @@ def test_evaluation_belongs_to_the_run_of_its_checkpoint(project: Path, submit):
     assert "--job-name=evaluate-base " in done.stdout
 
 
+JOB = """\
+SLURM_JOB_ID=7
+source launch/job.sh
+begin() { sleep 0.01 && touch environment.json; }
+start() { # STATUS [begin]
+    before=$(begun .)
+    ${2:-:}
+    rc=$1
+    limit_unbegun .
+    echo "$rc"
+}
+mkdir -p logs
+"""
+STARTS = {
+    "never begins": ("start 137; start 76; start 138", "137 76 78"),
+    "begins each time": ("for _ in 1 2 3 4; do start 137 begin; done", "137 137 137 137"),
+    "begins in between": (
+        "start 76; start 76; start 76 begin; start 76; start 76; start 76",
+        "76 76 76 76 76 78",
+    ),
+    "is preempted": ("start 137; start 137; start 75 begin; start 137", "137 137 75 137"),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_a_job_that_never_begins_is_not_requeued_for_ever(case: str, project: Path):
+    """Faults row 7, where the command itself cannot count: before it trains."""
+    script, expected = STARTS[case]
+    said = subprocess.check_output(["bash", "-c", JOB + script], cwd=project, text=True)
+    assert " ".join(word for word in said.split() if word.isdecimal()) == expected
+
+
 WRONG = {
     "config=configs/none.yaml: no such file": ["-c", "configs/none.yaml"],
     "config=configs/ignored.yaml: must be in": ["-c", "configs/ignored.yaml"],

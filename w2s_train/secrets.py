@@ -12,7 +12,7 @@ from typing import Any
 HIDDEN = "***"
 KEY = r"(?:api|access|private|signing|account)[_-]?key"
 NAME = rf"{KEY}|secret|token(?!s)|passw(?:or)?d|passphrase|credential|signature"
-SECRET_NAME = re.compile(rf"{NAME}|(?:^|[_-])auth(?:$|[_-])", re.IGNORECASE)
+SECRET_NAME = re.compile(rf"{NAME}|(?:^|[_-])(?:auth|pwd)(?:$|[_-])", re.IGNORECASE)
 # In URLs, a few names more: Azure signs with sig, others ask for key or auth.
 PARAMETER = rf"[?&;][\w.%-]*(?:{NAME}|sig|key|auth|pwd)[\w.%-]*="
 IN_TEXT = [
@@ -20,6 +20,8 @@ IN_TEXT = [
     (rf"({PARAMETER})[^\s&;#'\",]+", rf"\1{HIDDEN}"),
     (rf"((?<![\w/])[\w.-]*(?:{NAME})[\w-]*['\"]?\s*[=:]\s*['\"]?)[^\s'\",]+", rf"\1{HIDDEN}"),
     (r"(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer |basic )?)[^\s'\",]+", rf"\1{HIDDEN}"),
+    (r"(bearer )[^\s'\",]+", rf"\1{HIDDEN}"),
+    (r"\b(?:hf_|gh[a-z]_|github_pat_|glpat-)\w{16,}", HIDDEN),  # tokens by their form
     (rf"(--[\w.-]*(?:{NAME})[\w-]*\s+)[^\s'\",]+", rf"\1{HIDDEN}"),
 ]
 
