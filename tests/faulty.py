@@ -1,6 +1,7 @@
 """The command, with a fault in one rank: python tests/faulty.py FAULT RANK fit ...
 
-The fault happens at step 3, or in setup ("user_error"), or before the processes meet ("early").
+The fault happens at step 3, in an evaluation, in setup ("user_error"), or before the processes meet
+("early").
 """
 
 import os
@@ -68,7 +69,17 @@ def inject(fault: str, rank: int) -> None:
             raise UserError("data.x=1: must be 2")
         set_up(self, stage)
 
+    generation = DiffusionModule.validation_step
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if fault == "evaluation" and self.trainer.global_rank == rank and batch_idx == 2:
+            announce()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.1)
+        return generation(self, batch, batch_idx, dataloader_idx)
+
     DiffusionModule.training_step = training_step
+    DiffusionModule.validation_step = validation_step
     ShardDataModule.train_dataloader = train_dataloader
     ShardDataModule.setup = setup
 

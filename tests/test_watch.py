@@ -104,6 +104,7 @@ RANKS = [
     ("stop", 0, KILLED, SILENT),
     ("stop", 1, KILLED, SILENT),
     ("stuck", 1, PEER_LOST, STUCK % ("in the forward pass", "%d")),
+    ("evaluation", 1, KILLED, SILENT),
     ("data", 0, PEER_LOST, STUCK % ("between two batches", "%d")),
     ("error", 0, 1, "error: WHO failed: ValueError: a bad thing; rank %d ends"),
     ("error", 1, 1, "error: WHO failed: ValueError: a bad thing; rank %d ends"),
@@ -119,6 +120,8 @@ def test_ranks(command, tmp_path: Path, fault: str, rank: int, status: int, line
     options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.callbacks=null"]
     options += ["--trainer.max_steps=1000000", "--trainer.val_check_interval=500000"]
     options += [f"--watch.timeout_minutes={TIMEOUT / 60}", "--data.num_workers=1"]
+    if fault == "evaluation":  # in which the others wait for nobody, for minutes
+        options += ["--trainer.val_check_interval=3", "--data.num_generated=60000"]
 
     def work(number: int) -> None:
         inject(fault, rank)

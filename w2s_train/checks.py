@@ -19,6 +19,7 @@ COUNTS = (
     "log_every_n_steps",
     "accumulate_grad_batches",
 )
+ALIASES = 20  # of YAML, in one file
 RATES = ("lr", "weight_decay", "gradient_clip_val")
 
 
@@ -120,6 +121,13 @@ def _parameters(function: Any) -> str:
 
 class _UniqueKeys(yaml.SafeLoader):
     """Refuses a mapping with the same key twice, of which YAML would keep the last."""
+
+    def compose_node(self, *where: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            self.aliases = getattr(self, "aliases", 0) + 1
+            if self.aliases > ALIASES:
+                raise UserError(f"*: must stand at most {ALIASES} times: aliases grow like powers")
+        return super().compose_node(*where)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -61,6 +61,7 @@ class Watch:
         if not 0 < timeout_minutes < math.inf:
             raise UserError(f"timeout_minutes={timeout_minutes}: must be above 0")
         self.timeout = 60 * timeout_minutes  # seconds
+        self.silent = min(60, self.timeout / 2)  # without a sign of life
         self.batch = self.step = self.meetings = self.moves = 0
         self.stage = Stage.SETTING_UP
         self.idle = 0.0
@@ -148,7 +149,7 @@ class Watch:
 
     def _talk(self) -> None:
         """Tell and ask, until there is no store any more."""
-        number, keys = 0, [str(peer.rank) for peer in self.peers]
+        number, near = 0, [(self.rank + 1) % len(self.peers)]
         while number >= 0:
             number = number + 1 if self.running else -1
             beat = Beat(number, self.batch, self.stage, self.meetings, self.step, self.idle)
@@ -158,13 +159,14 @@ class Watch:
                 # That one process is to stop is enough. Training agrees on it at each step, but
                 # evaluations, which are dealt out unevenly, have no steps in common.
                 stop = self.store.compare_set("stop", "", "yes" if REQUESTS.preempted else "")
-                texts = self.store.multi_get(keys) if self.looking else []
+                asked = range(len(self.peers)) if self.looking else near
+                texts = self.store.multi_get([str(rank) for rank in asked])
             except torch.distributed.DistError:
                 return  # rank 0 is gone: its silence tells
             REQUESTS.preempted = REQUESTS.preempted or bool(stop)
             now = time.monotonic()
             self.heard[0] = now  # it has answered
-            for rank, text in enumerate(texts):
+            for rank, text in zip(asked, texts, strict=True):
                 beat = Beat(*json.loads(text or "[]"))
                 if beat.number != self.beats[rank].number:
                     self.beats[rank], self.heard[rank] = beat, now
@@ -179,7 +181,9 @@ class Watch:
         while self.running:
             self.done.wait(BEAT / 2)
             now = time.monotonic()
-            if moves != self.moves or now - last > LOOK:  # it moved, or this process was stopped
+            if now - last > LOOK:  # this process was stopped, and has heard nobody
+                self.heard = [now] * len(self.heard)
+            if moves != self.moves or now - last > LOOK:
                 moves, self.idle, self.looking = self.moves, 0.0, 0.0
             self.idle += now - last
             last = now
@@ -201,12 +205,21 @@ class Watch:
                 self._leave(fault, PEER_LOST)
         elif self.failed and now - self.looking > LOOK + 2 * BEAT:
             self._tell(self._judge(LOOK) or self._unknown(self.failed))
-        elif self.idle >= self.timeout and (found := self._judge(min(60, self.timeout / 2))):
+        elif self.idle >= self.timeout and (found := self._judge(self.silent)):
+            self._tell(found)
+        elif not self.looking and (found := self._judge_near()):
             self._tell(found)
 
     def _judge(self, silent: float) -> Fault | None:
         silence = [time.monotonic() - then for then in self.heard]
         return judge(self.peers, self.beats, silence, silent, self.timeout)
+
+    def _judge_near(self) -> Fault | None:
+        """Of a process that waits for nobody, as in an evaluation: rank 0, and the next one."""
+        near, now = (0, (self.rank + 1) % len(self.peers)), time.monotonic()
+        silence = [now - self.heard[r] if r in near else 0.0 for r in range(len(self.peers))]
+        silence[self.rank] = 0.0
+        return judge(self.peers, self.beats, silence, self.silent, math.inf)
 
     def _unknown(self, error: BaseException) -> Fault:
         traceback.print_exception(error)

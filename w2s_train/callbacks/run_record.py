@@ -22,6 +22,9 @@ from w2s_train.files import atomic_write
 from w2s_train.secrets import redacted
 
 STARTS = "starts.json"
+# What a folder that holds a run has some of.
+OURS = {"config.yaml", "environment.json", "metrics.csv", "scores.json", "checkpoints", "samples"}
+OURS |= {"code", "logs", "grids", STARTS}
 RESTARTS = 3  # without progress, before another one is refused
 PACKAGES = ("w2s_train", "torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
 
@@ -129,7 +132,7 @@ class RunRecord(Callback):
         """Make the folder this run's own; called on the first process, before loggers write there.
 
         Raises:
-            ValueError: Another fit is writing there.
+            UserError: Another fit is writing there, or something else is kept there.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(folder.parent / f".{folder.name}.lock")
@@ -140,7 +143,13 @@ class RunRecord(Callback):
                 f"trainer.default_root_dir={folder}: another fit is writing there; "
                 "choose another folder"
             ) from None
-        if folder.is_dir() and any(folder.iterdir()) and not self.resumed:
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if held and held.isdisjoint(OURS):
+            raise UserError(
+                f"trainer.default_root_dir={folder}: must be the folder of a run, or empty; it "
+                f"holds {sorted(held)[0]}"
+            )
+        if held and not self.resumed:
             aside = next(
                 path
                 for i in range(1, sys.maxsize)
