@@ -229,3 +229,53 @@ def test_a_crash_loop_ends(command, tmp_path: Path, tally, first_save: int):
     crash_at = -1
     assert wait([fork(work, log)]) == [0]
     assert not (tmp_path / "run" / "starts.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.min_steps=200"],
+        ["--trainer.accumulate_grad_batches=3", "--trainer.limit_train_batches=1"],
+    ],
+)
+def test_nothing_keeps_a_run_from_stopping(command, tmp_path: Path, tally, options: list[str]):
+    """Row 6: neither a least number of steps nor epochs shorter than an accumulation."""
+
+    def work() -> None:
+        real = DiffusionModule.training_step
+
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return real(self, batch, batch_idx)
+
+        DiffusionModule.training_step = training_step
+        command("fit", "--trainer.max_steps=300", "--trainer.val_check_interval=1000", *options)
+
+    options = [*options, "--trainer.callbacks=null"]
+    with tally("6   signal where Lightning would not stop"):
+        assert wait([fork(work, tmp_path / "log")]) == [PREEMPTED], (tmp_path / "log").read_text()
+        assert checkpoint(tmp_path / "run")["global_step"] <= 6
+
+
+def test_signals_end_sampling(command, tmp_path: Path, tally):
+    """Row 6: there is nothing to save, and a first Ctrl-C is enough."""
+    folder = command("fit", "--trainer.callbacks=null")
+
+    def work(number: signal.Signals) -> None:
+        real = DiffusionModule.predict_step
+
+        def predict_step(self, batch, batch_idx):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+            return real(self, batch, batch_idx)
+
+        DiffusionModule.predict_step = predict_step
+        command("sample", "--ckpt_path=last", "--output", str(tmp_path / number.name))
+
+    assert folder.is_dir()
+    for number, status in {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: INTERRUPTED}.items():
+        with tally("6   signal while images are sampled"):
+            assert wait([fork(lambda n=number: work(n), tmp_path / "log")]) == [status], (
+                tmp_path / "log"
+            ).read_text()
