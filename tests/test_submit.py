@@ -37,6 +37,7 @@ def project(tmp_path: Path) -> Path:
     """A small edited checkout with the real `launch/`, and an sbatch that notes its arguments."""
     folder = tmp_path / "project"
     files = {f"launch/{path.name}": path.read_text() for path in (ROOT / "launch").iterdir()}
+    files["w2s_train/secrets.py"] = (ROOT / "w2s_train" / "secrets.py").read_text()
     files |= {f"configs/{name}.yaml": "" for name in ("base", "weak/one", "weak/two", "ignored")}
     files |= {"code.py": "old\n", ".env": "password\n", ".gitignore": "/runs/\nignored*\n"}
     for name, text in files.items():
@@ -232,3 +233,17 @@ def test_what_is_no_code_is_not_copied(project: Path, submit):
         file.truncate(300_000_000)
     assert "error: code: 300 MB, such as data.bin; git must ignore" in submit(*CONFIGS).stderr
     assert not (project / "runs").exists()
+
+
+@pytest.mark.parametrize("where", ["option", "config"])
+def test_secrets_are_not_copied(project: Path, submit: Callable, where: str):
+    """Jobs show their options, and run folders hold the configs."""
+    url = "https://user:hunter22@example.org/train-0.tar"
+    arguments = ["-c", "configs/base.yaml", "--dry-run"]
+    if where == "option":
+        arguments += ["--", f"--data.train_urls={url}"]
+    else:
+        (project / "configs/base.yaml").write_text(f"data: {{train_urls: '{url}'}}\n")
+    done = submit(*arguments)
+    assert done.returncode == 1 and "must hold no password" in done.stderr
+    assert "hunter22" not in done.stdout + done.stderr

@@ -183,9 +183,7 @@ class DiffusionModule(LightningModule):
         """Clip as the trainer says, keep the norm before clipping, and drop a bad step."""
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm, loss = norm_of(parameters), torch.stack([part.total for part in self.parts]).mean()
-        overflow = self.trainer.precision == "16-mixed" and not norm.isfinite()
-        # Float16 overflows now and then: the loss scaler skips that step, and lowers the scale.
-        self.good = self.judge(loss, torch.zeros_like(norm) if overflow else norm) and not overflow
+        self.good = self.judge(loss, norm)
         if self.good:
             self.gradient_norm = norm
             clip(parameters, norm, gradient_clip_val, gradient_clip_algorithm)

@@ -3,6 +3,8 @@
 Where they belong is the environment, or the files of credentials that fsspec's file systems read.
 """
 
+from __future__ import annotations  # launch/submit runs this file with older Pythons
+
 import re
 import sys
 import traceback

@@ -1,5 +1,7 @@
 """What all processes decide together, with one small collective per optimizer step."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ class Agreement:
     They travel with numbers that have to be summed anyway: see `Guard`.
     """
 
+    look: Callable[[], None] | None = None  # has a last look at what this process was asked for
+
     def __init__(self) -> None:
         self.wishes = dict.fromkeys(WISHES, False)  # of this process
         self.decided = dict.fromkeys(WISHES, False)  # of all, since the last optimizer step
@@ -21,6 +25,8 @@ class Agreement:
 
         Waits for the device once.
         """
+        if self.look is not None:
+            self.look()
         wishes = numbers.new_tensor([float(self.wishes[name]) for name in WISHES])
         everything = torch.cat([numbers, wishes])
         if torch.distributed.is_initialized():

@@ -13,7 +13,7 @@ from w2s_train.callbacks.agreement import Agreement
 from w2s_train.callbacks.scorer import gather
 from w2s_train.checkpoint_io import CheckpointFiles
 from w2s_train.checkpointing import newest_first, point_to, remove, step_of
-from w2s_train.errors import DIVERGED, Stopped, UserError, one_line
+from w2s_train.errors import DIVERGED, PEER_LOST, Stopped, UserError, one_line
 from w2s_train.fingerprint import Fingerprint, fingerprint
 
 LEAST = 2  # files that are always kept: one of them may turn out to be damaged
@@ -67,9 +67,17 @@ class Checkpoints(Checkpoint):
                 path.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the run stands, also in the folder: it may have gone back in it."""
+        """Note where the run stands, also in the folder: it may have gone back in it.
+
+        Raises:
+            Stopped: Processes go on from different files, as where a file system is slow to tell.
+        """
         self.step, self.when = trainer.global_step, time.monotonic()
+        self.saved = -1  # the step of the last save, unless something has changed since
         start = Path(trainer.ckpt_path or "").resolve()
+        starts = set(gather((self.step, start.name), trainer))
+        if len(starts) > 1:
+            raise Stopped(f"processes go on from different steps, {sorted(starts)}", PEER_LOST)
         ours = start.parent == self.folder.resolve() and step_of(start) >= 0
         if ours and trainer.is_global_zero:
             point_to(self.folder / "last.ckpt", start)
@@ -104,8 +112,13 @@ class Checkpoints(Checkpoint):
         Raises:
             UserError: It could not be written.
         """
-        self.save(trainer, pl_module)
+        if self.saved != trainer.global_step:
+            self.save(trainer, pl_module)
         self.finish(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What it has cost stands in the next checkpoint, also of the same step."""
+        self.saved = -1
 
     def save(self, trainer: Trainer, module: LightningModule) -> None:
         """Write a checkpoint of this step; on all processes together.
@@ -123,7 +136,7 @@ class Checkpoints(Checkpoint):
             self.seconds = time.monotonic() - begun
 
         trainer.save_checkpoint(path, weights_only=False, storage_options=written)
-        self.when = time.monotonic()
+        self.when, self.saved = time.monotonic(), trainer.global_step
 
     def finish(self, trainer: Trainer) -> None:
         """Wait until everything is on the disk; on all processes together.
@@ -138,6 +151,7 @@ class Checkpoints(Checkpoint):
 
     def _report(self, trainer: Trainer, *, wait: bool) -> None:
         if error := self._files(trainer).finished(wait=wait):
+            self.saved = -1
             rank_zero_warn(f"a checkpoint was not written; training goes on ({one_line(error)})")
 
     def _files(self, trainer: Trainer) -> CheckpointFiles:

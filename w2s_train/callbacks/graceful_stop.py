@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from w2s_train.callbacks.agreement import Agreement
 from w2s_train.callbacks.checkpoints import Checkpoints, validation_follows
 from w2s_train.callbacks.resumable_evaluation import ResumableEvaluation
-from w2s_train.errors import INTERRUPTED, PREEMPTED, Stopped
+from w2s_train.errors import INTERRUPTED, PREEMPTED, Stopped, UserError
 from w2s_train.signals import PREEMPTION, REQUESTS
 
 
@@ -36,6 +36,8 @@ class GracefulStop(Callback):
     ) -> None:
         self.agreement = agreement
         self.limit = Timer(max_time).time_remaining()  # which reads it; nothing was used up yet
+        if self.limit is not None and self.limit <= 0:
+            raise UserError(f"trainer.max_time={max_time}: must be longer than nothing")
         self.status = 0  # with which the command ends
         self.longest, self.begun = 0.0, 0.0  # seconds of a step or batch, and when this one began
 
@@ -46,16 +48,15 @@ class GracefulStop(Callback):
         """
         if stage != "predict":
             REQUESTS.listen(signal.SIGINT, *PREEMPTION)
+            self.agreement.look = lambda: self._wish(trainer)
 
     # ---- training --------------------------------------------------------------------------
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Say what this process was asked for."""
+        """Measure steps."""
         self._take_time()
-        self.agreement.wishes["preempt"] = REQUESTS.preempted or self._time_is_up(trainer)
-        self.agreement.wishes["interrupt"] = REQUESTS.interrupted
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -114,8 +115,6 @@ class GracefulStop(Callback):
 
     def _leave_together(self, trainer: Trainer) -> None:
         """The first collective after the batches, for those that leave and those that do not."""
-        self.agreement.wishes["preempt"] = REQUESTS.preempted or self._time_is_up(trainer)
-        self.agreement.wishes["interrupt"] = REQUESTS.interrupted
         self.agreement.settle(torch.zeros(1, device=trainer.strategy.root_device))
         if self.agreement.stop:
             self._stop(interrupted=not self.agreement.decided["preempt"])
@@ -128,6 +127,10 @@ class GracefulStop(Callback):
             if isinstance(callback, Checkpoints):
                 callback.finish(trainer)
         raise Stopped("in the middle of an evaluation; the next start goes on with it", self.status)
+
+    def _wish(self, trainer: Trainer) -> None:
+        self.agreement.wishes["preempt"] = REQUESTS.preempted or self._time_is_up(trainer)
+        self.agreement.wishes["interrupt"] = REQUESTS.interrupted
 
     # ---- time ------------------------------------------------------------------------------
 

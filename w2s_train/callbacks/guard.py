@@ -19,6 +19,7 @@ from w2s_train.errors import DIVERGED, Stopped, UserError
 WINDOW = 100  # good steps that the running averages look back; before so many, nothing is a spike
 LARGEST_SCALE = 10.0  # effective guidance scale beyond which an alarm does not wait for more
 ALARM, ABORT = 1.2, 2.4  # times the effective scale: RMS of the strong prediction over that of v
+OVERFLOWS = 30  # of float16 in a row, after which the scale cannot be the reason
 SHOWN = 3  # samples named on the terminal
 
 
@@ -68,7 +69,7 @@ class Guard(Callback):
         self.patience, self.rollbacks, self.enabled = patience, rollbacks, enabled
         self.agreement = Agreement()  # shared with the stop: `Command` sets it
         self.averages = [0.0, 0.0]  # of sizes of loss and gradient norm, over good steps
-        self.good = self.skipped = self.in_a_row = 0
+        self.good = self.skipped = self.in_a_row = self.overflows = 0
         self.backs, self.good_before = 0, 0  # how often it went back; good steps before that
         self.batches: list[tuple[int, int]] = []  # position and rows, since the last optimizer step
         self.looked_at: dict[str, float] = {}
@@ -101,6 +102,9 @@ class Guard(Callback):
     def judge(self, trainer: Trainer, loss: Tensor, norm: Tensor) -> bool:
         """Whether the step is good: the same answer on all processes.
 
+        Float16 overflows now and then: the loss scaler skips that step and lowers its scale, which
+        is no fault unless it goes on and on.
+
         Args:
             trainer: The trainer.
             loss: () of this process.
@@ -115,6 +119,10 @@ class Guard(Callback):
             return True
         means = [total / trainer.world_size for total in sums[:2]]
         not_finite = [name for name, n in zip(("loss", "gradient"), sums[2:], strict=True) if n]
+        overflow = not_finite == ["gradient"] and trainer.precision == "16-mixed"
+        self.overflows = self.overflows + 1 if overflow else 0
+        if 0 < self.overflows <= OVERFLOWS:
+            return False
         if not_finite:
             reason = f"{' and '.join(not_finite)} not finite"
         elif reason := self._spike(means):

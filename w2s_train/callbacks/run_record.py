@@ -23,8 +23,7 @@ from w2s_train.secrets import redacted
 
 STARTS = "starts.json"
 # What a folder that holds a run has some of.
-OURS = {"config.yaml", "environment.json", "metrics.csv", "scores.json", "checkpoints", "samples"}
-OURS |= {"code", "logs", "grids", STARTS}
+OURS = "config.yaml environment.json metrics.csv scores.json checkpoints samples code logs".split()
 RESTARTS = 3  # without progress, before another one is refused
 PACKAGES = ("w2s_train", "torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
 
