@@ -4,7 +4,7 @@
 
 Guards are: the look at loss and gradient before each step, the flag for signals and the time limit,
 the watch over other processes, and the decision whether to save. "in_guards_ms" is the time inside
-their code, which the noise of a machine blurs less than the difference of steps. The step is that of
+their code, which noise blurs less than the difference of steps. The step is that of
 configs/digits_w2s.yaml on one process. Both kinds of blocks compute and log the same gradient norm.
 """
 

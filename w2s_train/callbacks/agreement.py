@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 WISHES = ("preempt", "interrupt", "save")
 
@@ -20,20 +19,25 @@ class Agreement:
         self.wishes = dict.fromkeys(WISHES, False)  # of this process
         self.decided = dict.fromkeys(WISHES, False)  # of all, since the last optimizer step
 
-    def settle(self, numbers: Tensor) -> list[float]:
-        """The sums of ``numbers`` (n,) over processes; wishes that any process has are decided.
+    def settle(self, numbers: list[float], device: torch.device) -> list[float]:
+        """The sums of ``numbers`` over processes; wishes that any process has are decided.
 
-        Waits for the device once.
+        Args:
+            numbers: Finite ones, as many on each process.
+            device: Where the process group works.
         """
         if self.look is not None:
             self.look()
-        wishes = numbers.new_tensor([float(self.wishes[name]) for name in WISHES])
-        everything = torch.cat([numbers, wishes])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(everything)
-        *sums, preempt, interrupt, save = everything.tolist()
-        self.decided = dict(zip(WISHES, (preempt > 0, interrupt > 0, save > 0), strict=True))
-        return sums
+        if not torch.distributed.is_initialized():
+            self.decided = dict(self.wishes)
+            return numbers
+        wishes = [float(wish) for wish in self.wishes.values()]
+        everything = torch.tensor([*numbers, *wishes], device=device)
+        torch.distributed.all_reduce(everything)
+        sums = everything.tolist()
+        found = zip(self.wishes, sums[len(numbers) :], strict=True)
+        self.decided = {name: total > 0 for name, total in found}
+        return sums[: len(numbers)]
 
     @property
     def stop(self) -> bool:

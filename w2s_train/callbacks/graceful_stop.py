@@ -5,7 +5,6 @@ import time
 from datetime import timedelta
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info
@@ -115,7 +114,7 @@ class GracefulStop(Callback):
 
     def _leave_together(self, trainer: Trainer) -> None:
         """The first collective after the batches, for those that leave and those that do not."""
-        self.agreement.settle(torch.zeros(1, device=trainer.strategy.root_device))
+        self.agreement.settle([], trainer.strategy.root_device)
         if self.agreement.stop:
             self._stop(interrupted=not self.agreement.decided["preempt"])
         if not self.status:

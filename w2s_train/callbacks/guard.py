@@ -110,10 +110,10 @@ class Guard(Callback):
             loss: () of this process.
             norm: () of the gradient, which is that of all processes.
         """
-        pair = torch.stack([loss.float(), norm.float()])
-        finite = pair.isfinite()
-        numbers = torch.cat([pair.where(finite, 0), (~finite).float()])
-        sums = self.agreement.settle(numbers)
+        pair = torch.stack([loss.float(), norm.float()]).tolist()  # waits for the device, once
+        finite = [math.isfinite(x) for x in pair]
+        numbers = [x if good else 0.0 for x, good in zip(pair, finite, strict=True)]
+        sums = self.agreement.settle([*numbers, *(float(not good) for good in finite)], loss.device)
         batches, self.batches = self.batches, []
         if not self.enabled:
             return True
@@ -128,7 +128,7 @@ class Guard(Callback):
         elif reason := self._spike(means):
             reason = f"{reason} of the running average"
         if reason:
-            self._record(trainer, reason, float(loss), float(norm), batches)
+            self._record(trainer, reason, *pair, batches)
             return False
         self.in_a_row, self.good = 0, self.good + 1
         share = 1 / min(self.good, WINDOW)
