@@ -128,7 +128,7 @@ class Guard(Callback):
         elif reason := self._spike(means):
             reason = f"{reason} of the running average"
         if reason:
-            self._record(trainer, reason, *pair, batches)
+            self._record(trainer, reason, pair[0], pair[1], batches)
             return False
         self.in_a_row, self.good = 0, self.good + 1
         share = 1 / min(self.good, WINDOW)
