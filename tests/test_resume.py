@@ -210,6 +210,7 @@ def test_two_processes(tmp_path: Path):
 
 @pytest.mark.fault("1   stop and resume")
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_resumes_on_two_processes(command, tmp_path: Path, recipe: str):
     """The same with DDP; the second process is a fork of this one, which spares its imports."""

@@ -85,15 +85,15 @@ def kill_at(monkeypatch_module, name: str, number: int) -> None:
 
 
 def test_kills_in_saves_of_a_run(command, tmp_path: Path, tally):
-    """Row 3: a fit is killed inside a save, 21 times, and ends with the weights of one that never
+    """Row 3: a fit is killed inside a save, 12 times, and ends with the weights of one that never
     was; at most one save interval is lost each time.
     """
-    steps, rng = 90, random.Random(1)
+    steps, rng = 60, random.Random(1)
     options = [f"--trainer.max_steps={steps}", "--trainer.val_check_interval=1000"]
-    options += ["--checkpoint.every_n_train_steps=1", "--model.objective.init_args.total_steps=90"]
+    options += ["--checkpoint.every_n_train_steps=1", "--model.objective.init_args.total_steps=60"]
     whole = command("fit", *options, folder="whole")
     before = 0
-    for trial in range(21):
+    for trial in range(12):
 
         def work(trial: int = trial) -> None:
             # The second save of this start: before, in and after its parts.
