@@ -110,7 +110,9 @@ def test_the_baseline_differs_in_its_segments_only():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overlay", OVERLAYS)
-@pytest.mark.parametrize("config", ["leaves/few", "leaves/many"])
+@pytest.mark.parametrize(
+    "config", ["leaves/few", pytest.param("leaves/many", marks=pytest.mark.long)]
+)
 def test_leaves_run_with_every_overlay(command, config: str, overlay: str):
     """The tiny network has blocks for every source; scores of every kind are finite."""
     few = ["--model.generation_block=48", "--data.num_generated=96"]

@@ -188,7 +188,7 @@ def test_killed_in_the_middle_and_resumed_on_two_processes(command, metrics: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_processes_do_not_change_scores(command, metrics: Path, processes: int):
     """Faults row 17: every metric to the last digit, and the grid byte for byte."""
     folder = command("fit", "-c", str(metrics))

@@ -43,7 +43,7 @@ def messy_folder(folder: Path) -> None:
         (folder / "class 1" / f"broken{i}.png").write_bytes(content)
 
 
-@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_a_messy_folder(command, tmp_path: Path, monkeypatch, capsys, number: int):
     messy_folder(tmp_path / "raw")
     options = ("--size", 16, "--per-shard", 25, "--max-broken", 0.1, "--processes", 2)
@@ -62,7 +62,7 @@ def test_a_messy_folder(command, tmp_path: Path, monkeypatch, capsys, number: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_cifar10(command, tmp_path: Path, monkeypatch, capsys, number: int):
     """Real images from other people's shards, scored with the shared classifier."""
     source = shared("data/cifar10/test-000000.tar.gz")

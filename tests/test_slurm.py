@@ -127,6 +127,7 @@ def test_preempted_twice_equals_uninterrupted(command, cluster, project: Path, s
     assert_same(checkpoint(command("fit", *options, *two)), checkpoint(run))
 
 
+@pytest.mark.long
 def test_an_array_of_seeds(cluster, project: Path, submit):
     """One task per seed, each in a folder of its own; then their checkpoints are scored."""
     job, commands = submit("--seeds", "0", "1", "--", "--data.num_generated=64")

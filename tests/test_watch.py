@@ -102,7 +102,7 @@ KILLED = -signal.SIGKILL
 RANKS = [
     ("kill", 0, KILLED, SILENT),
     ("stop", 0, KILLED, SILENT),
-    ("stop", 1, KILLED, SILENT),
+    pytest.param("stop", 1, KILLED, SILENT, marks=pytest.mark.long),
     ("stuck", 1, PEER_LOST, STUCK % ("in the forward pass", "%d")),
     ("evaluation", 1, KILLED, SILENT),
     ("data", 0, PEER_LOST, STUCK % ("between two batches", "%d")),
@@ -174,6 +174,7 @@ def test_torchrun(digits: None, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("14  a process dies or hangs")
 def test_forked(digits: None, tmp_path: Path):
     """The process that forks reaps the dead one and says so itself."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from w2s_train.checkpointing import check_local, damage, is_foreign, newest_first
+from w2s_train.checkpointing import check_local, damage, newest_first
 from w2s_train.errors import UserError
 
 
@@ -37,7 +37,7 @@ def find_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> str
         return _last(folder / "checkpoints", subcommand)
     if not Path(ckpt_path).is_file():
         raise UserError(f"ckpt_path={ckpt_path}: must be an existing file, or last")
-    if not is_foreign(Path(ckpt_path)) and (problem := damage(Path(ckpt_path))):
+    if problem := damage(Path(ckpt_path)):
         others = [p for p in newest_first(Path(ckpt_path).parent) if not damage(p)]
         whole = f"; {others[0]} is whole" if others else ""
         raise UserError(f"ckpt_path={ckpt_path}: must be a whole checkpoint; {problem}{whole}")

@@ -13,7 +13,7 @@ import torch
 from ranks import fork, wait
 from test_resume import assert_same, checkpoint
 
-from w2s_train import checkpointing
+from w2s_train import checkpoint_io, checkpointing
 from w2s_train.checkpoint_io import CheckpointFiles
 from w2s_train.checkpointing import damage, newest_first, point_to, read_file, write_checkpoint
 from w2s_train.errors import UserError
@@ -71,9 +71,9 @@ def test_kills_while_files_are_written(elsewhere: Path, tmp_path: Path, tally):
             assert held["global_step"] >= done
 
 
-def kill_at(monkeypatch_module, name: str, number: int) -> None:
+def kill_at(module, name: str, number: int) -> None:
     """Have this process killed at the n-th call of a function of the module that writes."""
-    real, calls = getattr(monkeypatch_module, name), [0]
+    real, calls = getattr(module, name), [0]
 
     def counting(*arguments: object) -> object:
         calls[0] += 1
@@ -81,7 +81,7 @@ def kill_at(monkeypatch_module, name: str, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments)
 
-    setattr(monkeypatch_module, name, counting)
+    setattr(module, name, counting)
 
 
 def test_kills_in_saves_of_a_run(command, tmp_path: Path, tally):
@@ -100,15 +100,15 @@ def test_kills_in_saves_of_a_run(command, tmp_path: Path, tally):
             if trial % 3 == 0:
                 kill_at(checkpointing._Hashed, "write", rng.randint(40, 120))
             else:
-                place = ("_write_digests", "write_checkpoint")[trial % 3 - 1]
-                kill_at(checkpointing, place, 3 + trial % 2)
+                place = [(checkpointing, "_write_digests"), (checkpoint_io, "write_checkpoint")]
+                kill_at(*place[trial % 3 - 1], 3 + trial % 2)
             command("fit", *options, "--ckpt_path=last", folder="part")
 
         assert wait([fork(work, tmp_path / "log")]) == [-signal.SIGKILL]
         with tally("3   kill -9 of a fit inside a save"):
             found = find_checkpoint("last", tmp_path / "part", "fit")
             step = read_file(found)["global_step"] if found else 0
-            assert step > before
+            assert step >= before  # the first save of a start may be the one that is cut short
             before = step
     part = command("fit", *options, "--ckpt_path=last", folder="part")
     assert_same(checkpoint(whole), checkpoint(part))

@@ -182,7 +182,9 @@ BLOW_UP = "[{class_path: w2s_train.segment.Extrapolation, init_args: {low: 0.0, 
 BLOW_UP += "%s, allow_unstable: true, weak: {class_path: w2s_train.weak.NullClass}}}]"
 
 
-@pytest.mark.parametrize("scale, ends", [(0.3, False), (1.0, True), (1.2, True)])
+@pytest.mark.parametrize(
+    "scale, ends", [(0.3, False), (1.0, True), pytest.param(1.2, True, marks=pytest.mark.long)]
+)
 def test_a_blow_up_ends_the_run(command, tmp_path: Path, tally, scale: float, ends: bool):
     """Row 10: at scale 1 and above predictions run away; the loss is blind, the alarm is not."""
     options = [f"--model.objective.init_args.segments={BLOW_UP % scale}", *LONG]

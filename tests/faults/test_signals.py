@@ -42,12 +42,12 @@ def optimizer_steps(content: dict) -> set[int]:
 
 
 def test_signals_to_any_process(command, tmp_path: Path, tally):
-    """Row 6: SIGUSR1 and SIGTERM, to one of two processes or both, 16 times at random moments.
+    """Row 6: SIGUSR1 and SIGTERM, to one of two processes or both, 12 times at random moments.
 
     All end with status 75, at the same step, one step after the signal; the file holds the step
     that it says; and in the end the weights are those of a run that nobody disturbed.
     """
-    steps, rng = 300, random.Random(0)
+    steps, rng = 240, random.Random(0)
     options = [f"--trainer.max_steps={steps}", "--trainer.val_check_interval=1000", *TWO]
     options += [f"--model.objective.init_args.total_steps={steps}", "--data.num_workers=1"]
     options += ["--trainer.log_every_n_steps=50", "--checkpoint.every_n_train_steps=1000"]
@@ -64,7 +64,7 @@ def test_signals_to_any_process(command, tmp_path: Path, tally):
         command("fit", *options, "--ckpt_path=last", folder="part")
 
     before = 0
-    for trial in range(16):
+    for trial in range(12):
         number = (signal.SIGUSR1, signal.SIGTERM)[trial % 2]
         for path in tmp_path.glob("at.*"):
             path.unlink()
@@ -74,16 +74,16 @@ def test_signals_to_any_process(command, tmp_path: Path, tally):
             assert time.monotonic() < deadline, text()
             time.sleep(0.005)
         time.sleep(rng.random() * 0.2)
-        seen = position(tmp_path)
         for rank in ([0], [1], [0, 1])[trial // 2 % 3]:
             os.kill(ranks[rank], number)
+        seen = position(tmp_path)
         with tally(f"6   {number.name} to one or two of two processes"):
             assert wait(ranks) == [PREEMPTED, PREEMPTED], text()
             content = checkpoint(tmp_path / "part")
             before = content["global_step"]
             assert optimizer_steps(content) == {before}
             assert content["progress"]["images_seen"] == 2 * 16 * before
-            assert before <= seen + 3  # the one under way, one more where it had just been settled
+            assert before <= seen + 2  # the one under way, or one more where that had been settled
     assert before < steps - 20, "every signal met a run that was under way"
     rest = start_ranks(
         lambda rank: command("fit", *options, "--ckpt_path=last", folder="part"), 2, log
