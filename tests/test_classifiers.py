@@ -89,6 +89,7 @@ def disturbed(x: torch.Tensor) -> dict[str, torch.Tensor]:
     return variants
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_measured_distances(name: str):

@@ -173,7 +173,8 @@ def wait_for(path: Path, process: subprocess.Popen, lines: int) -> None:
 
 @pytest.mark.fault("6   SIGINT to all processes")
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c(tmp_path: Path, processes: int):
     """SIGINT: status 130, a loadable checkpoint of the step where it stopped, and it goes on."""
     options = ["--trainer.max_steps=100000", "--trainer.val_check_interval=50000"]
@@ -194,6 +195,7 @@ def test_ctrl_c(tmp_path: Path, processes: int):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes(tmp_path: Path):
     """DDP trains on two CPU processes; one and two of them score alike, to the last digit."""
     folder = tmp_path / "run"
