@@ -103,8 +103,9 @@ class MetricsCSV(Logger):
         with open(self.path, "ab", buffering=0) as file:
             size = file.tell()
             try:
-                if file.write(line) < len(line):
-                    file.write(line)  # fails, and says why
+                written = file.write(line)
+                if written < len(line):
+                    file.write(line[written:])  # of a full disk: fails, and says why
             except OSError:
                 file.truncate(size)
                 raise

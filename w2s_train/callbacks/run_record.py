@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from w2s_train.errors import NO_PROGRESS, Stopped, UserError
+from w2s_train.errors import NO_PROGRESS, PEER_LOST, Stopped, UserError
 from w2s_train.files import atomic_write
 from w2s_train.secrets import redacted
 
@@ -187,7 +187,7 @@ class RunRecord(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give the folder up."""
-        if isinstance(exception, Stopped):
+        if isinstance(exception, Stopped) and exception.status != PEER_LOST:
             self.on_fit_end(trainer, pl_module)
         self._release()
 

@@ -1,6 +1,7 @@
 """A small network trained alongside: "separate", and "AG" in the SGG paper."""
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -81,7 +82,13 @@ class CoTrained(WeakSource):
         for parameter, gradient in zip(self.learned, gradients, strict=True):
             parameter.requires_grad_(False)
             parameter.grad = gradient if finite else None  # without one, it is passed over
-        self.skipped += not finite
+        if not finite:
+            self.skipped += 1
+            warnings.warn(
+                f"step {step.number}: the gradient of the co-trained network is not finite; its "
+                f"step is skipped ({self.skipped} so far)",
+                stacklevel=2,
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
 
