@@ -68,8 +68,9 @@ def test_rows_are_independent(network: DiT):
 
 
 def test_output_rows(network: DiT):
-    out = network(*batch(), keep_hidden=(0,))
-    part: DiTOutput = out.take(torch.tensor([4, 1]))
+    out = network(*batch(), keep_hidden=(0, 2))
+    part: DiTOutput = out.take(torch.tensor([4, 1]), [0])
+    assert list(part.hidden) == [0]
     assert torch.equal(part.velocity, out.velocity[[4, 1]])
     assert torch.equal(part.hidden[0], out.hidden[0][[4, 1]])
 

@@ -8,24 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import checkpoint
+from test_resume import assert_same, checkpoint
 from torch.utils.tensorboard.writer import FileWriter as EventFileWriter
 
 from w2s_train.callbacks import Guard, MetricsCSV
-from w2s_train.callbacks.guard import WINDOW
 from w2s_train.checkpointing import point_to, write_checkpoint
 from w2s_train.module import DiffusionModule
+from w2s_train.spikes import WINDOW
 
 
 class Recorded(Guard):
     """Remembers reasons."""
 
-    def _record(self, trainer: Any, reason: str, *rest: Any) -> None:
+    def _record(self, trainer: Any, judged: Any, reason: str, *rest: Any) -> None:
         self.in_a_row, self.reasons = self.in_a_row + 1, [*vars(self).get("reasons", []), reason]
 
 
 def judged(guard: Guard, losses: list[float]) -> list[bool]:
-    trainer: Any = SimpleNamespace(world_size=1)
+    trainer: Any = SimpleNamespace(world_size=1, global_step=0, precision="32-true")
     return [guard.judge(trainer, torch.tensor(x), torch.tensor(1.0)) for x in losses]
 
 
@@ -33,7 +33,7 @@ def test_a_spike_among_the_first_steps_hides_no_later_one():
     guard = Recorded()
     first = [0.0, *[1.0] * 50, 1e9, *[1.0] * WINDOW]
     assert all(judged(guard, first))
-    assert guard.averages[0] == pytest.approx(1, abs=0.1)
+    assert guard.spikes.state[0].item() == pytest.approx(1, abs=0.1)
     assert judged(guard, [5.0, 1.0]) == [False, True]
 
 
@@ -105,3 +105,31 @@ def test_numbers_that_cannot_be_written_end_no_run(command, monkeypatch, recwarn
     assert "training goes on (OSError" in " ".join(str(each.message) for each in recwarn)
     rows = (folder / "metrics.csv").read_text().splitlines()
     assert rows[-1].startswith("30,") and 10 < len(rows) < 31
+
+
+SOURCES = ["EMA, init_args: {decay: 0.9}", "CoTrained, init_args: {every: 1}"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_host_that_learns_of_a_bad_step_later_changes_nothing(command, monkeypatch, source: str):
+    """As on an accelerator: the same weights, states and records, bit for bit."""
+    real = DiffusionModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        loss = real(self, batch, batch_idx)
+        factor = math.nan if self.global_step in (2, 3, 7) else 1.0
+        self.parts[-1].total.mul_(factor)
+        return loss * factor
+
+    monkeypatch.setattr(DiffusionModule, "training_step", training_step)
+    segment = "{class_path: w2s_train.segment.Extrapolation, init_args: {low: 0.0, high: 1.0, "
+    segment += "scale: 0.3, weak: {class_path: w2s_train.weak." + source + "}}}"
+    options = [f"--model.objective.init_args.segments=[{segment}]", "--trainer.max_steps=8"]
+    options += ["--trainer.val_check_interval=1000", "--checkpoint.every_n_train_steps=4"]
+    at_once = command("fit", *options, folder="at_once")
+    monkeypatch.setattr("w2s_train.callbacks.guard.waits_cost", lambda trainer: True)
+    late = command("fit", *options, folder="late")
+    for name in ("step-000004", "step-000008"):
+        assert_same(checkpoint(at_once, name), checkpoint(late, name))
+    lines = [(folder / "bad_steps.jsonl").read_text() for folder in (at_once, late)]
+    assert lines[0] == lines[1] and lines[0].count("loss and gradient not finite") == 3

@@ -63,10 +63,10 @@ def test_averages_follow_optimizer_steps_not_batches(monkeypatch):
     history = [[p.clone() for p in model.network.parameters()]]
     update = WeightAverage.update
 
-    def spy(self, network):
+    def spy(self, network, good):
         if self is model.ema:
             history.append([p.clone() for p in network.parameters()])
-        update(self, network)
+        update(self, network, good)
 
     monkeypatch.setattr(WeightAverage, "update", spy)
     fit(model, steps=3, accumulate_grad_batches=2)

@@ -11,7 +11,8 @@ from w2s_train.interpolant import LinearInterpolant, NoisySample
 from w2s_train.models import DiT
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.schedule import Schedule
-from w2s_train.segment import Consistency, Extrapolation, Segment
+from w2s_train.segment import Chosen, Consistency, Extrapolation, Segment
+from w2s_train.statistics import RunningStatistics
 from w2s_train.timesteps import LogitNormal, Uniform
 from w2s_train.weak import Step, WeakSource
 
@@ -109,7 +110,7 @@ def test_slices_equal_lookup(network: DiT, timesteps, n: int):
     x, noise = torch.randn(2, n, 3, 8, 8)
     y = torch.arange(n) % 6
     noisy = LINEAR.corrupt(x, noise, timesteps.draw(n, x.device, LINEAR))
-    rows = [timesteps.rows(s.low, s.high, n, LINEAR) for s in ours.segments]
+    rows = [Chosen(timesteps.rows(s.low, s.high, n, LINEAR)) for s in ours.segments]
     sliced, found = ours.evaluate(network, noisy, y, rows), ours.evaluate(network, noisy, y)
     torch.testing.assert_close(sliced.per_sample, found.per_sample)
     close(gradients(network, sliced.total), gradients(network, found.total))
@@ -219,22 +220,23 @@ def test_overlapping_segments():
 def test_statistics(network: DiT):
     """RMS and maximum are those of the rows inside; the quarters average to the whole."""
     noisy, y = batch(16)
-    statistics = (
-        objective(Extrapolation(0.2, 1.0, 0.5, sources.NullClass()))
-        .evaluate(network, noisy, y)
-        .statistics
+    losses = objective(Extrapolation(0.2, 1.0, 0.5, sources.NullClass())).evaluate(
+        network, noisy, y
     )
+    running = RunningStatistics()
+    running.add(losses.statistics)
+    running.add(losses.statistics, good=False)
+    running.add(losses.statistics, good=torch.tensor(False))
+    found = running.compute(lambda x, op: x)
     strong = network(noisy.x_t, noisy.t, y).velocity
     inside = noisy.t >= 0.2
-    entry = statistics["t_0.2-1/strong_rms"]
-    ours = ((entry.values * entry.mask).sum() / entry.mask.sum()).sqrt()
-    torch.testing.assert_close(ours, strong[inside].square().mean().sqrt())
-    entry = statistics["t_0.2-1/strong_max"]
-    torch.testing.assert_close((entry.values * entry.mask).max(), strong[inside].abs().max())
-    quarters = [v for k, v in statistics.items() if k.startswith("quarter")]
-    assert len(quarters) == 4
-    total = sum((q.values * q.mask).sum() for q in quarters) / 16
-    torch.testing.assert_close(total, statistics["strong_loss"].values.mean())
+    rms, largest = strong[inside].square().mean().sqrt(), strong[inside].abs().max()
+    assert found["t_0.2-1/strong_rms"] == pytest.approx(rms.item(), rel=1e-5)
+    assert found["t_0.2-1/strong_max"] == pytest.approx(largest.item(), rel=1e-5)
+    quarter = (noisy.t * 4).long()
+    parts = [f"quarter_{q / 4:g}-{(q + 1) / 4:g}/strong_loss" for q in range(4)]
+    total = sum(found.get(part, 0) * (quarter == q).sum() for q, part in enumerate(parts)) / 16
+    assert found["strong_loss"] == pytest.approx(float(total), rel=1e-5)
 
 
 def test_the_general_target(network: DiT):

@@ -1,6 +1,7 @@
 """What is done with gradients between the backward pass and the optimizer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,7 +21,24 @@ def clip(
         nn.utils.clip_grad_value_(parameters, limit)
 
 
-def drop(parameters: Sequence[nn.Parameter]) -> None:
-    """Leave none: an optimizer passes over parameters without a gradient, states included."""
-    for parameter in parameters:
-        parameter.grad = None
+def step_only_if(good: bool | Tensor, optimizer: Any) -> bool | Tensor:
+    """Have the optimizer pass over its next step, states included, unless that is good.
+
+    Fused optimizers can learn that on the device, for the sake of float16's loss scaling; for
+    others the host has to wait until it knows.
+
+    Args:
+        good: Whether it is; () bool where the host does not know yet.
+        optimizer: The optimizer.
+
+    Returns:
+        The same; a bool if the host knows now.
+    """
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    if isinstance(good, Tensor) and not fused:
+        good = bool(good)
+    if fused:
+        optimizer.found_inf = (~good).float() if isinstance(good, Tensor) else None
+    if good is False:
+        optimizer.zero_grad(set_to_none=True)
+    return good

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
@@ -18,13 +18,15 @@ from w2s_train.checks import check_label_dropout
 from w2s_train.clock import FitClock
 from w2s_train.errors import UserError
 from w2s_train.generation import Setting, all_settings, generate
-from w2s_train.gradients import clip, drop, norm_of
+from w2s_train.gradients import clip, norm_of, step_only_if
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.loading import check_optimizer, load_module
 from w2s_train.models import DiT, WeightAverage
 from w2s_train.models.average import check_decay
 from w2s_train.objective import Losses, Objective
+from w2s_train.rows import spread
 from w2s_train.sampler import Sampler
+from w2s_train.segment import Statistic
 from w2s_train.statistics import RunningStatistics
 from w2s_train.weak.base import Step
 
@@ -85,7 +87,7 @@ class DiffusionModule(LightningModule):
                 raise UserError(f"{name}=[]: must name at least one")
         self.label_dropout, self.generation_block = label_dropout, generation_block
         self.compile_networks = compile
-        self.objective.bind(network)
+        self.objective.bind(network, label_dropout)
         for each in self.guidances:
             each.bind(network, objective)
         self.unconditional = label_dropout == 1
@@ -96,8 +98,9 @@ class DiffusionModule(LightningModule):
             WeightAverage(network, check_decay("ema_decay", decay)) for decay in more
         )
         self.statistics, self.last_metrics = RunningStatistics(), dict[str, float]()
-        self.parts, self.good = list[Losses](), True  # of the optimizer step under way
-        self.judge: Callable[[Tensor, Tensor], bool] = lambda loss, norm: True  # see `Guard`
+        # Of the optimizer step under way; whether it is good may be known on the device only.
+        self.parts, self.good = list[Losses](), cast(bool | Tensor, True)
+        self.judge: Callable[[Tensor, Tensor], bool | Tensor] = lambda loss, norm: True  # `Guard`
         self.gradient_norm = torch.tensor(math.nan)
         self.images_seen, self.loaded_step = 0, 0
         self.clock, self.scored_weights = FitClock(), scored_weights or ["ema"]
@@ -120,7 +123,7 @@ class DiffusionModule(LightningModule):
             torch._dynamo.config.recompile_limit = 64
             for module in self.modules():
                 if isinstance(module, DiT):
-                    module.compile()
+                    module.compile(dynamic=False)
 
     def plan(self, max_steps: int) -> None:
         """Check everything that happens at a step of its own.
@@ -152,22 +155,25 @@ class DiffusionModule(LightningModule):
 
     def drop_labels(self, y: Tensor) -> Tensor:
         """Labels (B,), each replaced by the null class with probability ``label_dropout``."""
-        drop = torch.rand(len(y), device=y.device) < self.label_dropout
-        return torch.where(drop, self.network.null_class, y)
+        dropped = spread(len(y), self.label_dropout, y.device)
+        return torch.where(dropped, self.network.null_class, y)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One optimizer step; then average and weak sources follow, once per *optimizer* step."""
         super().optimizer_step(*args, **kwargs)
         parts, self.parts = self.parts, []
-        if not self.good:
+        if self.good is False:
             return
-        for part in parts:
-            self.statistics.add(part.statistics)
+        one = torch.ones_like(self.gradient_norm)[None, None]
+        norm = Statistic(("gradient_norm",), self.gradient_norm * one, one.bool(), "mean")
+        for statistics in ([norm], *(part.statistics for part in parts)):
+            self.statistics.add(statistics, self.good)
         for average in (self.ema, *self.more_ema):
-            average.update(self.network)
+            average.update(self.network, self.good)
         # The trainer counts this step when the hook has returned.
         optimizer: torch.optim.Optimizer = args[2]
-        step = Step(self.global_step + 1, self.ema.module, optimizer.param_groups[0]["lr"])
+        lr = optimizer.param_groups[0]["lr"]
+        step = Step(self.global_step + 1, self.ema.module, lr, self.good)
         # Small networks that learn there do not scale their loss, as float16 would need.
         scaled = self.trainer.precision == "16-mixed"
         plugin = self.trainer.precision_plugin
@@ -183,12 +189,9 @@ class DiffusionModule(LightningModule):
         """Clip as the trainer says, keep the norm before clipping, and drop a bad step."""
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm, loss = norm_of(parameters), torch.stack([part.total for part in self.parts]).mean()
-        self.good = self.judge(loss, norm)
-        if self.good:
-            self.gradient_norm = norm
-            clip(parameters, norm, gradient_clip_val, gradient_clip_algorithm)
-        else:
-            drop(parameters)
+        clip(parameters, norm, gradient_clip_val, gradient_clip_algorithm)
+        self.good = step_only_if(self.judge(loss, norm), optimizer)
+        self.gradient_norm = norm
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Every ``log_every_n_steps`` optimizer steps, read the statistics and log them."""
@@ -199,7 +202,6 @@ class DiffusionModule(LightningModule):
         strategy = self.trainer.strategy
         numbers = self.statistics.compute(lambda x, op: strategy.reduce(x, reduce_op=op))
         metrics = {f"train/{name}": value for name, value in numbers.items()}
-        metrics["train/gradient_norm"] = float(self.gradient_norm)
         metrics["train/learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         metrics["train/images_seen"] = self.images_seen
         self.record(metrics)

@@ -26,7 +26,7 @@ from w2s_train.errors import UserError
 from w2s_train.interpolant import Interpolant, NoisySample
 from w2s_train.models import DiT
 from w2s_train.schedule import Timeline
-from w2s_train.segment import Segment, Statistic, StrongPass, mean_square
+from w2s_train.segment import Chosen, Segment, Statistic, StrongPass, mean_square
 from w2s_train.timesteps import TimestepDistribution
 from w2s_train.weak.base import Step
 
@@ -39,7 +39,7 @@ class Losses:
 
     total: Tensor  # (), what is minimized
     per_sample: Tensor  # (B,), its rows, detached
-    statistics: dict[str, Statistic]  # what is logged
+    statistics: list[Statistic]  # what is logged
 
 
 class Objective(nn.Module, abc.ABC):
@@ -55,8 +55,13 @@ class Objective(nn.Module, abc.ABC):
         self.interpolant, self.timesteps = interpolant, timesteps
         self.segments: Sequence[Segment] = ()
 
-    def bind(self, network: DiT) -> None:  # noqa: B027
-        """Introduce what has weights of its own to the network; once, before training."""
+    def bind(self, network: DiT, label_dropout: float = 0.0) -> None:  # noqa: B027
+        """Introduce what has weights of its own to the network; once, before training.
+
+        Args:
+            network: The network being trained.
+            label_dropout: Share of labels that `rows.spread` replaces by the null class.
+        """
 
     def plan(self, max_steps: int | None) -> None:  # noqa: B027
         """Learn how long the run will be, in optimizer steps; before it starts.
@@ -104,7 +109,7 @@ class WeakToStrongObjective(Objective):
         super().__init__(interpolant, timesteps)
         if total_steps is not None and total_steps < 1:
             raise UserError(f"total_steps={total_steps}: must be at least 1")
-        self.total_steps = total_steps
+        self.total_steps, self.label_dropout = total_steps, 0.0
         ordered = sorted(segments or [], key=lambda segment: segment.low)
         for before, after in zip(ordered, ordered[1:], strict=False):
             if after.low < before.high:
@@ -114,7 +119,8 @@ class WeakToStrongObjective(Objective):
                 )
         self.segments = nn.ModuleList(ordered)  # type: ignore[assignment]
 
-    def bind(self, network: DiT) -> None:
+    def bind(self, network: DiT, label_dropout: float = 0.0) -> None:
+        self.label_dropout = label_dropout
         for segment in self.segments:
             segment.weak.bind(network)
 
@@ -143,18 +149,18 @@ class WeakToStrongObjective(Objective):
     def forward(self, network: DiT, x: Tensor, y: Tensor, step: Step = FIRST_STEP) -> Losses:
         noisy = self.draw(x)
         self.last_batch = (x, y)
-        rows = [
-            self.timesteps.rows(segment.low, segment.high, len(x), self.interpolant)
-            for segment in self.segments
-        ]
-        return self.evaluate(network, noisy, y, rows, step)
+        labelled, chosen = y != network.null_class, list[Chosen]()
+        for segment in self.segments:
+            rows = self.timesteps.rows(segment.low, segment.high, len(x), self.interpolant)
+            chosen.append(segment.choose(rows, labelled, self.label_dropout))
+        return self.evaluate(network, noisy, y, chosen, step)
 
     def evaluate(
         self,
         network: DiT,
         noisy: NoisySample,
         y: Tensor,
-        rows: list[slice] | None = None,
+        chosen: list[Chosen] | None = None,
         step: Step = FIRST_STEP,
     ) -> Losses:
         """The losses at given noisy samples.
@@ -163,44 +169,40 @@ class WeakToStrongObjective(Objective):
             network: The network being trained.
             noisy: Noisy samples, B rows.
             y: Labels (B,) int64.
-            rows: Per segment, a slice that holds all its rows; None to look them up, for
-                timesteps in any order.
+            chosen: Per segment, the rows to evaluate it on; None for all that it has, which are
+                looked up, for timesteps in any order.
             step: Where training stands.
         """
         keep = {block for segment in self.segments for block in segment.weak.keep_hidden}
         out = network(noisy.x_t, noisy.t, y, keep_hidden=keep)
         strong = StrongPass(network, noisy, y, out._replace(velocity=out.velocity.float()), step)
         target, penalties = noisy.v.float().clone(), list[Tensor]()
-        statistics: dict[str, Statistic] = {}
+        statistics = list[Statistic]()
         for i, segment in enumerate(self.segments):
-            chosen = rows[i] if rows else segment.contains(noisy.t).nonzero().squeeze(1)
-            idle = len(noisy.t[chosen]) == 0 or segment.factor(step) == 0
+            rows = chosen[i] if chosen else Chosen(segment.contains(noisy.t).nonzero().squeeze(1))
+            idle = len(noisy.t[rows.rows]) == 0 or segment.factor(step) == 0
             if idle and not segment.weak.trainable:
                 continue
-            terms = segment.evaluate(strong, chosen)
-            statistics |= terms.statistics
+            terms = segment.evaluate(strong, rows)
+            statistics += terms.statistics
             if terms.shift is not None:
                 target[terms.rows] += terms.shift
             if terms.penalty is not None:
                 penalties.append(terms.penalty)
         strong_loss = mean_square(strong.out.velocity - target)
         per_sample = strong_loss + sum(penalties) if penalties else strong_loss
-        statistics |= self._loss_statistics(per_sample.detach(), strong_loss.detach(), noisy.t)
+        statistics += self._loss_statistics(per_sample.detach(), strong_loss.detach(), noisy.t)
         return Losses(per_sample.mean(), per_sample.detach(), statistics)
 
-    def _loss_statistics(self, total: Tensor, strong: Tensor, t: Tensor) -> dict[str, Statistic]:
+    def _loss_statistics(self, total: Tensor, strong: Tensor, t: Tensor) -> list[Statistic]:
         """The whole loss, and the strong one per quarter of time and per segment."""
         everywhere = torch.ones_like(t, dtype=torch.bool)
-        statistics = {
-            "loss": Statistic(total, everywhere, "mean"),
-            "strong_loss": Statistic(strong, everywhere, "mean"),
-        }
         quarter = (t * 4).long().clamp(0, 3)
-        for q in range(4):
-            key = f"quarter_{q / 4:g}-{(q + 1) / 4:g}/strong_loss"
-            statistics[key] = Statistic(strong, quarter == q, "mean")
-        for segment in self.segments:
-            statistics[f"{segment.name}/strong_loss"] = Statistic(
-                strong, segment.contains(t), "mean"
-            )
-        return statistics
+        parts = {"": everywhere}
+        parts |= {f"quarter_{q / 4:g}-{(q + 1) / 4:g}/": quarter == q for q in range(4)}
+        parts |= {f"{segment.name}/": segment.contains(t) for segment in self.segments}
+        names = tuple(f"{part}strong_loss" for part in parts)
+        return [
+            Statistic(("loss",), total[None], everywhere[None], "mean"),
+            Statistic(names, strong[None], torch.stack(list(parts.values())), "mean"),
+        ]

@@ -1,6 +1,7 @@
 """Training statistics that stay on the device between two log entries."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,24 +19,35 @@ class RunningStatistics:
         self._clear()
 
     def _clear(self) -> None:
-        self.sums: dict[str, Tensor] = {}  # name -> (sum, count)
-        self.maxima: dict[str, Tensor] = {}
+        self.sums: dict[tuple[str, ...], Tensor] = {}  # names (K) -> (2, K): sums and counts
+        self.maxima: dict[tuple[str, ...], Tensor] = {}  # names (K) -> (K,)
         self.roots: set[str] = set()
 
     @torch.no_grad()
-    def add(self, statistics: dict[str, Statistic]) -> None:
-        """Take in one evaluation of the objective."""
-        for name, statistic in statistics.items():
-            values = statistic.values.float() * statistic.mask
-            if statistic.reduce == "max":
-                largest = values.max()
-                known = self.maxima.get(name, largest)
-                self.maxima[name] = torch.maximum(known, largest)
+    def add(self, statistics: Sequence[Statistic], good: bool | Tensor = True) -> None:
+        """Take in one evaluation of the objective.
+
+        Args:
+            statistics: Of it.
+            good: Whether it counts; a tensor () where the host does not know yet.
+        """
+        if good is False:
+            return
+        for each in statistics:
+            mask = each.mask & good
+            values = torch.where(mask, each.values.float(), 0.0)
+            if each.reduce == "max":
+                largest = values.amax(1)
+                known = self.maxima.get(each.names)
+                self.maxima[each.names] = (
+                    largest if known is None else torch.maximum(known, largest)
+                )
                 continue
-            if statistic.reduce == "rms":
-                self.roots.add(name)
-            pair = torch.stack([values.sum(), statistic.mask.sum().float()])
-            self.sums[name] = self.sums.get(name, torch.zeros_like(pair)) + pair
+            if each.reduce == "rms":
+                self.roots.update(each.names)
+            sums = torch.stack([values.sum(1), mask.sum(1).expand(len(values)).float()])
+            known = self.sums.get(each.names)
+            self.sums[each.names] = sums if known is None else known + sums
 
     def compute(self, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
         """The numbers over all processes, by name; then start anew.
@@ -45,12 +57,13 @@ class RunningStatistics:
         """
         result = {}
         if self.sums:
-            totals = reduce(torch.stack(list(self.sums.values())), "sum").tolist()
-            for name, (total, count) in zip(self.sums, totals, strict=True):
+            totals = reduce(torch.cat(list(self.sums.values()), 1), "sum").tolist()
+            names = itertools.chain(*self.sums)
+            for name, total, count in zip(names, *totals, strict=True):
                 if count:  # no row fell into the range since the last entry
                     result[name] = (total / count) ** (0.5 if name in self.roots else 1)
         if self.maxima:
-            largest = reduce(torch.stack(list(self.maxima.values())), "max").tolist()
-            result |= dict(zip(self.maxima, largest, strict=True))
+            largest = reduce(torch.cat(list(self.maxima.values())), "max").tolist()
+            result |= dict(zip(itertools.chain(*self.maxima), largest, strict=True))
         self._clear()
         return result

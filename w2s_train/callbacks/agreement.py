@@ -1,8 +1,11 @@
 """What all processes decide together, with one small collective per optimizer step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+
+from w2s_train.readback import send
 
 WISHES = ("preempt", "interrupt", "save")
 
@@ -17,27 +20,26 @@ class Agreement:
 
     def __init__(self) -> None:
         self.wishes = dict.fromkeys(WISHES, False)  # of this process
-        self.decided = dict.fromkeys(WISHES, False)  # of all, since the last optimizer step
+        self.decided = dict.fromkeys(WISHES, False)  # of all, as far as is known
 
-    def settle(self, numbers: list[float], device: torch.device) -> list[float]:
-        """The sums of ``numbers`` over processes; wishes that any process has are decided.
+    def settle(self, numbers: Tensor) -> Tensor:
+        """The sums (n + 3,) over processes of numbers (n,) and wishes; nothing is waited for.
 
         Args:
-            numbers: Finite ones, as many on each process.
-            device: Where the process group works.
+            numbers: Finite ones, as many on each process, where the process group works.
         """
         if self.look is not None:
             self.look()
-        if not torch.distributed.is_initialized():
-            self.decided = dict(self.wishes)
-            return numbers
-        wishes = [float(wish) for wish in self.wishes.values()]
-        everything = torch.tensor([*numbers, *wishes], device=device)
-        torch.distributed.all_reduce(everything)
-        sums = everything.tolist()
-        found = zip(self.wishes, sums[len(numbers) :], strict=True)
+        wishes = send([float(wish) for wish in self.wishes.values()], numbers.device)
+        sums = torch.cat([numbers, wishes])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        return sums
+
+    def decide(self, sums: Sequence[float]) -> None:
+        """Take over the last three of what `settle` gave, now that the host knows it."""
+        found = zip(self.wishes, sums[-len(WISHES) :], strict=True)
         self.decided = {name: total > 0 for name, total in found}
-        return sums[: len(numbers)]
 
     @property
     def stop(self) -> bool:

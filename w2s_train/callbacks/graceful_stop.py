@@ -5,6 +5,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info
@@ -114,7 +115,8 @@ class GracefulStop(Callback):
 
     def _leave_together(self, trainer: Trainer) -> None:
         """The first collective after the batches, for those that leave and those that do not."""
-        self.agreement.settle([], trainer.strategy.root_device)
+        nothing = torch.zeros(0, device=trainer.strategy.root_device)
+        self.agreement.decide(self.agreement.settle(nothing).tolist())
         if self.agreement.stop:
             self._stop(interrupted=not self.agreement.decided["preempt"])
         if not self.status:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,23 @@ from w2s_train.callbacks.checkpoints import Checkpoints
 from w2s_train.callbacks.scorer import gather
 from w2s_train.checkpointing import damage, newest_first, read_file, step_of
 from w2s_train.errors import DIVERGED, Stopped, UserError
+from w2s_train.readback import Readback
+from w2s_train.spikes import WINDOW, Spikes
 
-WINDOW = 100  # good steps that the running averages look back; before so many, nothing is a spike
 LARGEST_SCALE = 10.0  # effective guidance scale beyond which an alarm does not wait for more
 ALARM, ABORT = 1.2, 2.4  # times the effective scale: RMS of the strong prediction over that of v
 OVERFLOWS = 30  # of float16 in a row, after which the scale cannot be the reason
 SHOWN = 3  # samples named on the terminal
+NAMES = ("loss", "gradient")
+SAVED = ("good", "skipped", "in_a_row", "backs", "good_before")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A step that was judged."""
+
+    step: int  # counted from 1
+    batches: list[tuple[int, int]]  # position in the run and rows of each of its parts
 
 
 class Guard(Callback):
@@ -38,6 +50,10 @@ class Guard(Callback):
     its own prediction. So the RMS of the strong prediction is compared with that of the data's
     velocity v, which the unguided prediction E[v | x_t] never exceeds: a warning above 1.2 times
     the effective guidance scale 1 / (1 - scale), the end of the run at twice that.
+
+    A step is judged where the numbers are. On an accelerator the host learns of it one step later,
+    so that it never waits: the optimizer passes over a bad step by itself (see `gradients`), while
+    records, warnings and decisions of all processes are that step late.
 
     Args:
         loss_spike: Times the running average that make a loss bad; None is never.
@@ -65,10 +81,11 @@ class Guard(Callback):
             raise UserError(f"patience={patience}: must be at least 1")
         if rollbacks < 0:
             raise UserError(f"rollbacks={rollbacks}: must be at least 0")
-        self.limits = [limit or math.inf for limit in (loss_spike, gradient_spike)]
+        self.spikes = Spikes([limit or math.inf for limit in (loss_spike, gradient_spike)])
         self.patience, self.rollbacks, self.enabled = patience, rollbacks, enabled
         self.agreement = Agreement()  # shared with the stop: `Command` sets it
-        self.averages = [0.0, 0.0]  # of sizes of loss and gradient norm, over good steps
+        self.late = False  # whether the host learns of a step only at the next one
+        self.sent: list[tuple[Readback, Judged]] = []  # what it has still to learn
         self.good = self.skipped = self.in_a_row = self.overflows = 0
         self.backs, self.good_before = 0, 0  # how often it went back; good steps before that
         self.batches: list[tuple[int, int]] = []  # position and rows, since the last optimizer step
@@ -76,15 +93,22 @@ class Guard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What it has seen."""
-        names = ("averages", "good", "skipped", "in_a_row", "backs", "good_before")
-        return {name: getattr(self, name) for name in names}
+        if self.sent:
+            self.hear(self.trainer)  # a save stops for the device in any case
+        averages = self.spikes.state[:-1].tolist()
+        return {"averages": averages} | {name: getattr(self, name) for name in SAVED}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with it."""
-        vars(self).update(state_dict)
+        state = dict(state_dict)
+        self.spikes.restore(state.pop("averages"), state["good"])
+        vars(self).update(state)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Be asked before each optimizer step."""
+        self.trainer = trainer
+        # The loss scaler of float16 waits for the device at every step anyway.
+        self.late = waits_cost(trainer) and trainer.precision != "16-mixed"
         pl_module.judge = lambda loss, norm: self.judge(trainer, loss, norm)
 
     # ---- before the optimizer step ---------------------------------------------------------
@@ -99,8 +123,8 @@ class Guard(Callback):
             self.looked_at = pl_module.last_metrics
             self._look_for_a_blow_up(trainer, self.looked_at)
 
-    def judge(self, trainer: Trainer, loss: Tensor, norm: Tensor) -> bool:
-        """Whether the step is good: the same answer on all processes.
+    def judge(self, trainer: Trainer, loss: Tensor, norm: Tensor) -> bool | Tensor:
+        """Whether the step is good: the same answer on all processes; () where the host is late.
 
         Float16 overflows now and then: the loss scaler skips that step and lowers its scale, which
         is no fault unless it goes on and on.
@@ -110,54 +134,58 @@ class Guard(Callback):
             loss: () of this process.
             norm: () of the gradient, which is that of all processes.
         """
-        pair = torch.stack([loss.float(), norm.float()]).tolist()  # waits for the device, once
-        finite = [math.isfinite(x) for x in pair]
-        numbers = [x if good else 0.0 for x, good in zip(pair, finite, strict=True)]
-        sums = self.agreement.settle([*numbers, *(float(not good) for good in finite)], loss.device)
-        batches, self.batches = self.batches, []
-        if not self.enabled:
-            return True
-        means = [total / trainer.world_size for total in sums[:2]]
-        not_finite = [name for name, n in zip(("loss", "gradient"), sums[2:], strict=True) if n]
+        self.hear(trainer)
+        pair = torch.stack([loss.float(), norm.float()])
+        finite = pair.isfinite()
+        numbers = torch.cat([torch.where(finite, pair, 0.0), (~finite).float()])
+        sums = self.agreement.settle(numbers)
+        means, averages = sums[:2] / trainer.world_size, self.spikes.state[:2].to(loss.device)
+        good = self.spikes.look(means, sums[2:4] > 0) | (not self.enabled)
+        everything = torch.cat([good[None].float(), pair, means, averages, sums[2:]])
+        judged = Judged(trainer.global_step + 1, self.batches)
+        self.sent, self.batches = [*self.sent, (Readback(everything), judged)], []
+        return good if self.late else self.hear(trainer)
+
+    def hear(self, trainer: Trainer) -> bool:
+        """Learn of the steps that were judged; whether the last one was good."""
+        good, (sent, self.sent) = True, (self.sent, [])
+        for readback, judged in sent:
+            good = self._hear(trainer, readback.take(), judged)
+        return good
+
+    def _hear(self, trainer: Trainer, numbers: list[float], judged: "Judged") -> bool:
+        good, pair, means, averages = numbers[0], numbers[1:3], numbers[3:5], numbers[5:7]
+        self.agreement.decide(numbers)
+        not_finite = [name for name, n in zip(NAMES, numbers[7:9], strict=True) if n]
         overflow = not_finite == ["gradient"] and trainer.precision == "16-mixed"
         self.overflows = self.overflows + 1 if overflow else 0
-        if 0 < self.overflows <= OVERFLOWS:
-            return False
-        if not_finite:
-            reason = f"{' and '.join(not_finite)} not finite"
-        elif reason := self._spike(means):
-            reason = f"{reason} of the running average"
-        if reason:
-            self._record(trainer, reason, pair[0], pair[1], batches)
-            return False
-        self.in_a_row, self.good = 0, self.good + 1
-        share = 1 / min(self.good, WINDOW)
-        sizes = zip(self.averages, map(abs, means), self.limits, strict=True)
-        # Among the first steps nothing is a spike, and no spike may hide those that come later.
-        self.averages = [a + share * (min(x, limit * a if a else x) - a) for a, x, limit in sizes]
-        return True
+        if good:
+            self.in_a_row, self.good = 0, self.good + 1
+        elif not 0 < self.overflows <= OVERFLOWS:
+            reason = f"{' and '.join(not_finite)} not finite" if not_finite else ""
+            reason = reason or self._spike(means, averages)
+            self._record(trainer, judged, reason, pair)
+        return bool(good)
 
-    def _spike(self, means: list[float]) -> str:
-        if self.good < WINDOW:
-            return ""
-        found = zip(("loss", "gradient norm"), means, self.averages, self.limits, strict=True)
-        return "; ".join(
+    def _spike(self, means: list[float], averages: list[float]) -> str:
+        names, limits = ("loss", "gradient norm"), self.spikes.limits.tolist()
+        found = zip(names, means, averages, limits, strict=True)
+        reasons = [
             f"{name} {x:.4g} is {abs(x) / a:.1f} times the {a:.4g}"
             for name, x, a, limit in found
-            if a and abs(x) > limit * a  # energy distances may be below 0
-        )
+            if a and abs(x) > limit * a
+        ]
+        return f"{'; '.join(reasons)} of the running average"
 
-    def _record(
-        self, trainer: Trainer, reason: str, loss: float, norm: float, batches: list[Any]
-    ) -> None:
+    def _record(self, trainer: Trainer, judged: "Judged", reason: str, pair: list[float]) -> None:
         """Count a bad step, and write down which samples it was made from."""
         self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        samples = [name for first, rows in batches for name in data.names(first, rows)]
-        mine = {"rank": trainer.global_rank, "loss": str(loss), "samples": samples}
+        samples = [name for first, rows in judged.batches for name in data.names(first, rows)]
+        mine = {"rank": trainer.global_rank, "loss": str(pair[0]), "samples": samples}
         everyone = gather(mine, trainer)
         suspects = [each for each in everyone if not math.isfinite(float(each["loss"]))] or everyone
-        entry = {"step": trainer.global_step + 1, "reason": reason, "gradient_norm": str(norm)}
+        entry = {"step": judged.step, "reason": reason, "gradient_norm": str(pair[1])}
         if trainer.is_global_zero:
             with open(Path(trainer.default_root_dir) / "bad_steps.jsonl", "a") as file:
                 file.write(json.dumps({**entry, "ranks": suspects}) + "\n")
@@ -180,6 +208,8 @@ class Guard(Callback):
         Raises:
             Stopped: There is nothing to go back to, or it has been tried.
         """
+        if self.in_a_row:
+            self.hear(trainer)
         if self.in_a_row < self.patience:
             return
         path = self._last_good(trainer)
@@ -192,6 +222,10 @@ class Guard(Callback):
         self.good_before, self.in_a_row = self.good, 0
         folder = Path(trainer.default_root_dir)
         _go_back(trainer, pl_module, read_file(folder / path))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the last step, too."""
+        self.hear(trainer)
 
     def _last_good(self, trainer: Trainer) -> str:
         """The newest checkpoint that is whole, relative to the run folder; "" if there is none.
@@ -231,6 +265,11 @@ class Guard(Callback):
                 raise Stopped(f"{message}; a smaller scale or max_difference may help", DIVERGED)
             if strong > ALARM * allowed * velocity:
                 rank_zero_warn(message)
+
+
+def waits_cost(trainer: Trainer) -> bool:
+    """Whether the device works on while the host goes ahead."""
+    return trainer.strategy.root_device.type == "cuda"
 
 
 def _go_back(trainer: Trainer, module: LightningModule, content: dict[str, Any]) -> None:

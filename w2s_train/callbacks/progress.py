@@ -16,7 +16,7 @@ class Progress(ProgressBar):
     """One bar over all optimizer steps, and one per validation.
 
     Args:
-        every: Optimizer steps between two refreshes; each reads the loss from the device.
+        every: Optimizer steps between two refreshes; the loss is the one logged last.
         seconds: Where standard output is no terminal, seconds between two lines.
     """
 
@@ -53,7 +53,7 @@ class Progress(ProgressBar):
         begun_step, begun = self.clock
         per_second = (step - begun_step) / (time.monotonic() - begun)
         rows = len(batch["label"]) * trainer.world_size * trainer.accumulate_grad_batches
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        loss = pl_module.last_metrics.get("train/loss", math.nan)  # the logged one: no waiting
         note = f"loss {loss:.4f}  {per_second * rows:,.0f} images/s"
         self._reset_clock(trainer)
         if self.bar is not None:

@@ -104,7 +104,7 @@ class GuidanceObjective(Objective):
         self.particles, self.longest_step = particles, longest_step
         self.hidden_size = hidden_size
 
-    def bind(self, network: DiT) -> None:
+    def bind(self, network: DiT, label_dropout: float = 0.0) -> None:
         network.requires_grad_(False)
         self.scales = ScaleNetwork(network.num_classes, self.hidden_size)
 
@@ -122,11 +122,12 @@ class GuidanceObjective(Objective):
         stepped = noisy.x_t + right_pad(s - t, x) * velocity
         groups = [a.flatten(1).unflatten(0, (-1, self.particles)) for a in (stepped, x_s)]
         per_sample = energy_distance(*groups)
-        everywhere = torch.ones_like(scale, dtype=torch.bool)
-        statistics = {
-            "loss": Statistic(per_sample.detach(), everywhere[:: self.particles], "mean"),
-            "guidance_scale": Statistic(scale.detach(), everywhere, "mean"),
-        }
+        everywhere = torch.ones_like(scale, dtype=torch.bool)[None]
+        loss = per_sample.detach()[None]
+        statistics = [
+            Statistic(("loss",), loss, everywhere[:, :: self.particles], "mean"),
+            Statistic(("guidance_scale",), scale.detach()[None], everywhere, "mean"),
+        ]
         return Losses(per_sample.mean(), per_sample.detach(), statistics)
 
 

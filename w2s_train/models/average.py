@@ -10,7 +10,7 @@ average with decay 0.9999 never moves.
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from w2s_train.errors import UserError
 from w2s_train.models.dit import DiT
@@ -33,10 +33,19 @@ class WeightAverage(nn.Module):
         self.module = copy.deepcopy(network).float().requires_grad_(False).eval()
 
     @torch.no_grad()
-    def update(self, network: DiT) -> None:
-        """Move the average towards the weights of ``network``."""
-        source = [p.detach().float() for p in network.parameters()]
-        torch._foreach_lerp_(list(self.module.parameters()), source, 1 - self.decay)
+    def update(self, network: DiT, good: bool | Tensor = True) -> None:
+        """Move the average towards the weights of ``network``.
+
+        Args:
+            network: Of the same architecture.
+            good: Whether to; a tensor () bool where the host does not know yet.
+        """
+        averages: list[Tensor] = list(self.module.parameters())
+        new = [p.detach().float() for p in network.parameters()]
+        if isinstance(good, Tensor):
+            torch._foreach_lerp_(averages, new, weights=[(1 - self.decay) * good] * len(new))
+        elif good:
+            torch._foreach_lerp_(averages, new, 1 - self.decay)
         for mine, other in zip(self.module.buffers(), network.buffers(), strict=True):
             mine.copy_(other)
 

@@ -30,12 +30,13 @@ class DiTOutput(NamedTuple):
 
     velocity: Tensor  # (B, C, H, W)
     rest: Tensor  # (B, out_channels - C, H, W): a variance, in published networks; or no channel
-    hidden: dict[int, Tensor]  # block -> its output tokens (B, N, D), only the blocks asked for
+    # Block -> its output tokens (B, N, D), for the blocks asked for; -1 is what the first one gets.
+    hidden: dict[int, Tensor]
     cond: Tensor  # (B, D)
 
-    def take(self, rows: slice | Tensor) -> "DiTOutput":
-        """The same, for some rows only: a slice (a view) or an index (n,)."""
-        hidden = {block: h[rows] for block, h in self.hidden.items()}
+    def take(self, rows: slice | Tensor, blocks: Collection[int]) -> "DiTOutput":
+        """The same for some rows, a slice (a view) or an index (n,), with tokens of ``blocks``."""
+        hidden = {block: self.hidden[block][rows] for block in blocks}
         return DiTOutput(self.velocity[rows], self.rest[rows], hidden, self.cond[rows])
 
 
@@ -197,6 +198,7 @@ class DiT(nn.Module):
         *,
         skip_blocks: Collection[int] = (),
         keep_hidden: Collection[int] = (),
+        resume: tuple[int, Tensor] | None = None,
     ) -> DiTOutput:
         """Predict the velocity at noisy samples.
 
@@ -205,12 +207,17 @@ class DiT(nn.Module):
             t: (B,), in [0, 1].
             y: (B,) int64, in [0, num_classes].
             skip_blocks: Blocks to leave out, counted from 0.
-            keep_hidden: Blocks whose output tokens to return, counted from 0.
+            keep_hidden: Blocks whose output tokens to return, counted from 0; -1 for what the first
+                one gets.
+            resume: A block and its output tokens (B, N, D) at the same x_t, of an earlier pass;
+                the blocks up to it are not evaluated again.
         """
-        h = self.x_embedder(x_t) + self.pos_embed
+        done, h = resume or (-1, self.x_embedder(x_t) + self.pos_embed)
         cond = self.t_embedder(self.time_scale * t + self.time_shift) + self.y_embedder(y)
-        hidden = {}
+        hidden = {done: h} if done in keep_hidden else {}
         for i, block in enumerate(self.blocks):
+            if i <= done:
+                continue
             if i not in skip_blocks:
                 h = self._run(block, h, cond)
             if i in keep_hidden:

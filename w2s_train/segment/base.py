@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput
+from w2s_train.rows import at_least, chosen_first, subset
 from w2s_train.schedule import Schedule, Timeline
 from w2s_train.weak.base import Step, WeakSource
 
@@ -22,10 +23,11 @@ Rows = slice | Tensor
 
 @dataclass(frozen=True)
 class Statistic:
-    """One number per row (n,), to be reduced over the rows in ``mask`` (n,) and over steps."""
+    """K numbers per row, to be reduced over rows and over steps."""
 
-    values: Tensor
-    mask: Tensor
+    names: tuple[str, ...]  # K
+    values: Tensor  # (K, n), or (1, n) for all
+    mask: Tensor  # (K, n) bool, or (1, n) for all: the rows that count
     reduce: Literal["mean", "rms", "max"]  # "rms": the root of the mean of ``values``
 
 
@@ -41,13 +43,21 @@ class StrongPass:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """The rows that a segment is evaluated on."""
+
+    rows: Rows
+    weight: float = 1.0  # what makes up for the rows of the segment that were left out
+
+
+@dataclass(frozen=True)
 class SegmentTerms:
     """What a segment contributes, and what it reports."""
 
     rows: Rows  # the rows that `shift` is for
     shift: Tensor | None  # (n, C, H, W), added to the target at those rows
     penalty: Tensor | None  # (B,), added to the loss
-    statistics: dict[str, Statistic]
+    statistics: list[Statistic]
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -63,20 +73,34 @@ class Segment(nn.Module, abc.ABC):
         high: End of the range, exclusive, in (low, 1]; 1 itself belongs to the last segment.
         weak: The weak source.
         schedule: When it starts and how it grows; None is at once and constant.
+        share: Of the segment's rows, how many the weak source is evaluated on, in (0, 1]. They are
+            drawn anew at every step and count 1 / share times, which keeps the expectation of the
+            gradient and adds to its variance; rows that are left out are trained on plain v.
 
     Raises:
-        UserError: The range is empty, inverted or not inside [0, 1].
+        UserError: The range is empty, inverted or not inside [0, 1]; a share that is not in (0, 1],
+            or is below 1 with a trainable source, which needs all rows.
     """
 
     def __init__(
-        self, low: float, high: float, weak: WeakSource, schedule: Schedule | None = None
+        self,
+        low: float,
+        high: float,
+        weak: WeakSource,
+        schedule: Schedule | None = None,
+        share: float = 1.0,
     ) -> None:
         super().__init__()
+        if not 0 < share <= 1:
+            raise UserError(f"share={share}: must be in (0, 1]")
+        if share < 1 and weak.trainable:
+            raise UserError(f"share={share}: must be 1, {type(weak).__name__} learns on every row")
         if not 0 <= low < 1:
             raise UserError(f"low={low}: must be in [0, 1)")
         if not low < high <= 1:
             raise UserError(f"high={high}: must be in ({low}, 1], above low={low}")
-        self.low, self.high, self.weak = low, high, weak
+        self.low, self.high, self.weak, self.share = low, high, weak, share
+        self.only_labelled = weak.needs_label  # the difference is 0 where the label was dropped
         self.schedule = schedule or Schedule()
         self.timeline = Timeline()
 
@@ -105,6 +129,24 @@ class Segment(nn.Module, abc.ABC):
         """Which timesteps (B,) belong to the range: (B,) bool."""
         return (t >= self.low) & ((t < self.high) | (self.high == 1))
 
+    def choose(self, rows: slice, labelled: Tensor, label_dropout: float) -> Chosen:
+        """The rows that the weak source is to be evaluated on, as many at every step.
+
+        Args:
+            rows: All rows of the segment.
+            labelled: Which rows (B,) of the batch have a label.
+            label_dropout: The share that has none, as `rows.spread` chooses them.
+        """
+        n, index = rows.stop - rows.start, None
+        if self.only_labelled and (dropped := at_least(n, label_dropout)):
+            n -= dropped
+            index = rows.start + chosen_first(labelled[rows], n)
+        m = min(max(round(self.share * n), 1), n)
+        if m < n:
+            some = subset(n, m, labelled.device)
+            index = rows.start + some if index is None else index[some]
+        return Chosen(rows if index is None else index, n / max(m, 1))
+
     def predict(self, strong: StrongPass, rows: Rows) -> Tensor:
         """The weak velocity in float32: on all rows if trainable, else on ``rows`` only."""
         # The strong pass comes first, with gradients: autocast caches the half-precision weights of
@@ -112,29 +154,30 @@ class Segment(nn.Module, abc.ABC):
         with torch.set_grad_enabled(self.weak.trainable and torch.is_grad_enabled()):
             if self.weak.trainable:
                 rows = slice(None)
-            noisy, y, out = strong.noisy.take(rows), strong.y[rows], strong.out.take(rows)
+            noisy, y = strong.noisy.take(rows), strong.y[rows]
+            out = strong.out.take(rows, self.weak.keep_hidden)
             return self.weak.predict(strong.network, noisy, y, out).float()
 
     @abc.abstractmethod
-    def evaluate(self, strong: StrongPass, rows: Rows) -> SegmentTerms:
+    def evaluate(self, strong: StrongPass, chosen: Chosen) -> SegmentTerms:
         """This segment's part of target and loss, given the strong pass at all rows."""
 
     @abc.abstractmethod
     def describe(self) -> str:
         """One line: range, weak source, strength."""
 
-    def report(
-        self, strong: Tensor, weak: Tensor, v: Tensor, inside: Tensor
-    ) -> dict[str, Statistic]:
+    def report(self, strong: Tensor, weak: Tensor, v: Tensor, inside: Tensor) -> list[Statistic]:
         """RMS and maximum of strong, weak, their difference and v, for rows (n, C, H, W)."""
-        named = dict(strong=strong.detach(), weak=weak.detach(), velocity=v.float())
-        named["difference"] = named["strong"] - named["weak"]
-        statistics = {}
-        for name, value in named.items():
-            largest = value.abs().flatten(1).amax(1)
-            statistics[f"{self.name}/{name}_rms"] = Statistic(mean_square(value), inside, "rms")
-            statistics[f"{self.name}/{name}_max"] = Statistic(largest, inside, "max")
-        return statistics
+        strong, weak = strong.detach(), weak.detach()
+        sides = ("strong", "weak", "velocity", "difference")
+        numbers = torch.stack([strong, weak, v.float(), strong - weak]).flatten(2)
+        return [
+            Statistic(self._names(sides, "rms"), numbers.square().mean(2), inside[None], "rms"),
+            Statistic(self._names(sides, "max"), numbers.abs().amax(2), inside[None], "max"),
+        ]
+
+    def _names(self, sides: tuple[str, ...], kind: str) -> tuple[str, ...]:
+        return tuple(f"{self.name}/{side}_{kind}" for side in sides)
 
 
 def at_least_0(name: str, value: float) -> float:

@@ -6,7 +6,7 @@ weight * |s - w|^2 is added with gradients to both sides; the weak side has no o
 
 from w2s_train.schedule import Schedule
 from w2s_train.segment.base import (
-    Rows,
+    Chosen,
     Segment,
     SegmentTerms,
     StrongPass,
@@ -25,6 +25,7 @@ class Consistency(Segment):
         weak: The weak source.
         weight: Weight of the penalty.
         schedule: When it starts and how it grows; None is at once and constant.
+        share: See `Segment`.
 
     Raises:
         UserError: A negative weight.
@@ -37,8 +38,9 @@ class Consistency(Segment):
         weak: WeakSource,
         weight: float = 0.2,
         schedule: Schedule | None = None,
+        share: float = 1.0,
     ) -> None:
-        super().__init__(low, high, weak, schedule)
+        super().__init__(low, high, weak, schedule, share)
         self.weight = at_least_0("weight", weight)
 
     def describe(self) -> str:
@@ -47,13 +49,13 @@ class Consistency(Segment):
             f"weight {self.weight:g}"
         )
 
-    def evaluate(self, strong: StrongPass, rows: Rows) -> SegmentTerms:
-        weak, t = self.predict(strong, rows), strong.noisy.t
-        rows = slice(None) if self.weak.trainable else rows
+    def evaluate(self, strong: StrongPass, chosen: Chosen) -> SegmentTerms:
+        weak, t = self.predict(strong, chosen.rows), strong.noisy.t
+        rows = slice(None) if self.weak.trainable else chosen.rows
         inside, velocity = self.contains(t[rows]), strong.out.velocity[rows]
         penalty = velocity.new_zeros(len(t))
         # Multiplied, not selected: the graph must be the same whichever timesteps were drawn.
-        weight = self.factor(strong.step) * self.weight
+        weight = self.factor(strong.step) * self.weight * chosen.weight
         penalty[rows] = weight * inside * mean_square(velocity - weak)
-        v = strong.noisy.v[rows]
+        v = strong.noisy.v[rows].float()
         return SegmentTerms(rows, None, penalty, self.report(velocity, weak, v, inside))

@@ -20,6 +20,7 @@ from w2s_train.errors import UserError
 from w2s_train.interpolant import right_pad
 from w2s_train.schedule import Schedule
 from w2s_train.segment.base import (
+    Chosen,
     Rows,
     Segment,
     SegmentTerms,
@@ -53,6 +54,7 @@ class Extrapolation(Segment):
         from_average: Take strong and weak in the difference from the running average of the
             network, as released Model Guidance code does, at the cost of one more forward pass.
         schedule: When it starts and how it grows; None is at once and constant.
+        share: See `Segment`.
         allow_unstable: Accept any scale.
 
     Raises:
@@ -70,10 +72,12 @@ class Extrapolation(Segment):
         max_difference: float | None = None,
         from_average: bool = False,
         schedule: Schedule | None = None,
+        share: float = 1.0,
         allow_unstable: bool = False,
     ) -> None:
-        super().__init__(low, high, weak, schedule)
+        super().__init__(low, high, weak, schedule, share)
         self.scale, self.omega = at_least_0("scale", scale), at_least_0("omega", omega)
+        self.only_labelled = weak.needs_label and omega == 1
         self.weak_loss_weight = at_least_0("weak_loss_weight", weak_loss_weight)
         if max_difference is not None and not 0 < max_difference < math.inf:
             raise UserError(f"max_difference={max_difference}: must be a finite number above 0")
@@ -113,24 +117,29 @@ class Extrapolation(Segment):
             f"{self.low:g} <= t < {self.high:g}: {self.weak.describe()}, scale {self.scale:g}, "
             f"effective guidance scale {self.effective_scale():.3g}"
             + (", from the running average" if self.from_average else "")
+            + (f", on {self.share:g} of the rows" if self.share < 1 else "")
             + (f", {self.schedule}" if self.schedule != Schedule() else "")
         )
 
-    def evaluate(self, strong: StrongPass, rows: Rows) -> SegmentTerms:
-        noisy, factor, penalty = strong.noisy, self.factor(strong.step), None
+    def evaluate(self, strong: StrongPass, chosen: Chosen) -> SegmentTerms:
+        noisy, rows, penalty = strong.noisy, chosen.rows, None
+        factor = self.factor(strong.step)
         velocity, weak = self._pair(strong, rows)
         if self.weak.trainable:
             penalty = self.weak_loss_weight * mean_square(weak - noisy.v)
             weak = weak[rows]
+        velocity, weak, v = velocity.detach(), weak.detach(), noisy.v[rows].float()
         inside = self.contains(noisy.t[rows])
-        difference = (velocity - weak).detach()
-        shift = factor * self.scale * self._clip(difference)
+        shift = factor * self.scale * self._clip(velocity - weak)
         if self.omega != 1:
-            shift = shift + factor * (self.omega - 1) * (noisy.v[rows].float() - weak.detach())
-        statistics = self.report(velocity, weak, noisy.v[rows], inside)
-        guides = torch.full_like(noisy.t[rows], self.effective_scale(factor))
-        statistics[f"{self.name}/effective_scale"] = Statistic(guides, inside, "mean")
-        return SegmentTerms(rows, right_pad(inside, shift) * shift, penalty, statistics)
+            shift = shift + factor * (self.omega - 1) * (v - weak)
+        statistics = self.report(velocity, weak, v, inside)
+        guides = torch.full_like(noisy.t[rows], self.effective_scale(factor))[None]
+        statistics.append(
+            Statistic((f"{self.name}/effective_scale",), guides, inside[None], "mean")
+        )
+        weight = chosen.weight * right_pad(inside, shift)
+        return SegmentTerms(rows, weight * shift, penalty, statistics)
 
     def _pair(self, strong: StrongPass, rows: Rows) -> tuple[Tensor, Tensor]:
         """Strong at ``rows`` and weak (at all rows if trainable), whose difference guides."""

@@ -19,6 +19,7 @@ class Step:
     number: int = 0  # optimizer steps behind the weights
     average: DiT | None = None  # their running average, which validation samples
     lr: float = 0.0  # learning rate of the run's optimizer
+    good: bool | Tensor = True  # if not, the weights are those before it; () if not known yet
 
 
 class WeakSource(nn.Module, abc.ABC):
@@ -33,7 +34,7 @@ class WeakSource(nn.Module, abc.ABC):
     """
 
     trainable: bool = False
-    keep_hidden: tuple[int, ...] = ()  # blocks whose tokens the strong pass must keep, from 0
+    keep_hidden: tuple[int, ...] = ()  # blocks whose tokens the strong pass must keep; see `DiT`
     needs_label: bool = False  # weak for want of the label: meaningless in unconditional training
     from_training: bool = False  # its state is made by training: none in a fresh process
     scale_limit: float = (

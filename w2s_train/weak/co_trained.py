@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError
+from w2s_train.gradients import step_only_if
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput
+from w2s_train.readback import Readback
 from w2s_train.weak.base import Step, WeakSource, check_partner
 
 
@@ -45,7 +47,7 @@ class CoTrained(WeakSource):
         self.network, self.lr, self.every = network, lr, every
         self.optimizer: torch.optim.Optimizer | None = None
         self.restored: dict[str, Any] = {}
-        self.skipped = 0  # steps whose gradient was not finite, on any process
+        self.judged: list[tuple[int, Readback]] = []  # steps, and whether their gradient is finite
 
     def bind(self, network: DiT) -> None:
         if self.network is None:
@@ -67,8 +69,9 @@ class CoTrained(WeakSource):
 
     def learn(self, noisy: NoisySample, y: Tensor, step: Step) -> None:
         assert self.network is not None
+        self._report()
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(self.learned, weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(self.learned, weight_decay=0.0, fused=True)
             if self.restored:
                 self.optimizer.load_state_dict(self.restored)
         self.optimizer.param_groups[0]["lr"] = step.lr if self.lr is None else self.lr
@@ -78,19 +81,26 @@ class CoTrained(WeakSource):
             velocity = self.network(noisy.x_t, noisy.t, y).velocity.float()
             loss = (velocity - noisy.v).square().mean()
             gradients = _average(torch.autograd.grad(loss, self.learned))
-        finite = bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
         for parameter, gradient in zip(self.learned, gradients, strict=True):
             parameter.requires_grad_(False)
-            parameter.grad = gradient if finite else None  # without one, it is passed over
-        if not finite:
-            self.skipped += 1
-            warnings.warn(
-                f"step {step.number}: the gradient of the co-trained network is not finite; its "
-                f"step is skipped ({self.skipped} so far)",
-                stacklevel=2,
-            )
+            parameter.grad = gradient
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        self.judged.append((step.number, Readback(finite)))
+        self._report()
+        step_only_if(finite & step.good, self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _report(self) -> None:
+        """Warn of steps that were skipped, once the host can know without waiting."""
+        while self.judged and self.judged[0][1].there:
+            number, finite = self.judged.pop(0)
+            if finite.take() == [0]:
+                warnings.warn(
+                    f"step {number}: the gradient of the co-trained network is not finite; its "
+                    "step is skipped",
+                    stacklevel=3,
+                )
 
     def get_extra_state(self) -> dict[str, Any]:
         """The optimizer's state, saved with the weights."""

@@ -81,7 +81,7 @@ class EMA(WeakSource):
     @torch.no_grad()
     def after_step(self, network: DiT, step: Step) -> None:
         if step.number % self.update_every == 0:
-            self.average.update(network)
+            self.average.update(network, step.good)
         if self.lag and step.number % self.steps("lag") == 0:
             self.used.load_state_dict(self.waiting.state_dict())
             self.waiting.load_state_dict(self.average.module.state_dict())

@@ -11,7 +11,8 @@ from w2s_train.weak.base import WeakSource
 class LayerSkip(WeakSource):
     """The same network and label, with some blocks skipped (skip-layer guidance of SD 3.5).
 
-    The SGG paper reports that it hurts as a training signal.
+    The SGG paper reports that it hurts as a training signal. The blocks before the first skipped
+    one are those of the strong pass and not evaluated again.
 
     Args:
         blocks: The blocks to leave out, counted from 0; None for the one at the end of the first
@@ -33,9 +34,12 @@ class LayerSkip(WeakSource):
             if not 0 <= block < network.depth:
                 raise UserError(f"blocks={blocks}: must be in [0, {network.depth - 1}]")
         self.skipped = frozenset(blocks)
+        self.keep_hidden = (min(blocks) - 1,)
 
     def describe(self) -> str:
         return f"LayerSkip({sorted(self.skipped)})"
 
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
-        return network(noisy.x_t, noisy.t, y, skip_blocks=self.skipped).velocity
+        before = self.keep_hidden[0]
+        resume = (before, strong.hidden[before])
+        return network(noisy.x_t, noisy.t, y, skip_blocks=self.skipped, resume=resume).velocity

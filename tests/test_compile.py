@@ -1,0 +1,134 @@
+"""A compiled step is the eager one, without graph breaks, recompilations or waiting hosts."""
+
+from functools import partialmethod
+from typing import Any
+
+import pytest
+import torch
+from test_module import fit, module
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from w2s_train import weak
+from w2s_train.models import DiT
+from w2s_train.module import DiffusionModule
+from w2s_train.segment import Consistency, Extrapolation, Segment
+
+# What hands a value of the device to the host, or has a shape that depends on one.
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "item")
+
+
+def recipe(name: str) -> list[Segment]:
+    """Segments with every kind of weak source between them."""
+    recipes: dict[str, Any] = {
+        "sgg": lambda: [
+            Extrapolation(0.0, 0.2, 0.6, weak.IntermediateHead()),
+            Extrapolation(0.2, 1.0, 0.6, weak.NullClass()),
+        ],
+        "sgg_fast": lambda: [
+            Extrapolation(0.0, 0.2, 0.6, weak.IntermediateHead()),
+            Extrapolation(0.2, 1.0, 0.6, weak.NullClass(), share=0.25),
+        ],
+        "sgg_release": lambda: [
+            Consistency(0.0, 0.2, weak.IntermediateHead()),
+            Extrapolation(0.2, 0.8, 0.6, weak.NullClass()),
+        ],
+        "layer_skip": lambda: [Extrapolation(0.0, 1.0, 0.3, weak.LayerSkip([1]))],
+        "ema": lambda: [Extrapolation(0.0, 1.0, 0.3, weak.EMA(0.9), from_average=True)],
+        "separate": lambda: [Extrapolation(0.0, 1.0, 0.3, weak.CoTrained(every=2))],
+    }
+    return recipes[name]()
+
+
+RECIPES = ["sgg", "sgg_fast", "sgg_release", "layer_skip", "ema", "separate"]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what the host would wait for on an accelerator, in the steps after the first few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        boolean = name == "index" and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        )
+        if name in WAITS or boolean:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """As on an accelerator, where the host learns of bad steps later."""
+    monkeypatch.setattr("w2s_train.callbacks.guard.waits_cost", lambda trainer: True)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_host_waits_for_nothing_in_a_step(command, monkeypatch, late, name: str):
+    """From the batch to the weights and averages behind it, in a run as users start it."""
+    waits, real = Waits(), DiffusionModule.optimizer_step
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        with waits:
+            real(self, *args, **kwargs)
+
+    monkeypatch.setattr(DiffusionModule, "optimizer_step", optimizer_step)
+    overlay = f"configs/weak/{name}.yaml"
+    options = ["--trainer.log_every_n_steps=1000", "--trainer.val_check_interval=1000"]
+    command("fit", "-c", overlay, *options, "--trainer.gradient_clip_val=1.0")
+    assert waits.found == []
+    with waits:
+        torch.ones(2).sum().item()
+    assert waits.found == ["_local_scalar_dense"]  # it does count
+
+
+def compiled_by(monkeypatch, backend: str) -> None:
+    monkeypatch.setattr(DiT, "compile", partialmethod(nn.Module.compile, backend=backend))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_graph_breaks_and_no_recompilations(monkeypatch, name: str):
+    """Strong, weak and averaged passes are one graph each, made in the first few steps."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled_by(monkeypatch, "aot_eager")
+    model, frames = module(*recipe(name), compile=True), list[int]()
+    real = model.optimizer_step
+
+    def optimizer_step(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        frames.append(counters["frames"]["total"])
+
+    model.optimizer_step = optimizer_step  # type: ignore[method-assign]
+    fit(model, steps=24)
+    assert len(frames) == 24 and frames[0] >= 1
+    assert frames[4] == frames[-1], frames
+    assert not counters["graph_break"]
+    assert counters["frames"]["ok"] == counters["frames"]["total"]
+
+
+@pytest.mark.slow
+def test_compiled_and_eager_steps_agree(monkeypatch):
+    """Losses of three steps agree to 1e-4, with the compiler that users get."""
+    losses = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = module(*recipe("sgg"), compile=compile)
+        found = list[torch.Tensor]()
+        real = model.training_step
+
+        def training_step(*args: Any, real: Any = real, found: Any = found) -> torch.Tensor:
+            found.append(real(*args))
+            return found[-1]
+
+        model.training_step = training_step  # type: ignore[method-assign]
+        torch.manual_seed(1)
+        fit(model, steps=3)
+        losses.append(torch.stack(found).detach())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
