@@ -142,7 +142,7 @@ def check_local(path: str, name: str) -> None:
         raise UserError(f"{name}={path}: must be a local file, and no URL")
 
 
-def is_foreign(path: Path) -> bool:
+def _is_foreign(path: Path) -> bool:
     """Whether a file holds no checksums at all, as those of other programs do."""
     return not digest_file(path.resolve()).is_file() and not zipfile.is_zipfile(path)
 
@@ -156,7 +156,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     check_local(str(path), "path")
     if not Path(path).is_file():
         raise UserError(f"path={path}: must be an existing file")
-    if not is_foreign(Path(path)) and (problem := damage(Path(path))):
+    if not _is_foreign(Path(path)) and (problem := damage(Path(path))):
         raise UserError(f"path={path}: must be a whole checkpoint; {problem}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
