@@ -266,7 +266,7 @@ def run(args: list[str] | None) -> None:
             raise
         sys.exit(f"error: {one_line(error)}")
     except Stopped as stop:
-        print(redacted(f"stopped: {stop}"), file=sys.stderr)
+        print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
