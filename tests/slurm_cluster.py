@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ranks import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 PACKAGES = ("slurm-wlm", "munge")
@@ -57,15 +58,6 @@ def require_slurm() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"{' '.join(PACKAGES)} cannot be installed: {done.stderr.strip()[-200:]}")
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nothing listens to now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def wait_until(true: Callable[[], bool], seconds: float, what: str) -> None:
