@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ranks import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 PACKAGES = ("slurm-wlm", "munge")
@@ -43,29 +44,17 @@ PartitionName=tests Nodes=n1,n2 Default=YES State=UP
 
 
 def require_slurm() -> None:
-    """Install what is missing; a test is skipped where that cannot be."""
+    """Install what is missing; only who is not root skips the tests."""
     if os.geteuid() != 0:
         pytest.skip("SLURM's daemons need root here")
     # Debian keeps the daemons where not every user's PATH looks.
     os.environ["PATH"] += f"{os.pathsep}/usr/sbin{os.pathsep}/sbin"
     if all(map(shutil.which, PROGRAMS)):
         return
-    if shutil.which("apt-get") is None:
-        pytest.skip(f"no {', '.join(PACKAGES)}, and no apt-get to install them")
     install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES]
     for command in (["apt-get", "update", "-qq"], install):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"{' '.join(PACKAGES)} cannot be installed: {done.stderr.strip()[-200:]}")
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nothing listens to now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        assert done.returncode == 0, f"{command}: {done.stderr}"
 
 
 def wait_until(true: Callable[[], bool], seconds: float, what: str) -> None:

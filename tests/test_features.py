@@ -29,7 +29,8 @@ from w2s_train.features import (
     FeatureExtractor,
     InceptionFeatures,
 )
-from w2s_train.features.files import fetched, sha256
+from w2s_train.features.files import fetched
+from w2s_train.files import sha256_of
 
 SMALL_VIT = "vit_tiny_patch16_224"  # 224 pixels, like the protocol: no positions to resample
 
@@ -99,7 +100,7 @@ def vit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def publish(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let a file pass for the published Inception."""
-    monkeypatch.setattr(w2s_train.features.inception, "SHA256", sha256(path))
+    monkeypatch.setattr(w2s_train.features.inception, "SHA256", sha256_of(path))
     return str(path)
 
 

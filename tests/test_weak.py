@@ -4,6 +4,8 @@ A source whose file is not there is left out: deleting one breaks nothing else.
 """
 
 import copy
+import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -385,6 +387,22 @@ def test_co_trained_gradients_are_averaged_over_processes(tmp_path: Path):
     for name, value in source.network.state_dict().items():
         assert torch.equal(halves[0][name], halves[1][name]), name
         torch.testing.assert_close(halves[0][name], value, rtol=1e-3, atol=1e-3)
+
+
+@needs("co_trained")
+def test_a_bad_gradient_of_the_co_trained_network_is_said(network: DiT):
+    """Its step is skipped, and the next one is taken."""
+    source = weak.CoTrained(every=1, lr=0.1)
+    source.bind(network)
+    noisy, y = questions()
+    before = copy.deepcopy(source.network.state_dict())
+    bad = dataclasses.replace(noisy, x_t=noisy.x_t * math.inf)
+    with pytest.warns(UserWarning, match="step 3: the gradient of the co-trained .* is skipped"):
+        source.learn(bad, y, Step(3))
+    assert all(torch.equal(before[k], v) for k, v in source.network.state_dict().items())
+    source.learn(noisy, y, Step(4))
+    after = source.network.final_layer.linear.bias  # elsewhere the first gradients are zero
+    assert not torch.equal(before["final_layer.linear.bias"], after)
 
 
 @needs("co_trained")

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from w2s_train.errors import UserError
-from w2s_train.files import atomic_write
+from w2s_train.files import atomic_write, sha256_of
 
-CHUNK = 1 << 22  # bytes that are hashed at a time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, as opposed to other errors
 
 
@@ -124,11 +123,7 @@ def damage(path: Path) -> str:
 def _damage(path: Path, digests: frozenset[str] | None, *state: int) -> str:
     """`damage` of a file in one state: files are large, and asked about more than once."""
     if digests is not None:
-        found = hashlib.sha256()
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                found.update(chunk)
-        return "" if found.hexdigest() in digests else "its SHA-256 is another"
+        return "" if sha256_of(path) in digests else "its SHA-256 is another"
     try:
         with zipfile.ZipFile(path) as archive:
             first = archive.testzip()
@@ -147,7 +142,7 @@ def check_local(path: str, name: str) -> None:
         raise UserError(f"{name}={path}: must be a local file, and no URL")
 
 
-def is_foreign(path: Path) -> bool:
+def _is_foreign(path: Path) -> bool:
     """Whether a file holds no checksums at all, as those of other programs do."""
     return not digest_file(path.resolve()).is_file() and not zipfile.is_zipfile(path)
 
@@ -161,7 +156,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     check_local(str(path), "path")
     if not Path(path).is_file():
         raise UserError(f"path={path}: must be an existing file")
-    if not is_foreign(Path(path)) and (problem := damage(Path(path))):
+    if not _is_foreign(Path(path)) and (problem := damage(Path(path))):
         raise UserError(f"path={path}: must be a whole checkpoint; {problem}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,7 +1,6 @@
 """What the ``lightning`` command does once it knows that it has work to do."""
 
 import argparse
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,9 +146,7 @@ class Command(LightningCLI):
                 f"{network.num_classes}"
             )
         self._dump_config()
-        instantiator = "lightning.pytorch.cli.instantiate_module"
-        settings = {**redacted(self.config_dump["model"]), "_instantiator": instantiator}
-        self.model.save_hyperparameters(settings, logger=False)
+        self.model.save_hyperparameters(redacted(self.config_dump["model"]), logger=False)
 
     def _callbacks(self) -> list[Any]:
         """Those of the config: none, one or a list."""
@@ -157,8 +154,7 @@ class Command(LightningCLI):
         return given if isinstance(given, list) else [given]
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it; a checkpoint that cannot be read, or is of another network, is a user's error."""
-        path = self.config[subcommand].get("ckpt_path")
+        """Run it; a checkpoint of another network is a user's error."""
         made_later = self.datamodule.script is not None or subcommand == "reference"
         for callback in self._callbacks():
             if isinstance(callback, LeavesScores):
@@ -171,17 +167,11 @@ class Command(LightningCLI):
         self._check_autoencoder(subcommand)
         try:
             super()._run_subcommand(subcommand)
-        except (pickle.UnpicklingError, EOFError) as error:
-            if path is None or "DataLoader worker" in str(error):
-                raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise UserError(f"ckpt_path={path}: cannot be read; {reason}") from error
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            if path is not None and "TorchScript archives" in reason:
-                raise UserError(f"ckpt_path={path}: cannot be read; it is TorchScript") from error
             if "loading state_dict" not in reason:
                 raise
+            path = self.config[subcommand].get("ckpt_path")
             raise UserError(f"ckpt_path={path}: must fit the config; {reason}") from error
 
     def _check_autoencoder(self, subcommand: str) -> None:
@@ -276,7 +266,7 @@ def run(args: list[str] | None) -> None:
             raise
         sys.exit(f"error: {one_line(error)}")
     except Stopped as stop:
-        print(redacted(f"stopped: {stop}"), file=sys.stderr)
+        print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

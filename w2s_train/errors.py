@@ -30,7 +30,7 @@ class Stopped(Exception):
     """
 
     def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
+        super().__init__(redacted(message))
         self.status = status
 
 

@@ -38,8 +38,8 @@ def find_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> str
     if not Path(ckpt_path).is_file():
         raise UserError(f"ckpt_path={ckpt_path}: must be an existing file, or last")
     if problem := damage(Path(ckpt_path)):
-        others = [p for p in newest_first(Path(ckpt_path).parent) if not damage(p)]
-        whole = f"; {others[0]} is whole" if others else ""
+        other = next((p for p in newest_first(Path(ckpt_path).parent) if not damage(p)), None)
+        whole = f"; {other} is whole" if other else ""
         raise UserError(f"ckpt_path={ckpt_path}: must be a whole checkpoint; {problem}{whole}")
     return ckpt_path
 

@@ -21,6 +21,7 @@ from w2s_train.callbacks import (
     ShardWriter,
 )
 from w2s_train.callbacks.sample_writer import SampleWriter
+from w2s_train.callbacks.scorer import callbacks_of
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError
 from w2s_train.features import KEEP
@@ -60,9 +61,8 @@ class DiffusionTrainer(Trainer):
         """The same; then finish an evaluation of the last step, while all is still set up."""
         results = super()._run_stage()
         if self.state.fn == TrainerFn.FITTING:
-            for callback in self.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, ResumableEvaluation):
-                    callback.look(self, self.lightning_module)
+            for callback in callbacks_of(self, ResumableEvaluation):
+                callback.look(self, self.lightning_module)
         return results
 
     def reference(
@@ -89,7 +89,7 @@ class DiffusionTrainer(Trainer):
         Raises:
             UserError: No callback to make a reference for, or shards that are missing.
         """
-        scorers = [c for c in self.callbacks if isinstance(c, FID)]  # type: ignore[attr-defined]
+        scorers = callbacks_of(self, FID)
         if not scorers or (output and len(scorers) > 1):
             rule = (
                 "exactly one FID, for the output" if scorers else "a FID, which needs a reference"

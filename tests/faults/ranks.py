@@ -1,5 +1,6 @@
 """Fits in forked processes: imports are spared, and each process has a status of its own."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -12,10 +13,13 @@ from pathlib import Path
 TIMEOUT = 120.0  # seconds; what takes longer hangs
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+def free_ports(number: int) -> list[int]:
+    """Ports that nothing listens to now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def fork(work: Callable[[], None], log: Path) -> int:
@@ -47,7 +51,7 @@ def fork(work: Callable[[], None], log: Path) -> int:
 
 def start_ranks(work: Callable[[int], None], number: int, log: Path) -> list[int]:
     """Run ``work(rank)`` in as many processes as ranks, as a launcher outside Lightning would."""
-    port = str(free_port())
+    port = str(free_ports(1)[0])
 
     def rank(r: int) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}

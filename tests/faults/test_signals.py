@@ -30,6 +30,18 @@ def slowly(folder: Path, rank: int = 0, seconds: float = 0.02) -> None:
     DiffusionModule.training_step = training_step
 
 
+def evaluate_slowly(folder: Path, seconds: float) -> None:
+    """Have batches of an evaluation take a while, and leave a file each when they begin."""
+    real = DiffusionModule.validation_step
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        (folder / f"at.{batch_idx}").touch()
+        time.sleep(seconds)
+        return real(self, batch, batch_idx, dataloader_idx)
+
+    DiffusionModule.validation_step = validation_step
+
+
 def position(folder: Path, rank: int = 0) -> int:
     """The optimizer steps behind a process."""
     text = (folder / f"at.{rank}").read_text() if (folder / f"at.{rank}").exists() else ""
@@ -100,14 +112,7 @@ def test_signals_in_an_evaluation(command, tmp_path: Path, tally, caplog):
     whole = command("fit", *options, folder="whole")
 
     def work() -> None:
-        real = DiffusionModule.validation_step
-
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            (tmp_path / f"at.{batch_idx}").touch()
-            time.sleep(0.02)
-            return real(self, batch, batch_idx, dataloader_idx)
-
-        DiffusionModule.validation_step = validation_step
+        evaluate_slowly(tmp_path, 0.02)
         command("fit", *options, "--ckpt_path=last", folder="part")
 
     for trial in range(4):
@@ -133,14 +138,7 @@ def test_a_signal_to_one_process_in_an_evaluation(command, tmp_path: Path, tally
     options += ["--data.generation_batch_size=8"]
 
     def work(rank: int) -> None:
-        real = DiffusionModule.validation_step
-
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            (tmp_path / f"at.{batch_idx}").touch()
-            time.sleep(0.1)
-            return real(self, batch, batch_idx, dataloader_idx)
-
-        DiffusionModule.validation_step = validation_step
+        evaluate_slowly(tmp_path, 0.1)
         command("fit", *options, "--ckpt_path=last")
 
     for rank in (0, 1):

@@ -14,7 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from w2s_train.callbacks.scorer import Scorer, validation_loaders
+from w2s_train.callbacks.scorer import Scorer, callbacks_of, validation_loaders
 from w2s_train.checkpointing import read_file
 from w2s_train.errors import UserError
 from w2s_train.guidance import Guidance
@@ -170,9 +170,5 @@ def _parts(guidances: list[Guidance]) -> Iterator[nn.Module]:
                 yield from _parts([value])
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined]
-
-
 def _scorers(trainer: Trainer) -> list[Scorer]:
-    return [callback for callback in _callbacks(trainer) if isinstance(callback, Scorer)]
+    return callbacks_of(trainer, Scorer)  # type: ignore[type-abstract]

@@ -1,7 +1,7 @@
 """Callbacks that turn the generated images of a validation into scores."""
 
 import abc
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -10,6 +10,13 @@ from torch import Tensor
 from w2s_train.callbacks.run_record import git_commit
 from w2s_train.plan import GenerationPlan
 from w2s_train.scores import SCHEMA
+
+Kind = TypeVar("Kind", bound=Callback)
+
+
+def callbacks_of(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
+    """The callbacks of a trainer that are of one kind, in their order."""
+    return [each for each in trainer.callbacks if isinstance(each, kind)]  # type: ignore[attr-defined]
 
 
 def validation_loaders(trainer: Trainer) -> list[Any]:

@@ -1,6 +1,5 @@
 """Weights on disk: found, fetched once, and named by their content."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from w2s_train.errors import UserError
+from w2s_train.files import sha256_of
 
 
 def require_file(weights: Path) -> None:
@@ -47,11 +47,6 @@ def fetched(target: Path, download: Callable[[Path], object]) -> Path:
     return target
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def digest(weights: Path) -> str:
     """The first 12 hexadecimal digits of the file's sha256."""
-    return sha256(weights)[:12]
+    return sha256_of(weights)[:12]

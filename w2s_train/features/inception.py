@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from w2s_train.errors import UserError
 from w2s_train.features.base import FeatureExtractor
-from w2s_train.features.files import digest, fetched, require_file, sha256
+from w2s_train.features.files import digest, fetched, require_file
+from w2s_train.files import sha256_of
 
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
@@ -47,7 +48,7 @@ class InceptionFeatures(FeatureExtractor):
             self.folder / "inception-2015-12-05.pt",
             lambda folder: check_download_inception(str(folder)),
         )
-        if sha256(path) != SHA256:  # TorchScript is code, and can write files
+        if sha256_of(path) != SHA256:  # TorchScript is code, and can write files
             raise UserError(f"weights={path}: must be the published file, sha256 {SHA256[:12]}...")
         self.network = torch.jit.load(path, map_location="cpu").eval()
         self.requires_grad_(False)  # of the parameters: TorchScript lacks the method itself

@@ -20,6 +20,7 @@ import fsspec
 from filelock import FileLock
 
 from w2s_train.errors import UserError, one_line
+from w2s_train.files import sha256_of
 from w2s_train.secrets import redacted
 from w2s_train.shards.urls import is_pipe, is_remote, split_url
 
@@ -193,9 +194,5 @@ def _run_pipe(url: str, target: Path) -> None:
 
 
 def _verify(path: Path, sha256: str) -> None:
-    if not sha256:
-        return
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+    if sha256 and (found := sha256_of(path)) != sha256:
         raise OSError(f"its sha256 is {found[:12]}..., the index says {sha256[:12]}...")

@@ -1,7 +1,6 @@
 """Writes shards, their tables and the index of a folder."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import webdataset as wds
 
-from w2s_train.files import atomic_write, naming
+from w2s_train.files import atomic_write, naming, sha256_of
 from w2s_train.shards.table import ShardTable
 
 INDEX = "index.json"
@@ -94,11 +93,11 @@ class ShardWriter:
 
     def _finish(self) -> None:
         """Give shard and table their names."""
-        with naming(self.path), open(self.partial, "rb") as file:
+        with naming(self.path):
             table = ShardTable.scan(self.partial, name=str(self.path))
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            table = dataclasses.replace(table, sha256=sha256_of(self.partial), sums=self.sums)
         os.replace(self.partial, self.path)
-        dataclasses.replace(table, sha256=sha256, sums=self.sums).save(table_path(self.path))
+        table.save(table_path(self.path))
 
 
 def write_index(folder: Path) -> dict[str, Any]:
