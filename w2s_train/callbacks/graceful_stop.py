@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from w2s_train.callbacks.agreement import Agreement
 from w2s_train.callbacks.checkpoints import Checkpoints, validation_follows
 from w2s_train.callbacks.resumable_evaluation import ResumableEvaluation
+from w2s_train.callbacks.scorer import callbacks_of
 from w2s_train.errors import INTERRUPTED, PREEMPTED, Stopped, UserError
 from w2s_train.signals import PREEMPTION, REQUESTS
 
@@ -121,12 +122,10 @@ class GracefulStop(Callback):
             self._stop(interrupted=not self.agreement.decided["preempt"])
         if not self.status:
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ResumableEvaluation):
-                callback.save(trainer)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Checkpoints):
-                callback.finish(trainer)
+        for evaluation in callbacks_of(trainer, ResumableEvaluation):
+            evaluation.save(trainer)
+        for checkpoints in callbacks_of(trainer, Checkpoints):
+            checkpoints.finish(trainer)
         raise Stopped("in the middle of an evaluation; the next start goes on with it", self.status)
 
     def _wish(self, trainer: Trainer) -> None:
@@ -147,9 +146,6 @@ class GracefulStop(Callback):
     def _time_is_up(self, trainer: Trainer) -> bool:
         if self.limit is None:
             return False
-        saving = max(
-            (c.seconds for c in trainer.callbacks if isinstance(c, Checkpoints)),  # type: ignore[attr-defined]
-            default=0.0,
-        )
+        saving = max((each.seconds for each in callbacks_of(trainer, Checkpoints)), default=0.0)
         left = self.limit - (time.monotonic() - REQUESTS.started)
         return left < 2 * saving + 3 * self.longest

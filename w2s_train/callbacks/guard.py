@@ -13,7 +13,7 @@ from torch import Tensor
 
 from w2s_train.callbacks.agreement import Agreement
 from w2s_train.callbacks.checkpoints import Checkpoints
-from w2s_train.callbacks.scorer import gather
+from w2s_train.callbacks.scorer import callbacks_of, gather
 from w2s_train.checkpointing import damage, newest_first, read_file, step_of
 from w2s_train.errors import DIVERGED, Stopped, UserError
 from w2s_train.readback import Readback
@@ -234,9 +234,8 @@ class Guard(Callback):
         later step is of a part of the run that was given up by going on from before it.
         """
         folder, found = Path(trainer.default_root_dir), ""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Checkpoints):
-                callback.finish(trainer)
+        for checkpoints in callbacks_of(trainer, Checkpoints):
+            checkpoints.finish(trainer)
         if trainer.is_global_zero:
             steps = range(trainer.global_step - self.in_a_row + 1)
             files = newest_first(folder / "checkpoints")
