@@ -271,3 +271,12 @@ def test_names_on_the_hub(monkeypatch, path: str, asked: tuple):
     with pytest.raises(ValueError, match="^vae=owner.*on the hub.*no connection at all[)]$"):
         load_autoencoder(path, "vae", "main")
     assert calls == [asked]
+
+
+def test_statistics_move_to_the_device_once():
+    """A copy from the host at every step would have it wait for an accelerator."""
+    vae = StableDiffusionVAE(scale=0.5)
+    vae.encode(torch.zeros(2, 4, 2, 2, device="meta"))
+    moved = vae._mean, vae._factor
+    vae.encode(torch.zeros(2, 4, 2, 2, device="meta"))
+    assert vae._mean is moved[0] and vae._factor is moved[1] and moved[0].device.type == "meta"

@@ -147,7 +147,9 @@ class StableDiffusionVAE(Autoencoder):
         if stored.shape[1] == 2 * self.channels:
             mean, std = split_moments(z)
             z = mean + std * torch.randn_like(mean)
-        return (z - self._mean.to(z.device)) * self._factor.to(z.device)
+        # Moved once: a copy at every step would have the host wait for the device.
+        self._mean, self._factor = self._mean.to(z.device), self._factor.to(z.device)
+        return (z - self._mean) * self._factor
 
     def load(self) -> None:
         if not self._loaded:

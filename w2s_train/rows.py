@@ -39,4 +39,4 @@ def subset(n: int, m: int, device: torch.device) -> Tensor:
 
 def chosen_first(mask: Tensor, m: int) -> Tensor:
     """The first ``m`` places (m,) int64 of a mask (n,), True ones before others, in order."""
-    return torch.argsort(~mask, stable=True)[:m]
+    return torch.argsort((~mask).byte(), stable=True)[:m]

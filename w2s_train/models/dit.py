@@ -42,7 +42,7 @@ class DiTOutput(NamedTuple):
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) * h + shift, for tokens (B, N, D) and per-sample vectors (B, D)."""
-    return h * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return torch.addcmul(shift.unsqueeze(1), h, 1 + scale.unsqueeze(1))
 
 
 class TimestepEmbedder(nn.Module):
@@ -90,8 +90,10 @@ class DiTBlock(nn.Module):
 
     def forward(self, h: Tensor, cond: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond).chunk(6, dim=1)
-        h = h + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(h), shift1, scale1))
-        return h + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(h), shift2, scale2))
+        change = self.attn(modulate(self.norm1(h), shift1, scale1))
+        h = torch.addcmul(h, gate1.unsqueeze(1), change)
+        change = self.mlp(modulate(self.norm2(h), shift2, scale2))
+        return torch.addcmul(h, gate2.unsqueeze(1), change)
 
 
 class FinalLayer(nn.Module):
