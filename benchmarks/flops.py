@@ -55,15 +55,18 @@ def step_flops(network: DiT, batch: int) -> int:
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Operations per second that the device is good for in a precision, and where that is from."""
+    """Operations per second that the device is good for in a precision, and where that is from.
+
+    What is measured is lower while others use the machine.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if name in PEAKS and precision == "bf16-mixed":
         return PEAKS[name], f"data sheet of {name}, dense bf16"
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
     side = 8192 if device.type == "cuda" else 2048
-    best = max(_product(side, dtype, device) for _ in range(5))
+    best = max(_product(side, dtype, device) for _ in range(10))
     kind = str(dtype).removeprefix("torch.")
-    return best, f"measured: best of 5 products of {side}x{side} matrices in {kind}"
+    return best, f"measured: best of 10 products of {side}x{side} matrices in {kind}"
 
 
 def _product(side: int, dtype: torch.dtype, device: torch.device) -> float:

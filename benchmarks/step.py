@@ -146,7 +146,7 @@ def main() -> None:
         try:
             found = measure(setting, args.recipes, args.rounds, args.limit)
         except (UserError, argparse.ArgumentError) as error:
-            raise SystemExit(f"error: {error}") from error
+            raise SystemExit(f"error: {' '.join(str(error).split())}") from error
         entries += [entry | about for entry in found]
         print_table(found)
         if args.json:
