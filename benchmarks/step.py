@@ -1,165 +1,157 @@
 """Times the training step of each recipe, as ratios to the baseline's.
 
-    python benchmarks/step.py --networks tiny,s2 --recipes none,mg,branch --json OUT.json
+    python benchmarks/step.py --networks tiny,s2 --recipes none,sgg,branch --json OUT.json
+    python benchmarks/step.py --networks s2 --precision 32-true,bf16-mixed --compile off,on
+    python benchmarks/step.py --networks b2 -- --model.network.init_args.gradient_checkpointing=true
 
-The step is that of the real module and objective: label dropout, timesteps and noise, strong and
-weak passes, backward, optimizer, averages, weak sources; on random data, past the start of every
-schedule. All recipes of a network are timed in turn, in one process, round after round; a ratio is
-the median over rounds of the recipe's time over that of ``none`` in the same round.
+The step is that of the real module, objective and trainer: label dropout, timesteps and noise,
+strong and weak passes, backward, clipping, optimizer, averages, weak sources; on random data, past
+the start of every schedule, without callbacks. What stands after ``--`` is passed to the command.
+
+All recipes of a network, in one precision, compiled or not, are timed in turn, in one process,
+round after round, in another order each time. A ratio is the median over rounds of a recipe's time
+over that of ``none`` in the same round; a round is a block of steps of each. ``mfu`` counts what
+the baseline needs (see flops.py). ``compile_seconds`` is what a recipe's first block took longer
+than those that count, so less where one before it, or the cache on the disk, had compiled the same.
+``recompiles`` counts graphs that were compiled after the first block, ``graph_breaks`` all.
+
+Results are written as soon as a network is done in one precision, compiled or not.
 """
 
 import argparse
-import contextlib
+import datetime
 import json
-import platform
-import statistics
-import time
+import logging
+import shlex
+import sys
+import warnings
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
+from comparison import Entry, measure
+from timed import NETWORKS, ROOT, Setting
 
 from w2s_train.callbacks.run_record import git_commit
-from w2s_train.command import compose
-from w2s_train.module import DiffusionModule
+from w2s_train.errors import UserError
+from w2s_train.files import atomic_write
+from w2s_train.trainer import quiet_lightning
 
-ROOT = Path(__file__).resolve().parent.parent
-# Sizes, and the batch that fits a CPU.
-LATENT = dict(input_size=32, patch_size=2, in_channels=4)
-NETWORKS: dict[str, tuple[dict[str, int], int]] = {
-    "tiny": (
-        dict(input_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=4, num_heads=4),
-        64,
-    ),
-    "small": (
-        dict(input_size=16, patch_size=2, in_channels=4, hidden_size=192, depth=12, num_heads=6),
-        16,
-    ),
-    "s2": (LATENT | dict(hidden_size=384, depth=12, num_heads=6), 8),
-    "b2": (LATENT | dict(hidden_size=768, depth=12, num_heads=12), 8),
-}
-STEPS_BEFORE = 1500  # of a plan of 1,800: every schedule has started
-STEPS_TIMED = 8  # a multiple of the co-trained network's interval
+PRECISIONS = ("32-true", "bf16-mixed")
+COMPILE = {"off": False, "on": True}
 
 
-class Timed:
-    """One recipe, ready to take steps."""
+def machine(device: torch.device) -> str:
+    """The GPU's name, or the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "CPU of unknown name"
 
-    def __init__(self, network: str, recipe: str, batch: int, device: torch.device) -> None:
-        sizes, default_batch = NETWORKS[network]
-        options = [f"--model.network.init_args.{k}={v}" for k, v in sizes.items()]
-        overlay = ROOT / "configs" / "weak" / f"{recipe}.yaml"
-        files = ["-c", str(ROOT / "configs" / "digits_w2s.yaml"), "-c", str(overlay)]
-        command = compose(["fit", *files, *options], run=False)
-        self.module: DiffusionModule = command.model.to(device)
-        self.module.plan(1800)
-        for segment in self.module.objective.segments:
-            if not segment.weak.ready:  # an early state: any weights take the same time
-                segment.weak.set_extra_state({"taken": True, "old_enough": True})
-        self.trainer: Any = SimpleNamespace(
-            world_size=1,
-            precision="32-true",
-            global_step=STEPS_BEFORE,
-            precision_plugin=SimpleNamespace(forward_context=contextlib.nullcontext),
+
+def print_table(entries: list[Entry]) -> None:
+    """One line per recipe."""
+    for e in entries:
+        low, high = e["ratio_quartiles"]
+        memory = e["peak_memory_bytes"]
+        print(
+            f"{e['network']:5} {e['precision']:10} {'compiled' if e['compile'] else 'eager':8} "
+            f"{e['recipe']:17} {1000 * e['seconds']:9.1f} ms  "
+            f"{e['ratio']:.3f} ({low:.3f} to {high:.3f})  {e['images_per_second']:7.1f} images/s  "
+            f"MFU {100 * e['mfu']:4.1f} %"
+            + (f"  {memory / 2**30:5.1f} GiB" if memory else "")
+            + (f"  compiled in {e['compile_seconds']:.0f} s" if e["compile"] else "")
+            + (f"  RECOMPILED {e['recompiles']} times" if e["recompiles"] else ""),
+            flush=True,
         )
-        self.module.trainer = self.trainer
-        self.optimizer = self.module.configure_optimizers()
-        n, network_ = batch or default_batch, self.module.network
-        shape = (n, network_.in_channels, network_.input_size, network_.input_size)
-        labels = torch.randint(network_.num_classes, (n,), device=device)
-        self.batch = {"image": torch.randn(shape, device=device), "label": labels}
-
-    def step(self) -> None:
-        """One optimizer step, as the trainer takes it."""
-
-        def closure() -> torch.Tensor:
-            self.optimizer.zero_grad()
-            loss = self.module.training_step(self.batch, 0)
-            loss.backward()
-            return loss
-
-        self.module.optimizer_step(0, 0, self.optimizer, closure)
-        self.trainer.global_step += 1
-
-    def seconds(self) -> float:
-        """Per step, over a few steps."""
-        _synchronize()
-        began = time.perf_counter()
-        for _ in range(STEPS_TIMED):
-            self.step()
-        _synchronize()
-        return (time.perf_counter() - began) / STEPS_TIMED
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def chosen(name: str, given: str, known: list[str]) -> list[str]:
+    """The parts of a list with commas, all of them known."""
+    parts = given.split(",")
+    if unknown := [part for part in parts if part not in known]:
+        raise SystemExit(f"error: {name}={','.join(unknown)}: must be of {', '.join(known)}")
+    return list(dict.fromkeys(parts))
 
 
-def measure(network: str, recipes: list[str], rounds: int, batch: int) -> list[dict[str, Any]]:
-    """Times of all recipes of one network."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    timed = {recipe: Timed(network, recipe, batch, device) for recipe in recipes}
-    for recipe in timed.values():
-        recipe.seconds()
-    times: dict[str, list[float]] = {recipe: [] for recipe in recipes}
-    for i in range(rounds):
-        print(f"{network}: round {i + 1} of {rounds}", flush=True)
-        for name, recipe in timed.items():
-            times[name].append(recipe.seconds())
-    entries = []
-    for name in recipes:
-        ratios = [a / b for a, b in zip(times[name], times["none"], strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4)
-        entries.append(
-            {
-                "network": network,
-                "recipe": name,
-                "precision": "32-true",
-                "compile": False,
-                "batch": len(timed[name].batch["label"]),
-                "seconds": statistics.median(times[name]),
-                "ratio": ratio,
-                "ratio_quartiles": [low, high],
-                "rounds": rounds,
-            }
-        )
-    return entries
+def arguments() -> argparse.Namespace:
+    """Those of the command line, checked."""
+    known = sorted(path.stem for path in (ROOT / "configs" / "weak").glob("*.yaml"))
+    lists: dict[str, tuple[str, list[str]]] = {
+        "networks": ("tiny", list(NETWORKS)),
+        "recipes": (",".join(known), known),
+        "precision": ("32-true", list(PRECISIONS)),
+        "compile": ("off", list(COMPILE)),
+    }
+    numbers = {
+        "rounds": (9, 3, "of blocks"),
+        "batch": (0, 0, "rows; 0 is each network's own"),
+        "steps": (0, 0, "per block; 0 is each network's own"),
+        "threads": (1, 1, "on the CPU"),
+        "limit": (0, 0, "seconds for each comparison; 0 is none"),
+    }
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, (default, names) in lists.items():
+        parser.add_argument(f"--{name}", default=default, help=f"of {', '.join(names)}")
+    for name, (number, _, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=number, help=text)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("options", nargs="*", help="options of the command, after --")
+    args = parser.parse_args()
+    for name, (_, names) in lists.items():
+        setattr(args, name, chosen(name, getattr(args, name), names))
+    for name, (_, least, _) in numbers.items():
+        if (number := getattr(args, name)) < least:
+            raise SystemExit(f"error: {name}={number}: must be at least {least}")
+    if args.json and not args.json.resolve().parent.is_dir():
+        raise SystemExit(f"error: json={args.json}: must be in a folder that exists")
+    args.recipes = ["none", *(recipe for recipe in args.recipes if recipe != "none")]
+    return args
+
+
+def settings(args: argparse.Namespace, device: torch.device) -> list[Setting]:
+    """Every comparison that was asked for."""
+    result = []
+    for name, precision, switch in product(args.networks, args.precision, args.compile):
+        network, gpu = NETWORKS[name], device.type == "cuda"
+        batch = args.batch or (network.gpu_batch if gpu else network.batch)
+        steps = args.steps or (network.gpu_steps if gpu else network.steps)
+        options = (args.options, device)
+        result.append(Setting(name, precision, COMPILE[switch], batch, steps, *options))
+    return result
 
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    known = sorted(path.stem for path in (ROOT / "configs" / "weak").glob("*.yaml"))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", default="tiny", help=f"of {', '.join(NETWORKS)}")
-    parser.add_argument("--recipes", default=",".join(known), help=f"of {', '.join(known)}")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batch", type=int, default=0, help="rows; 0 is each network's own")
-    parser.add_argument("--threads", type=int, default=1, help="on the CPU")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    args = parser.parse_args()
-    networks, recipes = args.networks.split(","), args.recipes.split(",")
-    for name, given, allowed in (("networks", networks, NETWORKS), ("recipes", recipes, known)):
-        if unknown := set(given) - set(allowed):
-            raise SystemExit(
-                f"error: {name}={','.join(sorted(unknown))}: must be of {list(allowed)}"
-            )
-    if args.rounds < 3:
-        raise SystemExit(f"error: rounds={args.rounds}: must be at least 3, for quartiles")
+    args = arguments()
+    quiet_lightning()
+    warnings.filterwarnings("ignore", "The `srun` command is available")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     torch.set_num_threads(args.threads)
-    recipes = ["none", *(r for r in recipes if r != "none")]
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    about = {"git_commit": git_commit(), "machine": machine, "torch": torch.__version__}
-    entries = [e | about for n in networks for e in measure(n, recipes, args.rounds, args.batch)]
-    for e in entries:
-        low, high = e["ratio_quartiles"]
-        print(
-            f"{e['network']:5} {e['recipe']:17} {1000 * e['seconds']:8.1f} ms   "
-            f"{e['ratio']:.2f}  ({low:.2f} to {high:.2f})"
-        )
-    if args.json:
-        args.json.write_text(json.dumps(entries, indent=1) + "\n")
+    # Past the limit it would go on without compiling, and nobody would know.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = {
+        "git_commit": git_commit(),
+        "machine": machine(device),
+        "torch": torch.__version__,
+        "threads": args.threads,
+        "command": shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    entries: list[Entry] = []
+    for setting in settings(args, device):
+        try:
+            found = measure(setting, args.recipes, args.rounds, args.limit)
+        except (UserError, argparse.ArgumentError) as error:
+            raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+        entries += [entry | about for entry in found]
+        print_table(found)
+        if args.json:
+            with atomic_write(args.json) as file:
+                file.write(json.dumps(entries, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

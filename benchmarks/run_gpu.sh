@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# All measurements that need a GPU, in one command of less than nine minutes.
+#   bash benchmarks/run_gpu.sh          writes JSON and a log into $OUT, benchmarks/gpu if not set
+#   bash benchmarks/run_gpu.sh --cpu    the same commands in tiny sizes on a CPU, to try them out
+# Runs in .venv if there is one, else with python3 as it is. Without a package index, packages that
+# it lacks are taken from wheels/, which is made elsewhere by
+#   python -m pip download --no-deps -d wheels webdataset braceexpand jsonargparse \
+#       docstring-parser typeshed-client clean-fid
+# Each part has a share of the time and what those before it left, and ends with it: one that hangs
+# costs the others nothing.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+case "${1:-}" in
+    "" | --cpu) mode=${1:-} ;;
+    *) echo "error: option=$1: must be --cpu or nothing" >&2; exit 1 ;;
+esac
+python=python3
+[ ! -x .venv/bin/python ] || python=$PWD/.venv/bin/python
+if [ -d wheels ]; then
+    site=$(mktemp -d)
+    trap 'rm -rf "$site"' EXIT
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" wheels/*.whl \
+        || exit 1
+    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+if [ "$mode" = --cpu ]; then
+    export CUDA_VISIBLE_DEVICES=
+elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: no GPU that torch can use; --cpu tries the commands without one" >&2
+    exit 1
+fi
+out=${OUT:-benchmarks/gpu}
+mkdir -p "$out"
+failed=() spare=0
+
+# part NAME SECONDS COMMAND...: "LIMIT" in the command becomes the seconds that it may measure for,
+# which leaves some for starting and writing.
+part() {
+    local name=$1 share=$2 began=$SECONDS status=0
+    local seconds=$((share + spare))
+    shift 2
+    set -- "${@//LIMIT/$((seconds - 30))}"
+    printf '\n== %s, at most %s s: %s\n' "$name" "$seconds" "$*"
+    timeout --kill-after=5 "$seconds" "$@" || status=$?
+    spare=$((seconds - SECONDS + began))
+    [ $status = 0 ] || failed+=("$name (status $status, 124 is out of time)")
+}
+
+everything() {
+    local step="$python benchmarks/step.py" bf16="--precision bf16-mixed --limit LIMIT"
+    local recipes=none,sgg,sgg_release,sgg_fast,branch,layer_skip,ema
+    local b2="--networks b2" xl2="--networks xl2" compiled="--compile on" sampled="b2 --compile off,on"
+    if [ "$mode" = --cpu ]; then
+        recipes=none,sgg,branch
+        b2="--networks tiny --rounds 3 --batch 10" xl2=$b2 compiled="" sampled="tiny --compile off"
+    fi
+    # No quotes: these are lists of words.
+    part tests 60 "$python" -m pytest -q -m gpu $(grep -l 'mark\.gpu' tests/test_*.py)
+    part step_b2 135 $step $b2 $bf16 $compiled --recipes $recipes --json "$out/step_b2.json"
+    part step_b2_eager 40 $step $b2 $bf16 --recipes none --json "$out/step_b2_eager.json"
+    part sample 65 "$python" benchmarks/sample.py --networks $sampled --json "$out/sample.json"
+    part overhead 35 "$python" benchmarks/overhead.py --json "$out/overhead.json"
+    part step_xl2 185 $step $xl2 $bf16 $compiled --recipes $recipes --json "$out/step_xl2.json"
+    printf '\nresults, after %s s, in %s:\n' "$SECONDS" "$out"
+    ls "$out"
+    [ ${#failed[@]} = 0 ] || { printf 'failed: %s\n' "${failed[@]}"; return 1; }
+}
+
+everything 2>&1 | tee "$out/log.txt"
