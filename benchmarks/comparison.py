@@ -52,8 +52,7 @@ class Comparison:
     def __init__(self, setting: Setting, recipes: list[str], rounds: int, limit: float) -> None:
         self.setting, self.rounds, self.limit = setting, rounds, limit
         self.recipes, self.began = recipes, time.monotonic()
-        compiled = "compiled" if setting.compile else "eager"
-        self.name = f"{setting.network} {setting.precision} {compiled}"
+        self.name = f"{setting.network} {setting.precision} compile={setting.compile}"
         self.timed: dict[str, Timed] = {}
         self.times: dict[str, Times] = {}
 

@@ -37,8 +37,9 @@ from w2s_train.errors import UserError
 from w2s_train.files import atomic_write
 from w2s_train.trainer import quiet_lightning
 
+COMPILED = {False: "eager", True: "compiled", "blocks": "blocks"}
 PRECISIONS = ("32-true", "bf16-mixed")
-COMPILE = {"off": False, "on": True}
+COMPILE: dict[str, bool | str] = {"off": False, "on": True, "blocks": "blocks"}
 
 
 def machine(device: torch.device) -> str:
@@ -56,7 +57,7 @@ def print_table(entries: list[Entry]) -> None:
         low, high = e["ratio_quartiles"]
         memory = e["peak_memory_bytes"]
         print(
-            f"{e['network']:5} {e['precision']:10} {'compiled' if e['compile'] else 'eager':8} "
+            f"{e['network']:5} {e['precision']:10} {COMPILED[e['compile']]:8} "
             f"{e['recipe']:17} {1000 * e['seconds']:9.1f} ms  "
             f"{e['ratio']:.3f} ({low:.3f} to {high:.3f})  {e['images_per_second']:7.1f} images/s  "
             f"MFU {100 * e['mfu']:4.1f} %"

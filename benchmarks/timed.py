@@ -64,7 +64,7 @@ class Setting:
 
     network: str
     precision: str
-    compile: bool
+    compile: bool | str  # see `DiffusionModule`
     batch: int  # rows
     steps: int  # per timed block; more where a recipe acts every few steps only
     options: list[str]  # of the command, for any other part of the config
