@@ -5,8 +5,9 @@
 "fit" is a step of a real fit with everything that a run has: callbacks, loggers, the guards, the
 decision whether to save. "raw" is a loop over the same module and the same stream of data: forward,
 backward, optimizer, averages, weak networks. Between two blocks of steps of the fit, the raw loop
-takes as many. "inside" are the milliseconds in the code of each callback, of the loggers and of the
-module's own hooks, which noise blurs less than the difference of steps.
+takes as many. "cpu" is the time that the main thread had a processor, which other programs of a
+shared machine do not lengthen; so is "inside", the milliseconds in the code of each callback, of
+the loggers and of the module's own hooks.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import about, synchronize, write_json
 from lightning import Callback, Trainer
@@ -29,6 +31,7 @@ HOOKS = (
     "on_before_optimizer_step on_train_batch_end"
 ).split()
 MODULE_HOOKS = ("configure_gradient_clipping", "on_train_batch_end")
+PARTS = ("fit", "raw", "difference")
 WARM = 3  # blocks that are not counted
 
 
@@ -40,9 +43,10 @@ class Alternation(Callback):
     """
 
     def __init__(self, steps: int) -> None:
-        self.steps, self.seen, self.began = steps, 0, 0.0
-        self.fit: list[float] = []  # seconds per step, one element a block
-        self.raw: list[float] = []
+        self.steps, self.seen = steps, 0
+        self.began = np.zeros(2)
+        self.fit: list[Any] = []  # seconds per step, of both clocks, one element a block
+        self.raw: list[Any] = []
         self.inside: defaultdict[str, list[float]] = defaultdict(list)
         self.spent: defaultdict[str, float] = defaultdict(float)  # in this block
         self.nested = 0.0  # seconds in what the function at hand calls and is counted itself
@@ -52,9 +56,9 @@ class Alternation(Callback):
 
         def run(*arguments: Any, **options: Any) -> Any:
             outer, self.nested = self.nested, 0.0
-            began = time.perf_counter()
+            began = time.thread_time()
             result = function(*arguments, **options)
-            seconds = time.perf_counter() - began
+            seconds = time.thread_time() - began
             self.spent[name] += seconds - self.nested
             self.nested = outer + seconds
             return result
@@ -80,18 +84,16 @@ class Alternation(Callback):
         self.seen += 1
         if self.seen % self.steps:
             return
-        synchronize()
         if self.seen > self.steps:
-            self.fit.append((time.perf_counter() - self.began) / self.steps)
+            self.fit.append((_clocks() - self.began) / self.steps)
             for name in self.spent.keys() | self.inside.keys():
                 self.inside[name].append(self.spent[name] / self.steps)
-        began = time.perf_counter()
+        began = _clocks()
         for _ in range(self.steps):
             self.raw_step(pl_module, trainer.optimizers[0])
-        synchronize()
-        self.raw.append((time.perf_counter() - began) / self.steps)
+        self.raw.append((_clocks() - began) / self.steps)
         self.spent.clear()
-        self.began = time.perf_counter()
+        self.began = _clocks()
 
     def raw_step(self, module: Any, optimizer: torch.optim.Optimizer) -> None:
         """What a loop without a trainer would do."""
@@ -123,24 +125,28 @@ def measure(configs: list[str], rounds: int, steps: int) -> dict[str, Any]:
         callbacks.insert(0, alternation)
         command.trainer.fit(command.model, datamodule=command.datamodule)
     # A block of the fit is compared with the mean of those of the raw loop before and after it.
-    fit, raw = alternation.fit[WARM:], alternation.raw[WARM:]
-    around = [(a + b) / 2 for a, b in zip(raw, raw[1:], strict=False)]
-    differences = [1000 * (a - b) for a, b in zip(fit, around, strict=True)]
-    inside = {k: v[WARM:] for k, v in alternation.inside.items()}
-    means = {name: 1000 * statistics.mean(found) for name, found in inside.items()}
+    fit, raw = 1000 * np.array(alternation.fit[WARM:]), 1000 * np.array(alternation.raw[WARM:])
+    differences = fit - (raw[:-1] + raw[1:]) / 2
+    times = dict(zip(PARTS, (fit, raw, differences), strict=True))
+    inside = {k: 1000 * statistics.mean(v[WARM:]) for k, v in alternation.inside.items()}
     return {
         "configs": configs,
-        "fit_ms": _quartiles(1000 * x for x in fit),
-        "raw_ms": _quartiles(1000 * x for x in raw),
-        "difference_ms": _quartiles(differences),
-        "inside_ms": {k: round(v, 4) for k, v in sorted(means.items(), key=lambda kv: -kv[1])},
+        **{f"{name}_ms": _quartiles(found[:, 0]) for name, found in times.items()},
+        **{f"{name}_cpu_ms": _quartiles(found[:, 1]) for name, found in times.items()},
+        "inside_cpu_ms": {k: round(v, 4) for k, v in sorted(inside.items(), key=lambda kv: -kv[1])},
         "rounds": len(fit),
         "steps_per_block": steps,
     }
 
 
+def _clocks() -> Any:
+    """Seconds of the clock on the wall, when the device is done, and of this thread."""
+    synchronize()
+    return np.array([time.perf_counter(), time.thread_time()])
+
+
 def _quartiles(numbers: Any) -> list[float]:
-    return [round(x, 4) for x in statistics.quantiles(numbers, n=4)]
+    return [round(x, 4) for x in statistics.quantiles(numbers.tolist(), n=4)]
 
 
 def main() -> None:
@@ -158,10 +164,10 @@ def main() -> None:
     configs = given.config or ["configs/digits_w2s.yaml"]
     result = measure(configs, given.rounds, given.steps) | about()
     print("ms per step: lower quartile, median, upper quartile")
-    for name in ("fit_ms", "raw_ms", "difference_ms"):
-        print(f"  {name:14}", *(f"{x:8.3f}" for x in result[name]))
+    for name in (f"{part}{clock}" for clock in ("_ms", "_cpu_ms") for part in PARTS):
+        print(f"  {name:17}", *(f"{x:8.3f}" for x in result[name]))
     print("of that, the mean inside")
-    for name, value in result["inside_ms"].items():
+    for name, value in result["inside_cpu_ms"].items():
         print(f"  {name:20} {value:8.4f}")
     if given.json:
         write_json(given.json, [result])
