@@ -118,7 +118,8 @@ def measure(configs: list[str], rounds: int, steps: int) -> dict[str, Any]:
             ["fit", *files, "--trainer.default_root_dir", f"{folder}/run"]
             + ["--trainer.max_steps", str((rounds + WARM + 1) * steps + 1)]
             + ["--trainer.val_check_interval", "1000000", "--trainer.callbacks", "null"]
-            + ["--checkpoint.every_n_train_steps", "1000000", "--data.num_workers", "0"],
+            + ["--checkpoint.every_n_train_steps", "1000000", "--data.num_workers", "0"]
+            + ["--trainer.accelerator", "auto", "--trainer.devices", "1"],
             run=False,
         )
         callbacks: list[Callback] = command.trainer.callbacks  # type: ignore[attr-defined]
