@@ -232,12 +232,12 @@ def test_shards_without_samples(tmp_path: Path):
 
 def test_first_draws_differ_between_all_ranks():
     """Faults row 15: the main processes draw the noise, from seeds that differ; workers none."""
-    draws = []
+    draws, module = [], SimpleNamespace(device=torch.device("cpu"))
     for rank in range(8):
         trainer = SimpleNamespace(
             global_rank=rank, fit_loop=SimpleNamespace(total_batch_idx=0), world_size=8
         )
-        StepSeed(42).on_train_batch_start(trainer, None, None, 0)
+        StepSeed(42).on_train_batch_start(trainer, module, None, 0)
         draws.append(torch.randn(4))
     assert len({tuple(draw.tolist()) for draw in draws}) == 8
 

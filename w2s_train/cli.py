@@ -25,6 +25,7 @@ options:
   -c FILE               a YAML config; later ones override earlier ones, KEY VALUE overrides all
   --allow_imports NAMES let configs name classes of more packages, such as my_package,other
   --ckpt_path last      go on with the run in the run folder, or start it
+  --profile             of fit: write a trace of five steps and the ten heaviest operations
   --print_config        show the whole config, defaults included, and stop
   -h, --help            this text; `lightning COMMAND --help` lists every key
   --version             the version

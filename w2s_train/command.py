@@ -22,6 +22,7 @@ from w2s_train.callbacks import (
     LeavesScores,
     MetricsCSV,
     Position,
+    Profile,
     Progress,
     ResumableEvaluation,
     RunRecord,
@@ -44,6 +45,7 @@ from w2s_train.secrets import redacted, show_no_secrets
 from w2s_train.trainer import DiffusionTrainer, quiet_lightning
 from w2s_train.watch import Watch
 
+PROFILE = "--profile"  # a switch and no key: it belongs to no experiment, and into no config
 COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference")
 PARTS = {
     "trainer": DiffusionTrainer,
@@ -74,8 +76,12 @@ class Command(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse them, and keep what the command line itself says."""
         self.given = list[str](args)
-        super().parse_arguments(parser, args)
-        check_numbers(self.config[self.config.subcommand])
+        super().parse_arguments(parser, [arg for arg in args if arg != PROFILE])
+        subcommand = self.config.subcommand
+        self.profile = PROFILE in args
+        if self.profile and subcommand != "fit":
+            raise UserError(f"{PROFILE}: must stand with fit; {subcommand} takes no training step")
+        check_numbers(self.config[subcommand])
         check_functions(self.config)
 
     def _parse_ckpt_path(self) -> None:
@@ -119,7 +125,7 @@ class Command(LightningCLI):
         seed = int(config.seed_everything or 0)
         ours = [self.record, StepSeed(seed), Progress()]
         if self.subcommand == "fit":
-            ours.append(SkippedSamples())
+            ours += [SkippedSamples()] + [Profile()] * self.profile
         given = self._callbacks()
         resumable = [callback for callback in given if isinstance(callback, ResumableEvaluation)]
         given = [callback for callback in given if callback not in resumable]
@@ -186,7 +192,9 @@ class Command(LightningCLI):
             autoencoder.check(made, where)
 
     def before_fit(self) -> None:
-        """Check the steps of a plan, and own the run folder before a logger writes into it."""
+        """Check the numbers of steps, and own the run folder before a logger writes into it."""
+        if self.profile:
+            Profile.check(self.trainer.max_steps)
         try:
             self.model.plan(self.trainer.max_steps)
         except UserError as error:

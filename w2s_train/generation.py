@@ -1,5 +1,6 @@
 """Images from networks: each is fixed by its seed, its label and the weights alone."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -85,12 +86,21 @@ def generate(
         padded = [list_[rows] + list_[i : i + 1] * padding for list_ in (seeds, labels)]
         # Every image has a generator of its own, on the host: its noise is the same on any device.
         generators = [torch.Generator().manual_seed(seed) for seed in padded[0]]
-
-        def draw(generators: list[torch.Generator] = generators) -> Tensor:
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
+        draw = functools.partial(standard_normal, generators, shape, device)
         y = torch.tensor(padded[1], device=device)
         velocity = setting.guidance.field(setting.network, y, sampler.times())
         x = autoencoder.decode(sampler(velocity, draw(), draw).float())
         images.append(x[: block - padding])
     return torch.cat(images)
+
+
+def standard_normal(
+    generators: list[torch.Generator], shape: torch.Size, device: torch.device
+) -> Tensor:
+    """Noise (N, *shape), each row from its own generator on the host."""
+    # Pinned, so that the copy waits in the device's queue, and the host does not: it launches the
+    # evaluation of the step, and draws the noise while the device is busy with it.
+    noise = torch.empty(len(generators), *shape, pin_memory=device.type == "cuda")
+    for row, generator in zip(noise, generators, strict=True):
+        row.normal_(generator=generator)
+    return noise.to(device, non_blocking=True)

@@ -7,6 +7,7 @@ from w2s_train.callbacks.graceful_stop import GracefulStop
 from w2s_train.callbacks.guard import Guard
 from w2s_train.callbacks.leaves import LeavesScores
 from w2s_train.callbacks.metrics_csv import Events, MetricsCSV
+from w2s_train.callbacks.profile import Profile
 from w2s_train.callbacks.progress import Progress
 from w2s_train.callbacks.reference_writer import ReferenceWriter
 from w2s_train.callbacks.resumable_evaluation import ResumableEvaluation
@@ -31,6 +32,7 @@ __all__ = [
     "MetricsCSV",
     "NpzWriter",
     "Position",
+    "Profile",
     "Progress",
     "ReferenceWriter",
     "ResumableEvaluation",

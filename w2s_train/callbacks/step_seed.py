@@ -22,6 +22,10 @@ class StepSeed(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seed all of torch's generators."""
+        """Seed the generators of the host and of the module's device."""
         entropy = (self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx)
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        # `torch.manual_seed` would format a stack trace for each kind of device that is not in use.
+        torch.default_generator.manual_seed(seed)
+        if pl_module.device.type != "cpu":
+            torch.get_device_module(pl_module.device).manual_seed(seed)
