@@ -1,8 +1,6 @@
 """What every benchmark writes beside its numbers, and how."""
 
 import json
-import os
-import platform
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -17,16 +15,23 @@ from w2s_train.files import atomic_write
 
 def about() -> dict[str, Any]:
     """Where, when, with what and of which commit."""
-    cuda = torch.cuda.is_available()
-    cpu = f"{platform.machine()}, {os.cpu_count()} CPUs"
     return {
         "git_commit": git_commit(),
-        "machine": torch.cuda.get_device_name() if cuda else cpu,
+        "machine": machine(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def machine() -> str:
+    """The GPU's name, or the CPU's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "CPU of unknown name"
 
 
 def write_json(path: Path, entries: list[dict[str, Any]]) -> None:

@@ -19,7 +19,6 @@ worker processes, up to tensors on the device (the GPU if there is one).
 import argparse
 import io
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -30,10 +29,10 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
+from common import about
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from w2s_train.callbacks.run_record import git_commit
 from w2s_train.shards import ShardStream, ShardWriter, Storage, expand_urls, write_index
 from w2s_train.shards.index import find_shards
 from w2s_train.shards.indexed import IndexedStore
@@ -171,8 +170,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         write(Path(folder), args.samples, tuple(args.shape))
         result = measure(Path(folder), args)
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    result |= {"git_commit": git_commit(), "machine": machine, "torch": torch.__version__}
+    result |= about()
     result |= {name: getattr(args, name) for name in ("samples", "shape", "batch_size", "rounds")}
     low, high = result["ratio_quartiles"]
     for name, found in result["samples_per_second"].items():

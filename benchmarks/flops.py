@@ -17,6 +17,7 @@ activations) is not counted.
 import time
 
 import torch
+from common import synchronize
 
 from w2s_train.models import DiT
 
@@ -72,14 +73,8 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
 def _product(side: int, dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of one product of square matrices."""
     a = torch.randn(side, side, dtype=dtype, device=device)
-    synchronize(device)
+    synchronize()
     began = time.perf_counter()
     a @ a
-    synchronize(device)
+    synchronize()
     return 2 * side**3 / (time.perf_counter() - began)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -19,36 +19,22 @@ Results are written as soon as a network is done in one precision, compiled or n
 """
 
 import argparse
-import datetime
-import json
 import logging
-import shlex
-import sys
 import warnings
 from itertools import product
 from pathlib import Path
 
 import torch
+from common import about, write_json
 from comparison import Entry, measure
 from timed import NETWORKS, ROOT, Setting
 
-from w2s_train.callbacks.run_record import git_commit
 from w2s_train.errors import UserError
-from w2s_train.files import atomic_write
 from w2s_train.trainer import quiet_lightning
 
 COMPILED = {False: "eager", True: "compiled", "blocks": "blocks"}
 PRECISIONS = ("32-true", "bf16-mixed")
 COMPILE: dict[str, bool | str] = {"off": False, "on": True, "blocks": "blocks"}
-
-
-def machine(device: torch.device) -> str:
-    """The GPU's name, or the CPU's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "CPU of unknown name"
 
 
 def print_table(entries: list[Entry]) -> None:
@@ -134,25 +120,16 @@ def main() -> None:
     # Past the limit it would go on without compiling, and nobody would know.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = {
-        "git_commit": git_commit(),
-        "machine": machine(device),
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "command": shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
     entries: list[Entry] = []
     for setting in settings(args, device):
         try:
             found = measure(setting, args.recipes, args.rounds, args.limit)
         except (UserError, argparse.ArgumentError) as error:
             raise SystemExit(f"error: {' '.join(str(error).split())}") from error
-        entries += [entry | about for entry in found]
+        entries += [entry | about() for entry in found]
         print_table(found)
         if args.json:
-            with atomic_write(args.json) as file:
-                file.write(json.dumps(entries, indent=1).encode() + b"\n")
+            write_json(args.json, entries)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flops import synchronize
+from common import synchronize
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -150,11 +150,11 @@ class Timed:
 
     def block(self, steps: int = 0) -> float:
         """Seconds of a few steps; of as many as are timed if not given."""
-        synchronize(self.device)
+        synchronize()
         began = time.perf_counter()
         for _ in range(steps or self.steps):
             self.step()
-        synchronize(self.device)
+        synchronize()
         seconds = time.perf_counter() - began
         self.trainer.optimizers[0].zero_grad()  # the others need the memory
         return seconds

@@ -140,7 +140,7 @@ def test_recipes_share_memory(timed):
     [
         (["--networks=huge"], "networks=huge: must be of tiny, small, s2, b2, l2, xl2"),
         (["--precision=16"], "precision=16: must be of 32-true, bf16-mixed"),
-        (["--compile=true"], "compile=true: must be of off, on"),
+        (["--compile=true"], "compile=true: must be of off, on, blocks"),
         (["--rounds=2"], "rounds=2: must be at least 3"),
         (["--threads=0"], "threads=0: must be at least 1"),
         (["--json=nowhere/a.json"], "json=nowhere/a.json: must be in a folder that exists"),

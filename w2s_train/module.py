@@ -21,7 +21,7 @@ from w2s_train.generation import Setting, all_settings, generate
 from w2s_train.gradients import clip, norm_of, step_only_if
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.loading import check_optimizer, load_module
-from w2s_train.models import DiT, WeightAverage
+from w2s_train.models import DiT, WeightAverage, compile_networks
 from w2s_train.models.average import check_decay
 from w2s_train.objective import Losses, Objective
 from w2s_train.rows import spread
@@ -87,7 +87,7 @@ class DiffusionModule(LightningModule):
             if given == []:
                 raise UserError(f"{name}=[]: must name at least one")
         self.label_dropout, self.generation_block = label_dropout, generation_block
-        self.compile_networks = compile
+        self.how_compiled = compile
         self.objective.bind(network, label_dropout)
         for each in self.guidances:
             each.bind(network, objective)
@@ -116,16 +116,10 @@ class DiffusionModule(LightningModule):
 
     # ---- training --------------------------------------------------------------------------
     def setup(self, stage: str) -> None:
-        """Plan the run, and compile in place, which keeps the parameter names."""
+        """Plan the run, and compile."""
         if stage == "fit":
             self.plan(self.trainer.max_steps)
-        if self.compile_networks:
-            # Strong, averaged and weak networks share one forward: each is a variant of it.
-            torch._dynamo.config.recompile_limit = 64
-            for module in self.modules():
-                if isinstance(module, DiT):
-                    for part in module.blocks if self.compile_networks == "blocks" else [module]:
-                        part.compile(dynamic=False)
+        compile_networks(self, self.how_compiled)
 
     def plan(self, max_steps: int) -> None:
         """Check everything that happens at a step of its own.
@@ -189,7 +183,8 @@ class DiffusionModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says, keep the norm before clipping, and drop a bad step."""
-        parameters = [p for p in self.parameters() if p.grad is not None]
+        groups = optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         norm, loss = norm_of(parameters), torch.stack([part.total for part in self.parts]).mean()
         clip(parameters, norm, gradient_clip_val, gradient_clip_algorithm)
         self.good = step_only_if(self.judge(loss, norm), optimizer)

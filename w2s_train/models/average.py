@@ -20,7 +20,7 @@ class WeightAverage(nn.Module):
     """A frozen float32 copy of ``network`` that follows it.
 
     Args:
-        network: What to average. Its parameters are averaged, its buffers copied.
+        network: What to average. Its buffers are constants.
         decay: In [0, 1); 0 is a plain copy. The average looks back about 1 / (1 - decay) updates.
 
     Raises:
@@ -40,14 +40,12 @@ class WeightAverage(nn.Module):
             network: Of the same architecture.
             good: Whether to; a tensor () bool where the host does not know yet.
         """
-        averages: list[Tensor] = list(self.module.parameters())
-        new = [p.detach().float() for p in network.parameters()]
+        averages: list[Tensor] = [*self.module.weights]
+        new = [p.detach().float() for p in network.weights]
         if isinstance(good, Tensor):
             torch._foreach_lerp_(averages, new, weights=[(1 - self.decay) * good] * len(new))
         elif good:
             torch._foreach_lerp_(averages, new, 1 - self.decay)
-        for mine, other in zip(self.module.buffers(), network.buffers(), strict=True):
-            mine.copy_(other)
 
     def train(self, mode: bool = True) -> "WeightAverage":
         """An average is never in training mode."""

@@ -13,7 +13,7 @@ is random and labels are never dropped: who calls decides what the network sees.
 
 import math
 from collections.abc import Collection, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -186,6 +186,11 @@ class DiT(nn.Module):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
         self._initialize()
+
+    @cached_property
+    def weights(self) -> list[nn.Parameter]:
+        """All parameters; looked for once, since there are hundreds of modules."""
+        return list(self.parameters())
 
     @property
     def null_class(self) -> int:
