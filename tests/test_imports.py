@@ -32,6 +32,7 @@ LEVELS = {
     "checkpoint_io": 8,
     "fingerprint": 0,
     "gradients": 0,
+    "global_batch": 1,
     "signals": 0,
     "peers": 0,
     "watch": 1,

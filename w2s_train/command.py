@@ -196,9 +196,10 @@ class Command(LightningCLI):
             autoencoder.check(made, where)
 
     def before_fit(self) -> None:
-        """Check the steps of a plan, and own the run folder before a logger writes into it."""
+        """Check the plan and the batch, and own the run folder before a logger writes into it."""
         try:
             self.model.plan(self.trainer.max_steps)
+            self.datamodule.check_global_batch(self.trainer)
         except UserError as error:
             raise UserError(locate(str(error), self.config["fit"])) from error
         folder, start = Path(self.trainer.default_root_dir), self.config["fit"].ckpt_path
