@@ -11,7 +11,7 @@ from w2s_train.callbacks.watch import WatchedDDP
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp_fork", "--trainer.max_steps=8"]
 DDP += ["--trainer.val_check_interval=100", "--data.num_generated=8"]
 DDP += ["--model.objective.init_args.total_steps=8"]
-CHECKPOINTED = "--model.network.init_args.gradient_checkpointing=true"
+CHECKPOINTED = "--model.network.init_args.gradient_checkpointing=2"
 BAD = 3  # the step that is skipped
 
 
