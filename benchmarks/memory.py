@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py [--batch 256] [--networks b2,xl2] [--weak_copies 0] [--json FILE]
 
-For latents 4x32x32 and SGG (a head in the middle, a null pass without gradients), with AdamW, one running average, and recomputation of blocks in groups of k (0: none):
+For latents 4x32x32 and SGG (a head in the middle, a null pass without gradients), with AdamW, one
+running average, and recomputation of blocks in groups of k (0: none):
 
     parameters, gradients, two moments and averages: 4 bytes each per parameter
     half-precision weights of autocast, and weak copies: 2 bytes per parameter each
