@@ -129,7 +129,7 @@ def test_leaves_run_with_every_overlay(command, config: str, overlay: str):
 def test_dit_b_takes_steps_with_every_overlay(tmp_path: Path, latents: str, overlay: str):
     """The reference run with thin blocks: two optimisation steps."""
     options = ["--trainer.max_steps=2", "--trainer.devices=1", "--trainer.accelerator=cpu"]
-    options += ["--data.batch_size=4", "--data.num_workers=0", "--model.compile=false"]
+    options += ["--data.global_batch_size=4", "--data.num_workers=0", "--model.compile=false"]
     options += [f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks=null"]
     options += ["--trainer.precision=32-true", "--model.objective.init_args.total_steps=2"]
     options += ["--model.network.init_args.hidden_size=96"]
@@ -243,7 +243,7 @@ def test_compiled_networks_take_steps(command):
 def test_dit_b_takes_a_step(tmp_path: Path, latents: str):
     """One real optimisation step of the reference run, on latents: all weights move."""
     options = ["--trainer.max_steps=1", "--trainer.devices=1", "--trainer.accelerator=cpu"]
-    options += ["--data.batch_size=4", "--data.num_workers=1", "--model.compile=false"]
+    options += ["--data.global_batch_size=4", "--data.num_workers=1", "--model.compile=false"]
     options += [f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks=null"]
     command = instantiate(["dit_b_w2s.yaml"], latents, *options)
     network = command.model.network

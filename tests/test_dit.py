@@ -6,7 +6,7 @@ from conftest import perturbed
 
 from w2s_train.interpolant import CosineInterpolant, LinearInterpolant
 from w2s_train.models import DiT, DiTOutput
-from w2s_train.models.dit import position_table
+from w2s_train.models.embedding import position_table
 from w2s_train.models.published import NoisePredictionField, published_dit, published_sit
 
 SMALL = dict(input_size=8, in_channels=3, hidden_size=32, depth=3, num_heads=4, num_classes=5)
@@ -49,15 +49,49 @@ def test_skipping_and_keeping(network: DiT):
     torch.testing.assert_close(skipped.velocity, removed(x, t, y).velocity)
 
 
+DEEP = SMALL | dict(depth=5)
+
+
+def recomputed(k: int | bool) -> tuple[int, list[torch.Tensor]]:
+    """Bytes that are kept for the backward pass by groups of k blocks, and the gradients."""
+    torch.manual_seed(1)
+    network, kept = perturbed(DiT(**DEEP, gradient_checkpointing=k)), {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = network(*batch(), keep_hidden=(1, 3), skip_blocks=(2,))
+    total = sum(kept.values())
+    parts = [out.velocity, *out.hidden.values()]
+    sum(part.square().sum() for part in parts).backward()
+    return total, [p.grad for p in network.parameters() if p.grad is not None]
+
+
 def test_checkpointing_changes_nothing():
-    gradients = []
+    """Bitwise, for groups of any size, with blocks kept and skipped inside of them."""
+    _, plain = recomputed(0)
+    for k in (1, True, 2, 3, 5, 9):
+        _, gradients = recomputed(k)
+        assert len(gradients) == len(plain)
+        assert all(torch.equal(one, other) for one, other in zip(plain, gradients, strict=True)), k
+
+
+def test_checkpointing_saves_memory():
+    """Of each group its input is kept; larger groups keep less, until all is recomputed at once."""
+    bytes_of = {k: recomputed(k)[0] for k in (0, 1, 2, 3, 5)}
+    assert bytes_of[5] < bytes_of[3] < bytes_of[2] < bytes_of[1] < bytes_of[0] / 2
+    tokens = 6 * 16 * 32 * 4  # bytes of the input of a group, in float32
+    assert bytes_of[3] - bytes_of[5] == tokens
+
+
+def test_checkpoints_with_a_switch_load():
+    """Checkpoints of older versions say true or false."""
     for switch in (False, True):
-        torch.manual_seed(1)
-        network = perturbed(DiT(**SMALL, gradient_checkpointing=switch))
-        network(*batch()).velocity.square().sum().backward()
-        gradients.append([p.grad for p in network.parameters() if p.requires_grad])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+        network = DiT(**(DiT(**SMALL).arguments | dict(gradient_checkpointing=switch)))
+        assert network.gradient_checkpointing == switch
+        assert type(network.arguments["gradient_checkpointing"]) is int
 
 
 def test_rows_are_independent(network: DiT):
@@ -92,6 +126,7 @@ def test_position_table_encodes_column_then_row():
         dict(mlp_ratio=float("nan")),
         dict(num_classes=0),
         dict(out_channels=2),
+        dict(gradient_checkpointing=-1),
     ],
 )
 def test_bad_sizes(bad: dict):

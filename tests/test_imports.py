@@ -35,6 +35,7 @@ LEVELS = {
     "readback": 0,
     "rows": 0,
     "spikes": 0,
+    "global_batch": 1,
     "signals": 0,
     "peers": 0,
     "watch": 1,

@@ -192,11 +192,12 @@ class Command(LightningCLI):
             autoencoder.check(made, where)
 
     def before_fit(self) -> None:
-        """Check the numbers of steps, and own the run folder before a logger writes into it."""
+        """Check steps and batch, and own the run folder before a logger writes into it."""
         if self.profile:
             Profile.check(self.trainer.max_steps)
         try:
             self.model.plan(self.trainer.max_steps)
+            self.datamodule.check_global_batch(self.trainer)
         except UserError as error:
             raise UserError(locate(str(error), self.config["fit"])) from error
         folder, start = Path(self.trainer.default_root_dir), self.config["fit"].ckpt_path

@@ -3,18 +3,17 @@
 import hashlib
 import os
 import runpy
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from w2s_train.errors import UserError
+from w2s_train.global_batch import accumulate, parts_for, recount
 from w2s_train.plan import GenerationPlan, Remaining
 from w2s_train.preparation.script import find_script
 from w2s_train.secrets import redacted
@@ -23,8 +22,8 @@ from w2s_train.shards.index import Shard, check_labels, find_shards
 from w2s_train.shards.indexed import IndexedStore
 from w2s_train.shards.order import Places, StreamOrder
 from w2s_train.shards.store import MemoryStore, Store
+from w2s_train.shards.stream import Continued, ignore_signals
 from w2s_train.shards.urls import is_remote
-from w2s_train.signals import PREEMPTION
 
 SMALL = 512e6  # bytes of decoded samples that are held in memory unless the config says otherwise
 
@@ -42,7 +41,11 @@ class ShardDataModule(LightningDataModule):
         train_urls: Path, glob or brace pattern of the training shards, or such a URL
             (``s3://``, ``gs://``, ``hf://``, ``https://``, ...).
         num_classes: Labels are 0 ... num_classes - 1; must equal the network's.
-        batch_size: Rows per step and process.
+        batch_size: Rows per process at a time; with ``global_batch_size``, the most.
+        global_batch_size: Rows per optimizer step, over all processes and accumulated parts; the
+            rows per process and ``trainer.accumulate_grad_batches`` follow from it, and steps mean
+            optimizer steps in ``trainer.val_check_interval`` and ``limit_train_batches``, too.
+            None is ``batch_size`` times processes times what the trainer accumulates.
         num_workers: Worker processes per rank that read shards; 0 reads in the main process.
         shuffle: Samples within which the order is shuffled, whole shards of them; the shards
             themselves are in a new order every epoch. 0 leaves the rows of a shard as they are.
@@ -73,6 +76,7 @@ class ShardDataModule(LightningDataModule):
         train_urls: str,
         num_classes: int,
         batch_size: int,
+        global_batch_size: int | None = None,
         num_workers: int = 4,
         shuffle: int = 10_000,
         flip: bool = False,
@@ -92,6 +96,8 @@ class ShardDataModule(LightningDataModule):
         least = dict(num_classes=1, batch_size=1, num_workers=0, shuffle=0, num_generated=1)
         given = dict(num_classes=num_classes, batch_size=batch_size, num_workers=num_workers)
         given |= dict(shuffle=shuffle, num_generated=num_generated)
+        if global_batch_size is not None:
+            given |= dict(global_batch_size=global_batch_size)
         given |= dict(generation_batch_size=generation_batch_size, sampling_seeds=sampling_seeds)
         for name, value in given.items():
             if value < least.get(name, 1):
@@ -106,6 +112,8 @@ class ShardDataModule(LightningDataModule):
         self.script = find_script(prepare) if prepare else None
         self.storage = Storage(cache, cache_gigabytes, allow_pipe)
         self.train_urls, self.num_classes, self.batch_size = train_urls, num_classes, batch_size
+        self.global_batch_size, self.most_rows = global_batch_size, batch_size
+        self.divided_for: Any = None  # the trainer that accumulates for the global batch
         if self.script is None:
             self.expand(train_urls)
         self.num_workers, self.shuffle, self.flip = num_workers, shuffle, flip
@@ -130,6 +138,26 @@ class ShardDataModule(LightningDataModule):
 
     # ---- training --------------------------------------------------------------------------
 
+    def check_global_batch(self, trainer: Any) -> None:
+        """Refuse a global batch that the trainer's processes cannot share.
+
+        Raises:
+            UserError: It is none, or the trainer accumulates by itself.
+        """
+        if self.global_batch_size is not None:
+            parts_for(trainer, self.global_batch_size, self.most_rows)
+
+    def setup(self, stage: str) -> None:
+        """Divide the global batch, before anybody asks the trainer what it accumulates."""
+        trainer: Any = self.trainer
+        size = self.global_batch_size
+        if stage != "fit" or size is None or trainer is self.divided_for:
+            return
+        parts = parts_for(trainer, size, self.most_rows)
+        self.divided_for, self.batch_size = trainer, parts.rows
+        accumulate(trainer, parts.number)
+        rank_zero_info(f"global batch {size}: {parts.describe(trainer.world_size)}")
+
     def train_dataloader(self) -> DataLoader:
         """Endless batches of this rank, from where the run stands.
 
@@ -138,6 +166,8 @@ class ShardDataModule(LightningDataModule):
         """
         trainer = self.trainer
         assert trainer is not None
+        if self.global_batch_size is not None:
+            recount(trainer)
         self.shards = self._find_shards()
         counts = [shard.samples for shard in self.shards]
         self.order = StreamOrder(counts, seed=self.seed, window=self.shuffle)
@@ -152,13 +182,13 @@ class ShardDataModule(LightningDataModule):
             world_size=trainer.world_size,
             prefetch=any(is_remote(shard.url) for shard in self.shards),
         )
-        return _Continued(
+        return Continued(
             stream,
             lambda: module.images_seen,
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=ignore_signals,
         )
 
     def names(self, first: int, rows: int) -> list[str]:
@@ -267,27 +297,3 @@ class ShardDataModule(LightningDataModule):
         assert self.trainer is not None
         sampler = Remaining(plan, self.trainer.global_rank, self.trainer.world_size)
         return DataLoader(plan, batch_size=self.generation_batch_size, sampler=sampler)
-
-
-class _Continued(DataLoader):
-    """Begins where the run stands each time that it is read from: at every virtual epoch.
-
-    Args:
-        stream: What is read.
-        position: Samples that all processes have had.
-        options: Of `DataLoader`; workers must end with each pass, to take over the position.
-    """
-
-    def __init__(self, stream: ShardStream, position: Callable[[], int], **options: Any) -> None:
-        super().__init__(stream, **options)
-        self.stream, self.position = stream, position
-
-    def __iter__(self) -> Any:
-        self.stream.start = self.position()
-        return super().__iter__()
-
-
-def _ignore_signals(worker: int) -> None:
-    """What is sent to a whole job reaches workers, too; the main process decides when they end."""
-    for each in (signal.SIGINT, *PREEMPTION):
-        signal.signal(each, signal.SIG_IGN)

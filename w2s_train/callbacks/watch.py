@@ -79,10 +79,13 @@ class WatchedLauncher(_SubprocessScriptLauncher):
 class WatchedDDP(DDPStrategy):
     """DDP whose processes watch each other from the moment when they have met.
 
+    Gradients are views of the buckets that are sent. The graph of the loss is the same at every
+    step: which gradients come is not looked up.
+
     Args:
         watch: Of this process.
         start_method: How processes start where nobody else starts them.
-        find_unused_parameters: DDP's.
+        find_unused_parameters: Look for them at every step, in a graph that changes.
     """
 
     def __init__(
@@ -93,7 +96,9 @@ class WatchedDDP(DDPStrategy):
             timeout=timedelta(seconds=max(2 * watch.timeout, MEET)),
             start_method=start_method,
             find_unused_parameters=find_unused_parameters,
+            gradient_as_bucket_view=True,
         )
+        self.find_unused_parameters = find_unused_parameters
         self.watch = watch
 
     def _configure_launcher(self) -> None:
@@ -118,6 +123,19 @@ class WatchedDDP(DDPStrategy):
         except torch.distributed.DistError as error:
             raise Stopped(f"not all processes came; {one_line(error)}", PEER_LOST) from error
         self.watch.start(self.global_rank, os.environ["MASTER_ADDR"], self._exchange)
+
+    def _setup_model(self, model: torch.nn.Module) -> Any:
+        """Take the graph for static where every batch is a step.
+
+        Where the first backward pass only accumulates, torch 2.15 ends the run ("expect_autograd_
+        hooks_ INTERNAL ASSERT FAILED"); kept from sending then, it counts two passes per step and
+        never sends again. To send all parts of the first step is right but for rounding, with
+        which a run that goes on would no longer be the uninterrupted one bit for bit.
+        """
+        assert self.lightning_module is not None
+        accumulates = self.lightning_module.trainer.accumulate_grad_batches > 1
+        self._ddp_kwargs["static_graph"] = not (self.find_unused_parameters or accumulates)
+        return super()._setup_model(model)
 
     def _exchange(self, value: Any) -> list[Any]:
         everyone: list[Any] = [None] * self.world_size

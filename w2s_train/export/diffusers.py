@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError, one_line
-from w2s_train.models.dit import DiT, position_table
+from w2s_train.models.dit import DiT
+from w2s_train.models.embedding import position_table
 
 FREQUENCIES = 256
 GRID = 4001  # times in [0, 1] at which D is fitted; it is tested at others

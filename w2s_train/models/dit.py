@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from w2s_train.errors import UserError
+from w2s_train.models.embedding import LabelEmbedder, TimestepEmbedder, position_table
 
 
 class DiTOutput(NamedTuple):
@@ -43,35 +44,6 @@ class DiTOutput(NamedTuple):
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) * h + shift, for tokens (B, N, D) and per-sample vectors (B, D)."""
     return torch.addcmul(shift.unsqueeze(1), h, 1 + scale.unsqueeze(1))
-
-
-class TimestepEmbedder(nn.Module):
-    """Sines and cosines of t, then an MLP to (B, hidden_size)."""
-
-    def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-        # Rates from 1 to 1/10,000, as in "Attention is all you need"; float32 whatever the mode.
-        self.rates: Tensor
-        rates = torch.exp(-math.log(10_000) * torch.arange(frequencies // 2) / (frequencies // 2))
-        self.register_buffer("rates", rates, persistent=False)
-
-    def forward(self, t: Tensor) -> Tensor:
-        angle = t.float().unsqueeze(1) * self.rates
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
-
-
-class LabelEmbedder(nn.Module):
-    """One vector per class, and one more for the null class."""
-
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
 
 
 class DiTBlock(nn.Module):
@@ -135,7 +107,8 @@ class DiT(nn.Module):
         num_classes: Labels are 0 ... num_classes - 1; ``null_class`` = num_classes.
         out_channels: Channels of the last layer, at least C; what exceeds C is `DiTOutput.rest`.
         qk_norm: RMS-normalize queries and keys (Dehghani et al., 2023); steadier in bf16.
-        gradient_checkpointing: Recompute blocks in the backward pass: less memory, more time.
+        gradient_checkpointing: Recompute so many blocks at a time in the backward pass: less
+            memory, more time; benchmarks/memory.py says how much. True is 1; 0 is none.
         time_scale: The network embeds time_scale * t + time_shift: 1 and 0 here and in REPA;
             -1 and 1 in SiT, whose time runs the other way.
         time_shift: See ``time_scale``.
@@ -156,7 +129,7 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         out_channels: int | None = None,
         qk_norm: bool = False,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: int | bool = 0,
         time_scale: float = 1.0,
         time_shift: float = 0.0,
     ) -> None:
@@ -167,13 +140,15 @@ class DiT(nn.Module):
         sizes |= dict(num_classes=num_classes)
         _check_sizes(sizes, mlp_ratio, out_channels)
         self.arguments: dict[str, Any] = sizes | dict(mlp_ratio=mlp_ratio, qk_norm=qk_norm)
-        self.arguments |= dict(gradient_checkpointing=gradient_checkpointing)
+        if gradient_checkpointing < 0:
+            raise UserError(f"gradient_checkpointing={gradient_checkpointing}: must be at least 0")
+        self.gradient_checkpointing = int(gradient_checkpointing)
+        self.arguments |= dict(gradient_checkpointing=self.gradient_checkpointing)
         self.arguments |= dict(time_scale=time_scale, time_shift=time_shift)
         self.arguments |= dict(out_channels=out_channels)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.depth, self.num_classes = hidden_size, depth, num_classes
         self.num_heads = num_heads
-        self.gradient_checkpointing = gradient_checkpointing
         self.time_scale, self.time_shift = time_scale, time_shift
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
@@ -222,21 +197,37 @@ class DiT(nn.Module):
         done, h = resume or (-1, self.x_embedder(x_t) + self.pos_embed)
         cond = self.t_embedder(self.time_scale * t + self.time_shift) + self.y_embedder(y)
         hidden = {done: h} if done in keep_hidden else {}
-        for i, block in enumerate(self.blocks):
-            if i <= done:
-                continue
-            if i not in skip_blocks:
-                h = self._run(block, h, cond)
-            if i in keep_hidden:
-                hidden[i] = h
+        recompute = self.gradient_checkpointing > 0 and torch.is_grad_enabled()
+        size = self.gradient_checkpointing if recompute else self.depth
+        for first in range(done + 1, self.depth, size):
+            blocks = range(first, min(first + size, self.depth))
+            arguments = (blocks, h, cond, skip_blocks, keep_hidden)
+            if recompute:  # nothing in there is random
+                options: Any = dict(use_reentrant=False, preserve_rng_state=False)
+                h, kept = checkpoint(self._run, *arguments, **options)
+            else:
+                h, kept = self._run(*arguments)
+            hidden |= kept
         out = self.final_layer(h, cond)
         velocity, rest = out[:, : self.in_channels], out[:, self.in_channels :]
         return DiTOutput(velocity, rest, hidden, cond)
 
-    def _run(self, block: nn.Module, h: Tensor, cond: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, cond, use_reentrant=False)
-        return block(h, cond)
+    def _run(
+        self,
+        blocks: range,
+        h: Tensor,
+        cond: Tensor,
+        skip_blocks: Collection[int],
+        keep_hidden: Collection[int],
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Tokens (B, N, D) after some blocks, and those to be kept on the way."""
+        hidden = {}
+        for i in blocks:
+            if i not in skip_blocks:
+                h = self.blocks[i](h, cond)
+            if i in keep_hidden:
+                hidden[i] = h
+        return h, hidden
 
     def _initialize(self) -> None:
         """As published: Xavier for linear layers, 0.02 for embeddings, zero for gates."""
@@ -260,18 +251,6 @@ def zero_parameters(*layers: nn.Module) -> None:
     for layer in layers:
         for parameter in layer.parameters():
             nn.init.zeros_(parameter)
-
-
-def position_table(dim: int, side: int) -> Tensor:
-    """Sines and cosines of a token's place, (side * side, dim), row by row.
-
-    The first half of the channels encodes the column, the second half the row, as in MAE.
-    """
-    rates = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(side, dtype=torch.float64).unsqueeze(1) * rates
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
-    column, row = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
-    return torch.cat([column, row], dim=1).float()
 
 
 def _check_sizes(sizes: dict[str, int], mlp_ratio: float, out_channels: int) -> None:

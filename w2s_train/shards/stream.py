@@ -1,18 +1,20 @@
 """Batches from shards: an endless shuffled stream for training, and every image once."""
 
 import itertools
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from w2s_train.errors import UserError
 from w2s_train.shards.indexed import IndexedStore
 from w2s_train.shards.order import Places, StreamOrder
 from w2s_train.shards.samples import IMAGE_TYPES
 from w2s_train.shards.store import Rows, Store
+from w2s_train.signals import PREEMPTION
 
 ATTEMPTS = 100  # samples that are tried in place of one that cannot be read
 
@@ -144,3 +146,27 @@ class ShardImages(IterableDataset):
                     url, _ = self.store.name(first)
                     raise UserError(f"urls={url}: must hold images, one of {types}")
                 yield {"image": rows.image[0], "place": (shard, number), "encoding": encoding}
+
+
+class Continued(DataLoader):
+    """Begins where the run stands each time that it is read from: at every virtual epoch.
+
+    Args:
+        stream: What is read.
+        position: Samples that all processes have had.
+        options: Of `DataLoader`; workers must end with each pass, to take over the position.
+    """
+
+    def __init__(self, stream: ShardStream, position: Callable[[], int], **options: Any) -> None:
+        super().__init__(stream, **options)
+        self.stream, self.position = stream, position
+
+    def __iter__(self) -> Any:
+        self.stream.start = self.position()
+        return super().__iter__()
+
+
+def ignore_signals(worker: int) -> None:
+    """What is sent to a whole job reaches workers, too; the main process decides when they end."""
+    for each in (signal.SIGINT, *PREEMPTION):
+        signal.signal(each, signal.SIG_IGN)

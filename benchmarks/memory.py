@@ -1,0 +1,159 @@
+"""What a training step keeps in the memory of a GPU, counted from the architecture.
+
+    python benchmarks/memory.py [--batch 256] [--networks b2,xl2] [--weak_copies 0] [--json FILE]
+
+For latents 4x32x32 and SGG (a head in the middle, a null pass without gradients), with AdamW, one
+running average, and recomputation of blocks in groups of k (0: none):
+
+    parameters, gradients, two moments and averages: 4 bytes each per parameter
+    half-precision weights of autocast, and weak copies: 2 bytes per parameter each
+    a block: T D (16 + s (8 + 2 r)) + 9 B D s,    kept where it is not recomputed
+    a group of recomputed blocks: its input, 4 T D, and the blocks of one group at a time
+
+with B rows, T = B N tokens of width D, MLP ratio r, and s = 2 bytes (4 in float32). Of these, the
+16 are inputs and outputs of two layer norms, which stay float32, and 8 + 2 r are: input, q, k, v
+and output of the attention, output of its projection, input and output of the MLP, and two times
+its inside. The attention matrix is never stored (flash). `tests/test_memory.py` compares with the
+tensors that autograd saves. What lives within one block only ("work") is an estimate.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from w2s_train.callbacks.run_record import git_commit
+from w2s_train.models import DiT
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "s2": dict(hidden_size=384, depth=12, num_heads=6),
+    "b2": dict(hidden_size=768, depth=12, num_heads=12),
+    "l2": dict(hidden_size=1024, depth=24, num_heads=16),
+    "xl2": dict(hidden_size=1152, depth=28, num_heads=16),
+}
+CARD = 80e9  # bytes
+GROUPS = (0, 1, 2, 4, 7)
+
+
+class Memory(NamedTuple):
+    """Bytes by what they are for."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    averages: float
+    weak_copies: float
+    half_weights: float
+    kept: float  # activations of the strong pass
+    recomputed: float  # activations of one group of blocks, in the backward pass
+    work: float  # the largest tensors of one block, in the null pass or the backward pass
+
+    @property
+    def total(self) -> float:
+        """All of it: the height of the backward pass."""
+        return sum(self)
+
+
+def activations(
+    network: DiT, rows: int, group: int = 0, item: int = 2, heads: int = 0
+) -> tuple[float, float]:
+    """Bytes kept for the backward pass, and those that one group is recomputed into.
+
+    Args:
+        network: Sizes are read only.
+        rows: B.
+        group: Blocks that are recomputed at a time; 0 keeps all.
+        item: s, bytes of a number in matrix products.
+        heads: Further last layers, such as that of `IntermediateHead`.
+    """
+    width, blocks = network.hidden_size, len(network.blocks)
+    tokens = rows * (network.input_size // network.patch_size) ** 2 * width
+    ratio = network.arguments["mlp_ratio"]
+    block = tokens * (16 + item * (8 + 2 * ratio)) + 9 * rows * width * item
+    last = (1 + heads) * tokens * (8 + item)
+    if group == 0:
+        return blocks * block + last, 0.0
+    groups = -(-blocks // group)
+    return groups * 4 * tokens + last, min(group, blocks) * block
+
+
+def memory(
+    network: DiT,
+    rows: int,
+    group: int = 0,
+    *,
+    item: int = 2,
+    averages: int = 1,
+    weak_copies: float = 0.0,
+    heads: int = 1,
+) -> Memory:
+    """Bytes of a training step.
+
+    Args:
+        network: May be on the meta device.
+        rows: Rows per process at a time.
+        group: Blocks that are recomputed at a time; 0 keeps all.
+        item: Bytes of a number in matrix products: 2 under bf16-mixed.
+        averages: Running averages, an `EMA` as weak source included.
+        weak_copies: Frozen copies in float32; one in bfloat16 is half of one.
+        heads: Trained heads of weak sources.
+    """
+    numbers = 4 * sum(p.numel() for p in network.parameters())
+    matrices = sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear))
+    kept, recomputed = activations(network, rows, group, item, heads)
+    tokens = rows * (network.input_size // network.patch_size) ** 2 * network.hidden_size
+    work = tokens * (8 + item * (2 + 2 * network.arguments["mlp_ratio"]))
+    return Memory(
+        parameters=numbers,
+        gradients=numbers,
+        optimizer=2 * numbers,
+        averages=averages * numbers,
+        weak_copies=weak_copies * numbers,
+        half_weights=item * matrices if item < 4 else 0,
+        kept=kept,
+        recomputed=recomputed,
+        work=work,
+    )
+
+
+def table(names: list[str], rows: int, weak_copies: float) -> list[dict[str, Any]]:
+    """One entry per network, rows at a time and group."""
+    entries = []
+    for name in names:
+        with torch.device("meta"):
+            network = DiT(input_size=32, patch_size=2, in_channels=4, **NETWORKS[name])
+        for at_a_time in (rows, rows // 2):
+            for group in GROUPS:
+                parts = memory(network, at_a_time, group, weak_copies=weak_copies)
+                sizes = {key: round(value / 1e9, 2) for key, value in parts._asdict().items()}
+                entry = {"network": name, "rows": at_a_time, "group": group, **sizes}
+                entries.append(entry | {"total": round(parts.total / 1e9, 1)})
+                entries[-1]["fits"] = parts.total < 0.9 * CARD
+    return entries
+
+
+def main() -> None:
+    """Print the table, and write it if asked to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batch", type=int, default=256, help="rows per process")
+    parser.add_argument("--networks", default="b2,xl2")
+    parser.add_argument("--weak_copies", type=float, default=0.0, help="frozen ones, in float32")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    entries = table(given.networks.split(","), given.batch, given.weak_copies)
+    names = [name for name in entries[0] if name not in ("half_weights", "averages", "weak_copies")]
+    print("| " + " | ".join(names) + " |")
+    print("|" + "---|" * len(names))
+    for entry in entries:
+        print("| " + " | ".join(str(entry[name]) for name in names) + " |")
+    print("(GB; fits: in 90 % of 80 GB, which leaves room for CUDA itself and for fragments)")
+    if given.json:
+        result = {"commit": git_commit(), "weak_copies": given.weak_copies, "entries": entries}
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
