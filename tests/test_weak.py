@@ -42,12 +42,18 @@ CASES = {
     "null_class": ("null_class", lambda: weak.NullClass()),
     "ema": ("ema", lambda: weak.EMA(decay=0.5)),
     "lagging_ema": ("ema", lambda: weak.EMA(decay=0.5, lag=2, update_every=2)),
+    "half_ema": ("ema", lambda: weak.EMA(decay=0.5, lag=2, dtype="bfloat16")),
     "head": ("intermediate_head", lambda: weak.IntermediateHead(block=1)),
     "default_head": ("intermediate_head", lambda: weak.IntermediateHead()),
     "layer_skip": ("layer_skip", lambda: weak.LayerSkip(blocks=[1, 2])),
     "default_skip": ("layer_skip", lambda: weak.LayerSkip()),
     "snapshot": ("checkpoint", lambda: weak.Snapshot(step=1, weights="raw")),
     "checkpoint": ("checkpoint", lambda: weak.Checkpoint(network=small(depth=2))),
+    "half_snapshot": ("checkpoint", lambda: weak.Snapshot(step=1, dtype="bfloat16")),
+    "half_checkpoint": (
+        "checkpoint",
+        lambda: weak.Checkpoint(network=small(depth=2), dtype="bfloat16"),
+    ),
     "co_trained": ("co_trained", lambda: weak.CoTrained(every=1, lr=0.1)),
 }
 SOURCES = {name: make for name, (file, make) in CASES.items() if file in FILES}
@@ -176,6 +182,7 @@ def test_updating_rarely_keeps_the_decay_per_step(network: DiT):
         {"lag": -1},
         {"update_every": 0},
         {"update_every": 3, "lag": 2},
+        {"dtype": "bfloat16"},
     ],
 )
 def test_bad_averages(options: dict, network: DiT):
@@ -441,6 +448,43 @@ def test_bad_co_training(options: dict):
 def test_co_trained_networks_must_fit(changes: dict, network: DiT):
     with pytest.raises(ValueError, match="network="):
         weak.CoTrained(small(**changes)).bind(network)
+
+
+@needs("checkpoint")
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_copies_in_half_precision(qk_norm: bool):
+    """Under bf16-mixed they predict the same bits; in float32 they predict as under bf16-mixed."""
+    network = perturbed(small(qk_norm=qk_norm))
+    whole, half = (
+        weak.Checkpoint(network=network, dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = predict(whole, network)
+        assert torch.equal(predict(half, network), expected)
+    assert expected.dtype == torch.bfloat16
+    assert torch.equal(predict(half, network), expected)
+    exact = predict(whole, network)
+    error = (expected.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert 0 < error < 0.02
+    # What autocast leaves alone stays float32; it is little.
+    kept = [name for name, p in half.network.named_parameters() if p.dtype == torch.float32]
+    norms = [name for name, _ in network.named_parameters() if "_norm" in name]
+    assert sorted(kept) == sorted(["pos_embed", "y_embedder.embedding_table.weight", *norms])
+    assert half.network.t_embedder.rates.dtype == torch.float32
+
+
+@needs("ema")
+def test_copies_of_an_average_in_half_precision(network: DiT):
+    """The average stays float32; the copies are it, rounded."""
+    source = weak.EMA(decay=0.5, lag=2, dtype="bfloat16")
+    bound(source, network)
+    for step in range(1, 3):
+        perturbed(network)
+        source.after_step(network, Step(step))
+    name = "blocks.0.attn.qkv.weight"
+    average = source.average.module.get_parameter(name)
+    assert average.dtype == torch.float32
+    assert torch.equal(source.waiting.get_parameter(name), average.bfloat16())
 
 
 def test_sources_are_found_by_name():

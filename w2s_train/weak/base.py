@@ -1,15 +1,20 @@
 """What every weak source offers."""
 
 import abc
+import contextlib
 import copy
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput
 from w2s_train.schedule import Timeline
+
+Dtype = Literal["float32", "bfloat16"]  # of the matrices of frozen copies
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,25 @@ class WeakSource(nn.Module, abc.ABC):
         return self.timeline.steps(name, getattr(self, name))
 
 
-def frozen_copy(network: DiT) -> DiT:
-    """A copy that no optimizer reaches."""
-    return copy.deepcopy(network).requires_grad_(False).eval()
+def frozen_copy(network: DiT, dtype: Dtype = "float32") -> DiT:
+    """A copy that no optimizer reaches.
+
+    In "bfloat16" the weights that autocast casts at every step are kept so; under bf16-mixed the
+    copy then predicts the same, bit for bit. Embeddings and norms, which it leaves alone, stay.
+    """
+    frozen = copy.deepcopy(network).float().requires_grad_(False).eval()
+    for module in frozen.modules():
+        if dtype == "bfloat16" and isinstance(module, nn.Linear | nn.Conv2d):
+            module.bfloat16()
+    return frozen
+
+
+def frozen_velocity(network: DiT, noisy: NoisySample, y: Tensor) -> Tensor:
+    """The velocity (B, C, H, W) of a frozen copy; one in bfloat16 computes as in bf16-mixed."""
+    half = network.final_layer.linear.weight.dtype == torch.bfloat16
+    device = noisy.x_t.device.type
+    with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
+        return network(noisy.x_t, noisy.t, y).velocity
 
 
 def check_partner(weak: DiT, network: DiT, where: str) -> None:

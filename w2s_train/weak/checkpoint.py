@@ -12,7 +12,14 @@ from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput, saved_network
 from w2s_train.schedule import Steps, Timeline
-from w2s_train.weak.base import Step, WeakSource, check_partner, frozen_copy
+from w2s_train.weak.base import (
+    Dtype,
+    Step,
+    WeakSource,
+    check_partner,
+    frozen_copy,
+    frozen_velocity,
+)
 
 
 class Checkpoint(WeakSource):
@@ -25,6 +32,7 @@ class Checkpoint(WeakSource):
         path: A checkpoint of a run of ours.
         weights: Which of its weights: the running average ("ema") or the live ones ("raw").
         network: Instead of a path, any network, such as `w2s_train.models.published_sit`.
+        dtype: Of the copy's matrices; "bfloat16" takes half the memory, see `frozen_copy`.
 
     Raises:
         UserError: Both or neither given; a file that is missing or cannot be read; in `bind`,
@@ -36,6 +44,7 @@ class Checkpoint(WeakSource):
         path: str | None = None,
         weights: Literal["ema", "raw"] = "ema",
         network: DiT | None = None,
+        dtype: Dtype = "float32",
     ) -> None:
         super().__init__()
         if (path is None) == (network is None):
@@ -44,7 +53,7 @@ class Checkpoint(WeakSource):
         self.weights = weights if path else "given"
         loaded = saved_network(path, weights) if path is not None else network
         assert loaded is not None
-        self.network = frozen_copy(loaded)
+        self.network = frozen_copy(loaded, dtype)
 
     def bind(self, network: DiT) -> None:
         check_partner(self.network, network, self.where)
@@ -53,7 +62,7 @@ class Checkpoint(WeakSource):
         return f"Checkpoint({self.where}, {self.weights})"
 
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
-        return self.network(noisy.x_t, noisy.t, y).velocity
+        return frozen_velocity(self.network, noisy, y)
 
 
 class Snapshot(WeakSource):
@@ -64,6 +73,7 @@ class Snapshot(WeakSource):
         refresh_every: Take it anew at every so many steps after that (or a share); None never.
         weights: The live ones ("raw") or those of the running average ("ema"), of which the initial
             weights still are the share ema_decay**step: nearly all of it where the step is early.
+        dtype: Of the copy's matrices; "bfloat16" takes half the memory, see `frozen_copy`.
 
     Raises:
         UserError: A step at or after the run's last one, or a refresh interval of zero.
@@ -76,15 +86,17 @@ class Snapshot(WeakSource):
         step: Steps = 0.0625,
         refresh_every: Steps | None = None,
         weights: Literal["ema", "raw"] = "raw",
+        dtype: Dtype = "float32",
     ) -> None:
         super().__init__()
         for name, value in dict(step=step, refresh_every=refresh_every).items():
             if value == 0:
                 raise UserError(f"{name}={value}: must be at least one step")
         self.step, self.refresh_every, self.weights = step, refresh_every, weights
+        self.dtype: Dtype = dtype
 
     def bind(self, network: DiT) -> None:
-        self.network = frozen_copy(network)
+        self.network = frozen_copy(network, self.dtype)
         self.taken = False
 
     @property
@@ -114,7 +126,7 @@ class Snapshot(WeakSource):
         return self.steps("step")
 
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
-        return self.network(noisy.x_t, noisy.t, y).velocity
+        return frozen_velocity(self.network, noisy, y)
 
     def after_step(self, network: DiT, step: Step) -> None:
         age = step.number - self.first_step

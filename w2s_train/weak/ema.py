@@ -8,7 +8,7 @@ from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput, WeightAverage
 from w2s_train.models.average import check_decay
 from w2s_train.schedule import Steps, Timeline
-from w2s_train.weak.base import Step, WeakSource, frozen_copy
+from w2s_train.weak.base import Dtype, Step, WeakSource, frozen_copy, frozen_velocity
 
 
 class EMA(WeakSource):
@@ -23,26 +23,38 @@ class EMA(WeakSource):
         lag: Least age of the average in use, in optimizer steps or as a share of the plan; 0 is the
             current average. Two more copies of the network are kept.
         update_every: Optimizer steps between two updates of the average.
+        dtype: Of the matrices of the two more copies, see `frozen_copy`; the average is float32.
 
     Raises:
-        UserError: A decay outside [0, 1), a negative lag, an interval below 1.
+        UserError: A decay outside [0, 1), a negative lag, an interval below 1, or another dtype
+            without a lag, where there is no copy.
     """
 
     from_training = True
     scale_limit = 0.8  # at 0.9 it diverged where other sources only over-sharpened
 
-    def __init__(self, decay: float = 0.9999, lag: Steps = 0, update_every: int = 1) -> None:
+    def __init__(
+        self,
+        decay: float = 0.9999,
+        lag: Steps = 0,
+        update_every: int = 1,
+        dtype: Dtype = "float32",
+    ) -> None:
         super().__init__()
         if 0.5 <= lag < 1:
             raise UserError(f"lag={lag}: must be below 0.5 as a share: it guides from 2 lag on")
         if update_every < 1:
             raise UserError(f"update_every={update_every}: must be at least 1")
+        if dtype != "float32" and not lag:
+            raise UserError(f"dtype={dtype}: must be float32 without a lag: the average itself is")
+        self.dtype: Dtype = dtype
         self.decay, self.lag, self.update_every = check_decay("decay", decay), lag, update_every
 
     def bind(self, network: DiT) -> None:
         self.average = WeightAverage(network, self.decay**self.update_every)
         if self.lag:
-            self.waiting, self.used = frozen_copy(network).float(), frozen_copy(network).float()
+            self.waiting = frozen_copy(network, self.dtype)
+            self.used = frozen_copy(network, self.dtype)
         self.old_enough = not self.lag
 
     @property
@@ -76,7 +88,7 @@ class EMA(WeakSource):
 
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         weak = self.used if self.lag else self.average.module
-        return weak(noisy.x_t, noisy.t, y).velocity
+        return frozen_velocity(weak, noisy, y)
 
     @torch.no_grad()
     def after_step(self, network: DiT, step: Step) -> None:
