@@ -50,27 +50,52 @@ def noisy_batch(n: int):
     return LINEAR.corrupt(x, noise, torch.sort(torch.rand(n)).values)
 
 
-@pytest.mark.parametrize("kind", [Extrapolation, Consistency])
-def test_the_mean_gradient_over_all_draws_of_a_share_is_exact(network: DiT, monkeypatch, kind):
-    """The target's shift is linear in what is drawn, so the gradient's expectation stays."""
+def test_the_mean_gradient_over_all_draws_of_a_share_is_exact(network: DiT, monkeypatch):
+    """The target's shift is linear in what is drawn, whatever is guessed of it."""
     noisy, y = noisy_batch(8), torch.tensor([0, 1, 5, 2, 3, 4, 5, 1])
-    scale = 0.5 if kind is Extrapolation else {}
-    segment = kind(0.0, 1.0, *([scale] if scale else []), weak=weak.LayerSkip([2]), share=0.4)
+    plain = objective(Extrapolation(0.0, 1.0, 0.5, weak.LayerSkip([2])))
+    segment = Extrapolation(0.0, 1.0, 0.5, weak.LayerSkip([2]), share=0.4)
     ours = objective(segment)
+    plain.bind(network)
     ours.bind(network)
-    exact = gradients(network, ours.evaluate(network, noisy, y).total)
+    perturbed(segment.guess)
+    exact = gradients(network, plain.evaluate(network, noisy, y).total)
+    # Without a draw, all rows are evaluated and nothing is left to guess.
+    close(gradients(network, ours.evaluate(network, noisy, y).total), exact)
     sums = [torch.zeros_like(g) for g in exact]
+    guessed = []
 
     def draw():
         chosen = segment.choose(slice(0, 8), y != 5, 0.0)
-        assert len(chosen.rows) == 3 and chosen.weight == 8 / 3
+        assert len(chosen.evaluated) == 3
         losses = ours.evaluate(network, noisy, y, [chosen])
+        guessed.append(
+            torch.autograd.grad(losses.total, segment.guess.parameters(), retain_graph=True)
+        )
         for total, gradient in zip(sums, gradients(network, losses.total), strict=True):
             total += gradient / 8
         return losses.total
 
     every_offset(monkeypatch, draw, 8)
     close(sums, exact)
+    assert all(gradient.abs().max() > 0 for gradient in guessed[0])
+
+
+def test_the_guess_learns_the_difference(network: DiT):
+    """By regression at the rows that are evaluated; then little is left to the draw."""
+    segment = Extrapolation(0.0, 1.0, 0.5, weak.NullClass(), share=0.25)
+    ours = objective(segment)
+    ours.bind(network)
+    network.requires_grad_(False)
+    optimizer, errors = torch.optim.Adam(segment.guess.parameters(), lr=0.02), list[float]()
+    for _ in range(300):
+        losses = ours(network, torch.randn(32, 3, 8, 8), torch.arange(32) % 5)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+        (error,) = (s for s in losses.statistics if s.names == ("guess_error_rms",))
+        errors.append(error.values.mean().item())
+    assert sum(errors[-30:]) < 0.5 * sum(errors[:30])
 
 
 @pytest.mark.parametrize("kind", ["extrapolation", "consistency", "omega"])
@@ -107,8 +132,10 @@ def test_a_share_of_the_labelled_rows(network: DiT):
     segment = Extrapolation(0.0, 1.0, 0.6, weak.NullClass(), share=0.5)
     labelled = torch.arange(40) % 4 != 1
     chosen = segment.choose(slice(0, 40), labelled, 0.25)
-    assert isinstance(chosen.rows, torch.Tensor)
-    assert len(chosen.rows) == 15 and chosen.weight == 2 and labelled[chosen.rows].all()
+    assert isinstance(chosen.rows, torch.Tensor) and isinstance(chosen.evaluated, torch.Tensor)
+    assert len(chosen.rows) == 30 and labelled[chosen.rows].all()
+    assert len(chosen.evaluated) == 15
+    assert set(chosen.evaluated.tolist()) < set(chosen.rows.tolist())
 
 
 def test_a_share_that_cannot_be():
@@ -117,6 +144,8 @@ def test_a_share_that_cannot_be():
             Extrapolation(0.0, 1.0, 0.3, weak.NullClass(), share=share)
     with pytest.raises(UserError, match="^share=0.5: must be 1, IntermediateHead learns on every"):
         Extrapolation(0.0, 1.0, 0.3, weak.IntermediateHead(), share=0.5)
+    with pytest.raises(UserError, match="^share=0.5: must be 1, omega=1.5"):
+        Extrapolation(0.0, 1.0, 0.3, weak.NullClass(), share=0.5, omega=1.5)
 
 
 @pytest.mark.parametrize("blocks", [[0], [1], [1, 3], [2]])

@@ -122,7 +122,7 @@ class WeakToStrongObjective(Objective):
     def bind(self, network: DiT, label_dropout: float = 0.0) -> None:
         self.label_dropout = label_dropout
         for segment in self.segments:
-            segment.weak.bind(network)
+            segment.bind(network)
 
     def plan(self, max_steps: int | None) -> None:
         for segment in self.segments:
@@ -173,7 +173,7 @@ class WeakToStrongObjective(Objective):
                 looked up, for timesteps in any order.
             step: Where training stands.
         """
-        keep = {block for segment in self.segments for block in segment.weak.keep_hidden}
+        keep = {block for segment in self.segments for block in segment.keep_hidden}
         out = network(noisy.x_t, noisy.t, y, keep_hidden=keep)
         strong = StrongPass(network, noisy, y, out._replace(velocity=out.velocity.float()), step)
         target, penalties = noisy.v.float().clone(), list[Tensor]()
@@ -181,7 +181,7 @@ class WeakToStrongObjective(Objective):
         for i, segment in enumerate(self.segments):
             rows = chosen[i] if chosen else Chosen(segment.contains(noisy.t).nonzero().squeeze(1))
             idle = len(noisy.t[rows.rows]) == 0 or segment.factor(step) == 0
-            if idle and not segment.weak.trainable:
+            if idle and not segment.learns:
                 continue
             terms = segment.evaluate(strong, rows)
             statistics += terms.statistics

@@ -44,10 +44,19 @@ class StrongPass:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The rows that a segment is evaluated on."""
+    """The rows that a segment acts on, and those of them that its weak source sees."""
 
     rows: Rows
-    weight: float = 1.0  # what makes up for the rows of the segment that were left out
+    places: Tensor | None = None  # (m,) int64 among ``rows``; None is all
+
+    @property
+    def evaluated(self) -> Rows:
+        """The rows that the weak source sees."""
+        if self.places is None:
+            return self.rows
+        if isinstance(self.rows, slice):
+            return self.rows.start + self.places
+        return self.rows[self.places]
 
 
 @dataclass(frozen=True)
@@ -73,36 +82,39 @@ class Segment(nn.Module, abc.ABC):
         high: End of the range, exclusive, in (low, 1]; 1 itself belongs to the last segment.
         weak: The weak source.
         schedule: When it starts and how it grows; None is at once and constant.
-        share: Of the segment's rows, how many the weak source is evaluated on, in (0, 1]. They are
-            drawn anew at every step and count 1 / share times, which keeps the expectation of the
-            gradient and adds to its variance; rows that are left out are trained on plain v.
 
     Raises:
-        UserError: The range is empty, inverted or not inside [0, 1]; a share that is not in (0, 1],
-            or is below 1 with a trainable source, which needs all rows.
+        UserError: The range is empty, inverted or not inside [0, 1].
     """
 
+    share: float = 1.0  # of the rows that it acts on, how many the weak source sees
+
     def __init__(
-        self,
-        low: float,
-        high: float,
-        weak: WeakSource,
-        schedule: Schedule | None = None,
-        share: float = 1.0,
+        self, low: float, high: float, weak: WeakSource, schedule: Schedule | None = None
     ) -> None:
         super().__init__()
-        if not 0 < share <= 1:
-            raise UserError(f"share={share}: must be in (0, 1]")
-        if share < 1 and weak.trainable:
-            raise UserError(f"share={share}: must be 1, {type(weak).__name__} learns on every row")
         if not 0 <= low < 1:
             raise UserError(f"low={low}: must be in [0, 1)")
         if not low < high <= 1:
             raise UserError(f"high={high}: must be in ({low}, 1], above low={low}")
-        self.low, self.high, self.weak, self.share = low, high, weak, share
+        self.low, self.high, self.weak = low, high, weak
         self.only_labelled = weak.needs_label  # the difference is 0 where the label was dropped
         self.schedule = schedule or Schedule()
         self.timeline = Timeline()
+
+    def bind(self, network: DiT) -> None:
+        """Meet the network; once, before training."""
+        self.weak.bind(network)
+
+    @property
+    def keep_hidden(self) -> tuple[int, ...]:
+        """Blocks whose tokens the strong pass must keep."""
+        return self.weak.keep_hidden
+
+    @property
+    def learns(self) -> bool:
+        """Whether the loss reaches parameters of its own; then it is evaluated at every step."""
+        return self.weak.trainable
 
     def plan(self, timeline: Timeline) -> None:
         """Learn how long the run will be; called before it starts.
@@ -130,7 +142,7 @@ class Segment(nn.Module, abc.ABC):
         return (t >= self.low) & ((t < self.high) | (self.high == 1))
 
     def choose(self, rows: slice, labelled: Tensor, label_dropout: float) -> Chosen:
-        """The rows that the weak source is to be evaluated on, as many at every step.
+        """The rows to act on and those that the weak source is to see, as many at every step.
 
         Args:
             rows: All rows of the segment.
@@ -141,11 +153,9 @@ class Segment(nn.Module, abc.ABC):
         if self.only_labelled and (dropped := at_least(n, label_dropout)):
             n -= dropped
             index = rows.start + chosen_first(labelled[rows], n)
-        m = min(max(round(self.share * n), 1), n)
-        if m < n:
-            some = subset(n, m, labelled.device)
-            index = rows.start + some if index is None else index[some]
-        return Chosen(rows if index is None else index, n / max(m, 1))
+        m = max(round(self.share * n), 1)
+        places = subset(n, m, labelled.device) if self.share < 1 and n else None
+        return Chosen(rows if index is None else index, places)
 
     def predict(self, strong: StrongPass, rows: Rows) -> Tensor:
         """The weak velocity in float32: on all rows if trainable, else on ``rows`` only."""

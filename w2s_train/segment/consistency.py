@@ -25,7 +25,6 @@ class Consistency(Segment):
         weak: The weak source.
         weight: Weight of the penalty.
         schedule: When it starts and how it grows; None is at once and constant.
-        share: See `Segment`.
 
     Raises:
         UserError: A negative weight.
@@ -38,9 +37,8 @@ class Consistency(Segment):
         weak: WeakSource,
         weight: float = 0.2,
         schedule: Schedule | None = None,
-        share: float = 1.0,
     ) -> None:
-        super().__init__(low, high, weak, schedule, share)
+        super().__init__(low, high, weak, schedule)
         self.weight = at_least_0("weight", weight)
 
     def describe(self) -> str:
@@ -55,7 +53,7 @@ class Consistency(Segment):
         inside, velocity = self.contains(t[rows]), strong.out.velocity[rows]
         penalty = velocity.new_zeros(len(t))
         # Multiplied, not selected: the graph must be the same whichever timesteps were drawn.
-        weight = self.factor(strong.step) * self.weight * chosen.weight
+        weight = self.factor(strong.step) * self.weight
         penalty[rows] = weight * inside * mean_square(velocity - weak)
         v = strong.noisy.v[rows].float()
         return SegmentTerms(rows, None, penalty, self.report(velocity, weak, v, inside))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from w2s_train.errors import UserError
 from w2s_train.interpolant import right_pad
+from w2s_train.models import DiT
 from w2s_train.schedule import Schedule
 from w2s_train.segment.base import (
     Chosen,
@@ -29,6 +30,7 @@ from w2s_train.segment.base import (
     at_least_0,
     mean_square,
 )
+from w2s_train.segment.guess import Guess
 from w2s_train.weak.base import WeakSource
 
 WARN_ABOVE = 0.6  # scales above it over-sharpened in every stability study known to us
@@ -54,11 +56,13 @@ class Extrapolation(Segment):
         from_average: Take strong and weak in the difference from the running average of the
             network, as released Model Guidance code does, at the cost of one more forward pass.
         schedule: When it starts and how it grows; None is at once and constant.
-        share: See `Segment`.
+        share: Of its rows, how many the weak source is evaluated on, in (0, 1]; drawn anew at every
+            step. See `Guess` for the others; the expectation of the gradient stays.
         allow_unstable: Accept any scale.
 
     Raises:
-        UserError: A number out of its range; ``from_average`` with a source that is trained.
+        UserError: A number out of its range; ``from_average`` with a source that is trained; a
+            ``share`` below 1 with one, or with an ``omega``.
     """
 
     def __init__(
@@ -75,7 +79,13 @@ class Extrapolation(Segment):
         share: float = 1.0,
         allow_unstable: bool = False,
     ) -> None:
-        super().__init__(low, high, weak, schedule, share)
+        super().__init__(low, high, weak, schedule)
+        if not 0 < share <= 1:
+            raise UserError(f"share={share}: must be in (0, 1]")
+        if share < 1 and (weak.trainable or omega != 1):
+            why = f"omega={omega}" if omega != 1 else f"{type(weak).__name__} learns on every row"
+            raise UserError(f"share={share}: must be 1, {why}")
+        self.share = share
         self.scale, self.omega = at_least_0("scale", scale), at_least_0("omega", omega)
         self.only_labelled = weak.needs_label and omega == 1
         self.weak_loss_weight = at_least_0("weak_loss_weight", weak_loss_weight)
@@ -121,25 +131,46 @@ class Extrapolation(Segment):
             + (f", {self.schedule}" if self.schedule != Schedule() else "")
         )
 
+    def bind(self, network: DiT) -> None:
+        super().bind(network)
+        if self.share < 1:
+            self.guess = Guess(network)
+
+    @property
+    def keep_hidden(self) -> tuple[int, ...]:
+        return super().keep_hidden + ((self.guess.block,) if self.share < 1 else ())
+
+    @property
+    def learns(self) -> bool:
+        return super().learns or self.share < 1
+
     def evaluate(self, strong: StrongPass, chosen: Chosen) -> SegmentTerms:
-        noisy, rows, penalty = strong.noisy, chosen.rows, None
+        noisy, rows, penalty = strong.noisy, chosen.evaluated, None
         factor = self.factor(strong.step)
         velocity, weak = self._pair(strong, rows)
         if self.weak.trainable:
             penalty = self.weak_loss_weight * mean_square(weak - noisy.v)
             weak = weak[rows]
         velocity, weak, v = velocity.detach(), weak.detach(), noisy.v[rows].float()
-        inside = self.contains(noisy.t[rows])
-        shift = factor * self.scale * self._clip(velocity - weak)
+        statistics = self._statistics(velocity, weak, v, noisy.t[rows], factor)
+        difference = self._clip(velocity - weak)
+        if self.share < 1:
+            difference, penalty, error = self.guess.complete(difference, strong, chosen)
+            statistics.append(error)
+            rows = chosen.rows
+        shift = factor * self.scale * difference
         if self.omega != 1:
             shift = shift + factor * (self.omega - 1) * (v - weak)
-        statistics = self.report(velocity, weak, v, inside)
-        guides = torch.full_like(noisy.t[rows], self.effective_scale(factor))[None]
-        statistics.append(
-            Statistic((f"{self.name}/effective_scale",), guides, inside[None], "mean")
-        )
-        weight = chosen.weight * right_pad(inside, shift)
-        return SegmentTerms(rows, weight * shift, penalty, statistics)
+        shift = right_pad(self.contains(noisy.t[rows]), shift) * shift
+        return SegmentTerms(rows, shift, penalty, statistics)
+
+    def _statistics(
+        self, strong: Tensor, weak: Tensor, v: Tensor, t: Tensor, factor: float
+    ) -> list[Statistic]:
+        inside = self.contains(t)
+        guides = torch.full_like(t, self.effective_scale(factor))[None]
+        scale = Statistic((f"{self.name}/effective_scale",), guides, inside[None], "mean")
+        return [*self.report(strong, weak, v, inside), scale]
 
     def _pair(self, strong: StrongPass, rows: Rows) -> tuple[Tensor, Tensor]:
         """Strong at ``rows`` and weak (at all rows if trainable), whose difference guides."""

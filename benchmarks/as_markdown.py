@@ -1,0 +1,46 @@
+"""The entries of a benchmark as a Markdown table.
+
+    python benchmarks/as_markdown.py benchmarks/step_cpu.json network recipe compile seconds ratio
+
+Columns are names of the entries' fields; of numbers that have quartiles, these follow in brackets.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+DIGITS = {"seconds": 3, "ratio": 2, "mfu": 3, "compile_seconds": 0, "images_per_second": 1}
+
+
+def cell(entry: dict[str, Any], name: str) -> str:
+    """One value as text."""
+    value = entry[name]
+    if not isinstance(value, float):
+        return str(value)
+    digits = DIGITS.get(name, 3)
+    text = f"{value:.{digits}f}"
+    if quartiles := entry.get(f"{name}_quartiles"):
+        text += " ({:.{d}f} to {:.{d}f})".format(*quartiles, d=digits)
+    return text
+
+
+def main() -> None:
+    """Print it."""
+    if len(sys.argv) < 3:
+        raise SystemExit("error: must be called with a file and names of fields")
+    entries = json.loads(Path(sys.argv[1]).read_text())
+    names = sys.argv[2:]
+    if unknown := [name for name in names if name not in entries[0]]:
+        raise SystemExit(f"error: {','.join(unknown)}: must be of {', '.join(entries[0])}")
+    print("| " + " | ".join(names) + " |")
+    print("|---" * len(names) + "|")
+    for entry in entries:
+        print("| " + " | ".join(cell(entry, name) for name in names) + " |")
+    about = {(e["git_commit"], e["machine"], e["torch"], e["command"]) for e in entries}
+    for commit, machine, torch, command in sorted(about):
+        print(f"\nCommit `{commit[:7]}`, {machine}, torch {torch}: `{command}`")
+
+
+if __name__ == "__main__":
+    main()
