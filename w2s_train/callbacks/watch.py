@@ -128,9 +128,9 @@ class WatchedDDP(DDPStrategy):
         """Take the graph for static where every batch is a step.
 
         Where the first backward pass only accumulates, torch 2.15 ends the run ("expect_autograd_
-        hooks_ INTERNAL ASSERT FAILED"); kept from sending then, it counts two passes per step and
-        never sends again. To send all parts of the first step is right but for rounding, with
-        which a run that goes on would no longer be the uninterrupted one bit for bit.
+        hooks_ INTERNAL ASSERT FAILED"); kept from sending then, it was seen to send in the first
+        step only. To send all parts of the first step is right but for rounding, with which a run
+        that goes on would no longer be the uninterrupted one bit for bit.
         """
         assert self.lightning_module is not None
         accumulates = self.lightning_module.trainer.accumulate_grad_batches > 1
