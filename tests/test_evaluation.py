@@ -40,7 +40,7 @@ model:
   ema_decay: [0.5, 0.9]
   guidance:
     - {class_path: w2s_train.guidance.Unguided}
-    - {class_path: w2s_train.guidance.ClassifierFree, init_args: {scale: 3.0}}
+    - {class_path: w2s_train.guidance.ClassifierFree, init_args: {scale: 30.0}}
 data: {sampling_seeds: 2, num_generated: 50}
 """
 
@@ -77,7 +77,7 @@ def test_all_settings_in_one_go(command, metrics: Path, tmp_path: Path):
     assert every == numbers(scores(folder)[fitted // 2 : fitted])
     assert len({value for metric, value, *_ in every if metric == "fd_digits"}) == 12
     guided = (
-        "--model.guidance={class_path: w2s_train.guidance.ClassifierFree, init_args: {scale: 3}}"
+        "--model.guidance={class_path: w2s_train.guidance.ClassifierFree, init_args: {scale: 30}}"
     )
     command("validate", *overlays, guided, "--model.scored_weights=[raw]", "--ckpt_path=last")
     alone = numbers(scores(folder)[-10:])
