@@ -190,7 +190,7 @@ class WeakToStrongObjective(Objective):
             if terms.penalty is not None:
                 penalties.append(terms.penalty)
         strong_loss = mean_square(strong.out.velocity - target)
-        per_sample = strong_loss + sum(penalties) if penalties else strong_loss
+        per_sample = sum(penalties, start=strong_loss)
         statistics += self._loss_statistics(per_sample.detach(), strong_loss.detach(), noisy.t)
         return Losses(per_sample.mean(), per_sample.detach(), statistics)
 
