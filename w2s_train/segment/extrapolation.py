@@ -155,8 +155,10 @@ class Extrapolation(Segment):
         statistics = self._statistics(velocity, weak, v, noisy.t[rows], factor)
         difference = self._clip(velocity - weak)
         if self.share < 1:
-            difference, penalty, error = self.guess.complete(difference, strong, chosen)
-            statistics.append(error)
+            difference, penalty = self.guess.complete(difference, strong, chosen)
+            values, inside = penalty.detach()[rows][None], self.contains(noisy.t[rows])[None]
+            name = f"{self.name}/guess_error_rms"
+            statistics.append(Statistic((name,), values, inside, "rms"))
             rows = chosen.rows
         shift = factor * self.scale * difference
         if self.omega != 1:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from w2s_train.models import DiT, FinalLayer
-from w2s_train.segment.base import Chosen, Statistic, StrongPass, mean_square
+from w2s_train.segment.base import Chosen, StrongPass, mean_square
 
 
 class Guess(nn.Module):
@@ -33,8 +33,8 @@ class Guess(nn.Module):
 
     def complete(
         self, difference: Tensor, strong: StrongPass, chosen: Chosen
-    ) -> tuple[Tensor, Tensor, Statistic]:
-        """The difference d' (n, C, H, W) at all rows, the loss (B,) of the guess, and its error.
+    ) -> tuple[Tensor, Tensor]:
+        """The difference d' (n, C, H, W) at all rows, and the loss (B,) of the guess.
 
         Args:
             difference: d (m, C, H, W) at the evaluated rows.
@@ -45,9 +45,7 @@ class Guess(nn.Module):
         guess = self.head(hidden.detach(), cond.detach()).float()
         n, m = len(guess), len(difference)
         places = torch.arange(n, device=guess.device) if chosen.places is None else chosen.places
-        error = difference - guess[places]
-        per_row, loss = mean_square(error), torch.zeros_like(strong.noisy.t)
-        loss[chosen.evaluated] = per_row
-        mask = torch.ones_like(per_row, dtype=torch.bool)[None]
-        report = Statistic(("guess_error_rms",), per_row.detach()[None], mask, "rms")
-        return guess.detach().index_add(0, places, n / m * error.detach()), loss, report
+        error, loss = difference - guess[places], torch.zeros_like(strong.noisy.t)
+        loss[chosen.evaluated] = mean_square(error)
+        weight = n / max(m, 1)
+        return guess.detach().index_add(0, places, weight * error.detach()), loss
