@@ -30,6 +30,7 @@ from common import about, synchronize, write_json
 from evaluation import DIGITS, evaluation
 from torch._dynamo.utils import counters
 
+from w2s_train.allocator import keep_freed_memory
 from w2s_train.command import compose
 from w2s_train.interpolant import LinearInterpolant
 from w2s_train.models import DiT
@@ -270,6 +271,7 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     args = arguments()
     quiet_lightning()
+    keep_freed_memory()  # as the command does
     torch.set_num_threads(args.threads)
     entries: list[dict[str, Any]] = []
     for network in args.networks:

@@ -29,6 +29,7 @@ from common import about, write_json
 from comparison import Entry, measure
 from timed import NETWORKS, ROOT, Setting
 
+from w2s_train.allocator import keep_freed_memory
 from w2s_train.errors import UserError
 from w2s_train.trainer import quiet_lightning
 
@@ -113,6 +114,7 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     args = arguments()
     quiet_lightning()
+    keep_freed_memory()  # as the command does
     warnings.filterwarnings("ignore", "The `srun` command is available")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

@@ -31,6 +31,7 @@ LEVELS = {
     "checkpointing": 1,
     "checkpoint_io": 8,
     "fingerprint": 0,
+    "allocator": 0,
     "gradients": 0,
     "readback": 0,
     "rows": 0,

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from w2s_train.allocator import keep_freed_memory
 from w2s_train.callbacks import (
     FID,
     Agreement,
@@ -252,6 +253,7 @@ def compose(args: list[str] | None, run: bool = True) -> Command:
 def run(args: list[str] | None) -> None:
     """Run one command; a user's error ends it with one line and status 1."""
     quiet_lightning()
+    keep_freed_memory()
     sys.excepthook = show_no_secrets
     try:
         command = compose(args)
