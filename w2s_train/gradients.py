@@ -21,6 +21,15 @@ def clip(
         nn.utils.clip_grad_value_(parameters, limit)
 
 
+def unscale(optimizer: Any, scaler: Any) -> None:
+    """Undo float16's loss scaling, if there is one, before anyone looks at gradients.
+
+    The trainer leaves that to fused optimizers themselves, in their step; for others it is done.
+    """
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        scaler.unscale_(optimizer)
+
+
 def step_only_if(good: bool | Tensor, optimizer: Any) -> bool | Tensor:
     """Have the optimizer pass over its next step, states included, unless that is good.
 
