@@ -107,7 +107,8 @@ def test_numbers_that_cannot_be_written_end_no_run(command, monkeypatch, recwarn
     assert rows[-1].startswith("30,") and 10 < len(rows) < 31
 
 
-SOURCES = ["EMA, init_args: {decay: 0.9}", "CoTrained, init_args: {every: 1}"]
+SOURCES = ["EMA, init_args: {decay: 0.9, lag: 3}", "CoTrained, init_args: {every: 1}"]
+SOURCES += ["Snapshot, init_args: {step: 3}"]
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -158,8 +158,6 @@ class DiffusionModule(LightningModule):
         """One optimizer step; then average and weak sources follow, once per *optimizer* step."""
         super().optimizer_step(*args, **kwargs)
         parts, self.parts = self.parts, []
-        if self.good is False:
-            return
         one = torch.ones_like(self.gradient_norm)[None, None]
         norm = Statistic(("gradient_norm",), self.gradient_norm * one, one.bool(), "mean")
         for statistics in ([norm], *(part.statistics for part in parts)):
