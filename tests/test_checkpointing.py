@@ -3,6 +3,7 @@
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from w2s_train.checkpointing import (
 )
 from w2s_train.errors import UserError
 from w2s_train.fingerprint import fingerprint
+from w2s_train.module import DiffusionModule
 
 LONG = ["--trainer.val_check_interval=1000"]
 
@@ -129,6 +131,25 @@ def test_time_makes_checkpoints_due(command, monkeypatch):
     folder = command("fit", *LONG, "--trainer.max_steps=9", "--checkpoint.every_minutes=2")
     assert len(saved) > 3 and saved[-1] == 9
     assert checkpoint(folder)["global_step"] == 9
+
+
+def test_one_wish_is_one_checkpoint(command, monkeypatch):
+    """Also where the host hears a step later that it was granted, and has wished again."""
+    monkeypatch.setattr("w2s_train.callbacks.guard.waits_cost", lambda trainer: True)
+    saved, now, real, step = list[int](), [0.0], Checkpoints.save, DiffusionModule.training_step
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, t, m: (saved.append(t.global_step), real(self, t, m))
+    )
+
+    def training_step(self, batch, batch_idx):
+        now[0] = 1000.0 * (self.global_step >= 2)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DiffusionModule, "training_step", training_step)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    options = ["--checkpoint.every_minutes=2", "--checkpoint.every_n_train_steps=1000"]
+    command("fit", *LONG, "--trainer.max_steps=9", *options)
+    assert saved == [5, 9]
 
 
 @pytest.mark.parametrize(
