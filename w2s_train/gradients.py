@@ -21,6 +21,18 @@ def clip(
         nn.utils.clip_grad_value_(parameters, limit)
 
 
+def keep_fused(optimizer: Any, state: dict[str, Any]) -> None:
+    """Before a state is loaded: whether steps are fused is said by the config, and not by a file.
+
+    Args:
+        optimizer: Which gets it.
+        state: The optimizer's state dict.
+    """
+    for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=False):
+        if "fused" in ours:
+            theirs["fused"] = ours["fused"]
+
+
 def unscale(optimizer: Any, scaler: Any) -> None:
     """Undo float16's loss scaling, if there is one, before anyone looks at gradients.
 

@@ -18,7 +18,7 @@ from w2s_train.checks import check_label_dropout
 from w2s_train.clock import FitClock
 from w2s_train.errors import UserError
 from w2s_train.generation import Setting, all_settings, generate
-from w2s_train.gradients import clip, norm_of, step_only_if, unscale
+from w2s_train.gradients import clip, keep_fused, norm_of, step_only_if, unscale
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.loading import check_optimizer, load_module
 from w2s_train.models import DiT, WeightAverage, compile_networks
@@ -212,6 +212,7 @@ class DiffusionModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over everything that needs gradients, and the schedule."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer.register_load_state_dict_pre_hook(keep_fused)
         if self.scheduler is None:
             return optimizer
         schedule = {"scheduler": self.scheduler(optimizer), "interval": "step"}
