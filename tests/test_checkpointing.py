@@ -3,6 +3,7 @@
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from w2s_train.checkpointing import (
     read_file,
     write_checkpoint,
 )
-from w2s_train.errors import UserError
+from w2s_train.errors import PREEMPTED, UserError
 from w2s_train.fingerprint import fingerprint
+from w2s_train.module import DiffusionModule
+from w2s_train.signals import REQUESTS
 
 LONG = ["--trainer.val_check_interval=1000"]
 
@@ -129,6 +132,44 @@ def test_time_makes_checkpoints_due(command, monkeypatch):
     folder = command("fit", *LONG, "--trainer.max_steps=9", "--checkpoint.every_minutes=2")
     assert len(saved) > 3 and saved[-1] == 9
     assert checkpoint(folder)["global_step"] == 9
+
+
+def test_one_wish_is_one_checkpoint(command, monkeypatch):
+    """Also where the host hears a step later that it was granted, and has wished again."""
+    monkeypatch.setattr("w2s_train.callbacks.guard.waits_cost", lambda trainer: True)
+    saved, now, real, step = list[int](), [0.0], Checkpoints.save, DiffusionModule.training_step
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, t, m: (saved.append(t.global_step), real(self, t, m))
+    )
+
+    def training_step(self, batch, batch_idx):
+        now[0] = 1000.0 * (self.global_step >= 2)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DiffusionModule, "training_step", training_step)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    options = ["--checkpoint.every_minutes=2", "--checkpoint.every_n_train_steps=1000"]
+    command("fit", *LONG, "--trainer.max_steps=9", *options)
+    assert saved == [5, 9]
+
+
+def test_a_run_stops_after_whole_steps(command, monkeypatch):
+    """Also where the host hears of the wish while a checkpoint is written, after a step."""
+    monkeypatch.setattr("w2s_train.callbacks.guard.waits_cost", lambda trainer: True)
+    real, steps = DiffusionModule.training_step, list[int]()
+
+    def training_step(self, batch, batch_idx):
+        steps.append(self.global_step)
+        REQUESTS.preempted = self.global_step >= 2
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(DiffusionModule, "training_step", training_step)
+    options = ["--trainer.accumulate_grad_batches=2", "--checkpoint.every_n_train_steps=1"]
+    with pytest.raises(SystemExit) as end:
+        command("fit", *LONG, *options)
+    REQUESTS.reset()
+    assert end.value.code == PREEMPTED
+    assert steps == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize(

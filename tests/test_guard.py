@@ -62,6 +62,20 @@ def test_it_goes_back_to_before_the_bad_steps(tmp_path: Path, in_a_row: int, exp
     assert found == (f"checkpoints/{expected}.ckpt" if expected else "")
 
 
+def test_the_host_waits_if_the_first_bad_step_is_one_too_many(command, monkeypatch, recwarn):
+    """An accelerator's host would hear of it after the next step, which is good."""
+    monkeypatch.setattr("w2s_train.callbacks.guard.waits_cost", lambda trainer: True)
+    real = DiffusionModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        return real(self, batch, batch_idx) * (math.nan if self.global_step == 4 else 1.0)
+
+    monkeypatch.setattr(DiffusionModule, "training_step", training_step)
+    command("fit", "--trainer.val_check_interval=1000", "--guard.patience=1")
+    text = " ".join(str(each.message) for each in recwarn)
+    assert "until step 5: weights go back to those of checkpoints/step-000003.ckpt" in text
+
+
 def test_a_run_that_goes_back_in_its_folder_forgets_what_came_later(command, monkeypatch, recwarn):
     """Neither a roll-back nor a kill leads to the part that was given up."""
     options = ["--trainer.val_check_interval=1000", "--guard.patience=3"]
@@ -107,7 +121,8 @@ def test_numbers_that_cannot_be_written_end_no_run(command, monkeypatch, recwarn
     assert rows[-1].startswith("30,") and 10 < len(rows) < 31
 
 
-SOURCES = ["EMA, init_args: {decay: 0.9}", "CoTrained, init_args: {every: 1}"]
+SOURCES = ["EMA, init_args: {decay: 0.9, lag: 3}", "CoTrained, init_args: {every: 1}"]
+SOURCES += ["Snapshot, init_args: {step: 3}"]
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -1,9 +1,12 @@
 """The Lightning module: averages, label dropout, generation, learning."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import perturbed, sources
 from lightning import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader, Dataset
 
 from w2s_train.autoencoder import PixelSpace, StableDiffusionVAE, to_uint8
@@ -178,3 +181,19 @@ def test_clipping_keeps_the_norm_before_it():
 def test_bad_arguments(bad: dict, key: str):
     with pytest.raises(ValueError, match=key):
         module(**bad)
+
+
+def test_float16_is_unscaled_before_gradients_are_looked_at():
+    """With a fused optimizer, too, whose step would undo the scale only after clipping."""
+    model, norms = module(optimizer=partial(torch.optim.AdamW, fused=True)), list[float]()
+
+    def judge(loss: torch.Tensor, norm: torch.Tensor) -> bool:
+        norms.append(norm.item())
+        return len(norms) != 2
+
+    model.judge = judge
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    fit(model, steps=4, plugins=[plugin], gradient_clip_val=1.0)
+    assert len(norms) == 4 and max(norms) < 50
+    assert scaler.get_scale() == 2.0**10

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from w2s_train.checkpointing import write_checkpoint
 from w2s_train.module import DiffusionModule
 
 
@@ -93,6 +94,22 @@ def test_snapshots_and_co_trained_networks_resume(command):
             "objective.segments.0.weak.network.blocks.0.attn.qkv.weight"
         ],
     )
+
+
+def test_a_file_does_not_say_whether_steps_are_fused(command):
+    """Those of before they were resume, and go on fused: the host waits for nothing."""
+    options = ["-c", "configs/weak/separate.yaml", "--trainer.val_check_interval=1000"]
+    whole = command("fit", *options, "--trainer.max_steps=8", folder="whole")
+    part = command("fit", *options, "--trainer.max_steps=5", folder="part")
+    content = checkpoint(part)
+    weak = [v for k, v in content["state_dict"].items() if k.endswith("weak._extra_state")]
+    states = [*content["optimizer_states"], *(state for state in weak if state)]
+    assert len(states) == 2
+    for state in states:
+        state["param_groups"][0]["fused"] = None
+    write_checkpoint(content, part / "checkpoints/step-000005.ckpt")
+    command("fit", *options, "--trainer.max_steps=8", "--ckpt_path=last", folder="part")
+    assert_same(checkpoint(whole), checkpoint(part))
 
 
 def test_the_record_survives_a_resume(command):

@@ -21,6 +21,27 @@ def clip(
         nn.utils.clip_grad_value_(parameters, limit)
 
 
+def keep_fused(optimizer: Any, state: dict[str, Any]) -> None:
+    """Before a state is loaded: whether steps are fused is said by the config, and not by a file.
+
+    Args:
+        optimizer: Which gets it.
+        state: The optimizer's state dict.
+    """
+    for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=False):
+        if "fused" in ours:
+            theirs["fused"] = ours["fused"]
+
+
+def unscale(optimizer: Any, scaler: Any) -> None:
+    """Undo float16's loss scaling, if there is one, before anyone looks at gradients.
+
+    The trainer leaves that to fused optimizers themselves, in their step; for others it is done.
+    """
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        scaler.unscale_(optimizer)
+
+
 def step_only_if(good: bool | Tensor, optimizer: Any) -> bool | Tensor:
     """Have the optimizer pass over its next step, states included, unless that is good.
 

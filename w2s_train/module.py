@@ -18,7 +18,7 @@ from w2s_train.checks import check_label_dropout
 from w2s_train.clock import FitClock
 from w2s_train.errors import UserError
 from w2s_train.generation import Setting, all_settings, generate
-from w2s_train.gradients import clip, norm_of, step_only_if
+from w2s_train.gradients import clip, keep_fused, norm_of, step_only_if, unscale
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.loading import check_optimizer, load_module
 from w2s_train.models import DiT, WeightAverage, compile_networks
@@ -158,8 +158,6 @@ class DiffusionModule(LightningModule):
         """One optimizer step; then average and weak sources follow, once per *optimizer* step."""
         super().optimizer_step(*args, **kwargs)
         parts, self.parts = self.parts, []
-        if self.good is False:
-            return
         one = torch.ones_like(self.gradient_norm)[None, None]
         norm = Statistic(("gradient_norm",), self.gradient_norm * one, one.bool(), "mean")
         for statistics in ([norm], *(part.statistics for part in parts)):
@@ -183,6 +181,7 @@ class DiffusionModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says, keep the norm before clipping, and drop a bad step."""
+        unscale(optimizer, getattr(self.trainer.precision_plugin, "scaler", None))
         groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         norm, loss = norm_of(parameters), torch.stack([part.total for part in self.parts]).mean()
@@ -213,6 +212,7 @@ class DiffusionModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over everything that needs gradients, and the schedule."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer.register_load_state_dict_pre_hook(keep_fused)
         if self.scheduler is None:
             return optimizer
         schedule = {"scheduler": self.scheduler(optimizer), "interval": "step"}

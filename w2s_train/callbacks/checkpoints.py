@@ -137,6 +137,8 @@ class Checkpoints(Checkpoint):
 
         trainer.save_checkpoint(path, weights_only=False, storage_options=written)
         self.when, self.saved = time.monotonic(), trainer.global_step
+        # What was wished for before is done, also where the host has only now heard of it.
+        self.agreement.decided["save"] = False
 
     def finish(self, trainer: Trainer) -> None:
         """Wait until everything is on the disk; on all processes together.

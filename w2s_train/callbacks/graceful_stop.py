@@ -63,7 +63,8 @@ class GracefulStop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop if any process was asked to."""
-        if not self.agreement.stop:  # decided in optimizer steps alone: no gradients are lost
+        half = (batch_idx + 1) % trainer.accumulate_grad_batches  # whose gradients would be lost
+        if half or not self.agreement.stop:
             return
         self._stop(interrupted=not self.agreement.decided["preempt"])
         if validation_follows(trainer, batch_idx):

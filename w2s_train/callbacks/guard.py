@@ -53,7 +53,7 @@ class Guard(Callback):
 
     A step is judged where the numbers are. On an accelerator the host learns of it one step later,
     so that it never waits: the optimizer passes over a bad step by itself (see `gradients`), while
-    records, warnings and decisions of all processes are that step late.
+    records, warnings and decisions of all processes are that step late. It waits if patience is 1.
 
     Args:
         loss_spike: Times the running average that make a loss bad; None is never.
@@ -107,8 +107,9 @@ class Guard(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Be asked before each optimizer step."""
         self.trainer = trainer
-        # The loss scaler of float16 waits for the device at every step anyway.
-        self.late = waits_cost(trainer) and trainer.precision != "16-mixed"
+        # The loss scaler of float16 waits anyway, and the first bad step may be one too many.
+        waits = trainer.precision == "16-mixed" or self.patience == 1
+        self.late = waits_cost(trainer) and not waits
         pl_module.judge = lambda loss, norm: self.judge(trainer, loss, norm)
 
     # ---- before the optimizer step ---------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError
-from w2s_train.gradients import step_only_if
+from w2s_train.gradients import keep_fused, step_only_if
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput
 from w2s_train.readback import Readback
@@ -73,6 +73,7 @@ class CoTrained(WeakSource):
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(self.learned, weight_decay=0.0, fused=True)
             if self.restored:
+                keep_fused(self.optimizer, self.restored)  # it may be of a run without
                 self.optimizer.load_state_dict(self.restored)
         self.optimizer.param_groups[0]["lr"] = step.lr if self.lr is None else self.lr
         for parameter in self.learned:
