@@ -125,6 +125,26 @@ def table(names: list[str], rows: int, weak_copies: float) -> list[dict[str, Any
     return entries
 
 
+def print_table(entries: list[dict[str, Any]]) -> None:
+    """One line per network and rows, with what depends on the group at the end."""
+    fixed = ("parameters", "gradients", "optimizer", "averages", "weak_copies", "half_weights")
+    names = ("network", "rows", *fixed, "work")
+    print("| " + " | ".join(names) + "".join(f" | k = {group}" for group in GROUPS) + " |")
+    print("|" + "---|" * (len(names) + len(GROUPS)))
+    for first in range(0, len(entries), len(GROUPS)):
+        groups = entries[first : first + len(GROUPS)]
+        cells = [str(groups[0][name]) for name in names]
+        cells += [
+            f"{e['kept']} + {e['recomputed']}: {e['total']}" + ("" if e["fits"] else ", too much")
+            for e in groups
+        ]
+        print("| " + " | ".join(cells) + " |")
+    print(
+        "\nGB; k: kept + recomputed: total of the line. More than 90 % of 80 GB are too much: the"
+    )
+    print("rest is for CUDA itself and for fragments.")
+
+
 def main() -> None:
     """Print the table, and write it if asked to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -132,12 +152,7 @@ def main() -> None:
     lists = {"networks": ("b2,xl2", OVERLAYS)}
     given = parse(parser, lists, {"batch": (256, 2, "rows per process")})
     entries = table(given.networks, given.batch, given.weak_copies)
-    names = [name for name in entries[0] if name not in ("half_weights", "averages", "weak_copies")]
-    print("| " + " | ".join(names) + " |")
-    print("|" + "---|" * len(names))
-    for entry in entries:
-        print("| " + " | ".join(str(entry[name]) for name in names) + " |")
-    print("(GB; fits: in 90 % of 80 GB, which leaves room for CUDA itself and for fragments)")
+    print_table(entries)
     if given.json:
         write_json(given.json, [entry | about() for entry in entries])
 
