@@ -161,6 +161,7 @@ def test_arguments_are_checked_before_any_work(load, monkeypatch, options, messa
         ("memory --networks=tiny", "networks=tiny: must be of s2, b2, l2, xl2"),
         ("memory --batch=1", "batch=1: must be at least 2"),
         ("scaling measure --rounds=0", "rounds=0: must be at least 1"),
+        ("overhead --steps=0", "steps=0: must be at least 1"),
     ],
 )
 def test_arguments_of_other_benchmarks(load, monkeypatch, words: str, message: str):
