@@ -1,6 +1,6 @@
 """The entries of a benchmark as a Markdown table.
 
-    python benchmarks/as_markdown.py benchmarks/step_cpu.json network recipe compile seconds ratio
+    python benchmarks/as_markdown.py benchmarks/step_s2.json network recipe compile seconds ratio
 
 Columns are names of the entries' fields; of numbers that have quartiles, these follow in brackets.
 """
@@ -29,8 +29,10 @@ def main() -> None:
     """Print it."""
     if len(sys.argv) < 3:
         raise SystemExit("error: must be called with a file and names of fields")
-    entries = json.loads(Path(sys.argv[1]).read_text())
-    names = sys.argv[2:]
+    path, names = Path(sys.argv[1]), sys.argv[2:]
+    entries = json.loads(path.read_text()) if path.is_file() else None
+    if not entries or not isinstance(entries, list):
+        raise SystemExit(f"error: {path}: must be a file with a list of entries")
     if unknown := [name for name in names if name not in entries[0]]:
         raise SystemExit(f"error: {','.join(unknown)}: must be of {', '.join(entries[0])}")
     print("| " + " | ".join(names) + " |")

@@ -3,18 +3,17 @@
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import synchronize
+from common import ROOT, synchronize
 
 from w2s_train.callbacks import FID
 from w2s_train.callbacks.fid import FeatureSums
 from w2s_train.command import compose
 from w2s_train.frechet import Moments, frechet_distance
 
-DIGITS = str(Path(__file__).resolve().parent.parent / "configs" / "digits_w2s.yaml")
+DIGITS = str(ROOT / "configs" / "digits_w2s.yaml")
 
 
 def evaluation(rounds: int) -> dict[str, Any]:

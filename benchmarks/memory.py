@@ -18,22 +18,13 @@ tensors that autograd saves. What lives within one block only ("work") is an est
 """
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from common import OVERLAYS, about, on_paper, parse, write_json
 from torch import nn
 
-from w2s_train.callbacks.run_record import git_commit
 from w2s_train.models import DiT
 
-NETWORKS: dict[str, dict[str, Any]] = {
-    "s2": dict(hidden_size=384, depth=12, num_heads=6),
-    "b2": dict(hidden_size=768, depth=12, num_heads=12),
-    "l2": dict(hidden_size=1024, depth=24, num_heads=16),
-    "xl2": dict(hidden_size=1152, depth=28, num_heads=16),
-}
 CARD = 80e9  # bytes
 GROUPS = (0, 1, 2, 4, 7)
 
@@ -123,8 +114,7 @@ def table(names: list[str], rows: int, weak_copies: float) -> list[dict[str, Any
     """One entry per network, rows at a time and group."""
     entries = []
     for name in names:
-        with torch.device("meta"):
-            network = DiT(input_size=32, patch_size=2, in_channels=4, **NETWORKS[name])
+        network = on_paper(name)
         for at_a_time in (rows, rows // 2):
             for group in GROUPS:
                 parts = memory(network, at_a_time, group, weak_copies=weak_copies)
@@ -135,24 +125,36 @@ def table(names: list[str], rows: int, weak_copies: float) -> list[dict[str, Any
     return entries
 
 
+def print_table(entries: list[dict[str, Any]]) -> None:
+    """One line per network and rows, with what depends on the group at the end."""
+    fixed = ("parameters", "gradients", "optimizer", "averages", "weak_copies", "half_weights")
+    names = ("network", "rows", *fixed, "work")
+    print("| " + " | ".join(names) + "".join(f" | k = {group}" for group in GROUPS) + " |")
+    print("|" + "---|" * (len(names) + len(GROUPS)))
+    for first in range(0, len(entries), len(GROUPS)):
+        groups = entries[first : first + len(GROUPS)]
+        cells = [str(groups[0][name]) for name in names]
+        cells += [
+            f"{e['kept']} + {e['recomputed']}: {e['total']}" + ("" if e["fits"] else ", too much")
+            for e in groups
+        ]
+        print("| " + " | ".join(cells) + " |")
+    print(
+        "\nGB; k: kept + recomputed: total of the line. More than 90 % of 80 GB are too much: the"
+    )
+    print("rest is for CUDA itself and for fragments.")
+
+
 def main() -> None:
     """Print the table, and write it if asked to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", type=int, default=256, help="rows per process")
-    parser.add_argument("--networks", default="b2,xl2")
     parser.add_argument("--weak_copies", type=float, default=0.0, help="frozen ones, in float32")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    entries = table(given.networks.split(","), given.batch, given.weak_copies)
-    names = [name for name in entries[0] if name not in ("half_weights", "averages", "weak_copies")]
-    print("| " + " | ".join(names) + " |")
-    print("|" + "---|" * len(names))
-    for entry in entries:
-        print("| " + " | ".join(str(entry[name]) for name in names) + " |")
-    print("(GB; fits: in 90 % of 80 GB, which leaves room for CUDA itself and for fragments)")
+    lists = {"networks": ("b2,xl2", OVERLAYS)}
+    given = parse(parser, lists, {"batch": (256, 2, "rows per process")})
+    entries = table(given.networks, given.batch, given.weak_copies)
+    print_table(entries)
     if given.json:
-        result = {"commit": git_commit(), "weak_copies": given.weak_copies, "entries": entries}
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(given.json, [entry | about() for entry in entries])
 
 
 if __name__ == "__main__":

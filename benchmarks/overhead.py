@@ -16,15 +16,15 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import about, synchronize, write_json
+from common import about, parse, synchronize, write_json
 from lightning import Callback, Trainer
 
 from w2s_train.command import compose
+from w2s_train.errors import UserError
 
 HOOKS = (
     "on_train_batch_start on_before_zero_grad on_before_backward on_after_backward "
@@ -153,17 +153,19 @@ def _quartiles(numbers: Any) -> list[float]:
 def main() -> None:
     """Measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=4, help="per block")
     parser.add_argument("--config", action="append", help="of the run; may be given again")
-    parser.add_argument("--threads", type=int, default=1, help="on the CPU")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    given = parser.parse_args()
-    if given.rounds < 3 or given.steps < 1:
-        raise SystemExit("error: rounds, steps: must be at least 3 and 1")
+    numbers = {
+        "rounds": (200, 3, "of blocks"),
+        "steps": (4, 1, "per block"),
+        "threads": (1, 1, "on the CPU"),
+    }
+    given = parse(parser, {}, numbers)
     torch.set_num_threads(given.threads)
     configs = given.config or ["configs/digits_w2s.yaml"]
-    result = measure(configs, given.rounds, given.steps) | about()
+    try:
+        result = measure(configs, given.rounds, given.steps) | about()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
     print("ms per step: lower quartile, median, upper quartile")
     for name in (f"{part}{clock}" for clock in ("_ms", "_cpu_ms") for part in PARTS):
         print(f"  {name:17}", *(f"{x:8.3f}" for x in result[name]))

@@ -21,12 +21,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from common import about, synchronize, write_json
+from common import OVERLAYS, ROOT, about, parse, synchronize, write_json
 from evaluation import DIGITS, evaluation
 from torch._dynamo.utils import counters
 
@@ -38,14 +37,7 @@ from w2s_train.module import DiffusionModule
 from w2s_train.sampler import Euler, EulerMaruyama, Heun, Sampler
 from w2s_train.trainer import quiet_lightning
 
-ROOT = Path(__file__).resolve().parent.parent
-NETWORKS = {  # overlay of configs/network, images in a block on a CPU
-    "tiny": ("", 64),
-    "s2": ("dit_s_2", 8),
-    "b2": ("dit_b_2", 4),
-    "l2": ("dit_l_2", 4),
-    "xl2": ("dit_xl_2", 2),
-}
+BLOCKS = {"tiny": 64, "s2": 8, "b2": 4, "l2": 4, "xl2": 2}  # images in a block on a CPU
 ON_GPU = 125  # images in a block, the module's default
 SAMPLERS: dict[str, Callable[[int], Sampler]] = {
     "euler": Euler,
@@ -70,14 +62,13 @@ class Variant:
 
 def modules(network: str, args: argparse.Namespace) -> list[DiffusionModule]:
     """Two modules of the same weights with the guidances that are timed; one will be compiled."""
-    overlay, block = NETWORKS[network]
-    block = args.batch or (ON_GPU if torch.cuda.is_available() else block)
+    block = args.batch or (ON_GPU if torch.cuda.is_available() else BLOCKS[network])
     parts = [{"class_path": "w2s_train.guidance.Unguided"}]
     for name in args.guidances[1:]:
         text = (ROOT / "configs" / "guidance" / f"{name}.yaml").read_text()
         parts.append(yaml.safe_load(text)["model"]["guidance"])
     files = ["-c", DIGITS]
-    if overlay:
+    if overlay := OVERLAYS.get(network):
         files += ["-c", str(ROOT / "configs" / "network" / f"{overlay}.yaml")]
         files += ["--model.network.init_args.input_size=32"]
         files += ["--model.network.init_args.in_channels=4"]
@@ -235,7 +226,7 @@ def print_table(entries: list[dict[str, Any]]) -> None:
 def arguments() -> argparse.Namespace:
     """Those of the command line, checked."""
     lists: dict[str, tuple[str, Any]] = {
-        "networks": ("tiny", NETWORKS),
+        "networks": ("tiny", BLOCKS),
         "samplers": ("euler", SAMPLERS),
         "guidances": ("none", GUIDANCES),
         "precision": ("32-true", PRECISIONS),
@@ -248,21 +239,8 @@ def arguments() -> argparse.Namespace:
         "threads": (1, 1, "on the CPU"),
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    for name, (default, known) in lists.items():
-        parser.add_argument(f"--{name}", default=default, help=f"of {', '.join(known)}")
-    for name, (number, _, text) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=number, help=text)
     parser.add_argument("--evaluation", action="store_true", help="of the digits, too")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    args = parser.parse_args()
-    for name, (_, known) in lists.items():
-        given = getattr(args, name).split(",")
-        if unknown := [part for part in given if part not in known]:
-            raise SystemExit(f"error: {name}={','.join(unknown)}: must be of {', '.join(known)}")
-        setattr(args, name, list(dict.fromkeys(given)))
-    for name, (_, least, _) in numbers.items():
-        if (value := getattr(args, name)) < least:
-            raise SystemExit(f"error: {name}={value}: must be at least {least}")
+    args = parse(parser, lists, numbers)
     args.guidances = ["none", *(name for name in args.guidances if name != "none")]
     return args
 

@@ -15,7 +15,6 @@ are sent while it runs.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,19 +22,15 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from common import about, on_paper, parse, write_json
+from flops import PEAKS, step_flops
 
-from w2s_train.callbacks.run_record import git_commit
 from w2s_train.models import DiT
 
 ROWS = 64  # per process, measured
 GLOBAL_BATCH = 256  # on paper
-PEAK, UTILIZATION = 989e12, 0.5  # FLOP/s of an H100 in bfloat16, and the share of it in use
+UTILIZATION = 0.5  # share of the GPU's FLOP/s in use
 BUCKET = 25 * 2**20  # bytes that DDP sends at once
-NETWORKS: dict[str, dict[str, Any]] = {
-    "B/2": dict(hidden_size=768, depth=12, num_heads=12),
-    "XL/2": dict(hidden_size=1152, depth=28, num_heads=16),
-}
 
 
 class Link(NamedTuple):
@@ -60,14 +55,6 @@ def volume(numbers: int, processes: int) -> float:
     return 2 * (processes - 1) / processes * 4 * numbers
 
 
-def forward_flops(network: DiT) -> float:
-    """Of one image: matrix products of blocks and attention; the rest is below 1 %."""
-    width, n = network.hidden_size, (network.input_size // network.patch_size) ** 2
-    ratio = network.arguments["mlp_ratio"]
-    per_token = (8 + 4 * ratio) * width**2 + 4 * n * width
-    return network.depth * (n * per_token + 12 * width**2)
-
-
 class Step(NamedTuple):
     """Seconds of one step on paper."""
 
@@ -85,8 +72,8 @@ def step_on_paper(network: DiT, link: Link) -> Step:
     """The step of a plain velocity objective at the global batch."""
     numbers = sum(p.numel() for p in network.parameters() if p.requires_grad)
     sending = volume(numbers, link.processes) / link.speed
-    flops = 3 * forward_flops(network) * GLOBAL_BATCH / link.processes
-    compute = flops / (PEAK * UTILIZATION)
+    flops = step_flops(network, GLOBAL_BATCH) / link.processes
+    compute = flops / (PEAKS["NVIDIA H100 80GB HBM3"] * UTILIZATION)
     last = sending * min(1, BUCKET / (4 * numbers))
     return Step(compute, sending, max(sending - compute * 2 / 3, last))
 
@@ -95,9 +82,8 @@ def paper() -> None:
     """Print the table."""
     print("| network | ring | sent per step, GB | sending, ms | step, ms | exposed, ms | share |")
     print("|---|---|---|---|---|---|---|")
-    for name, sizes in NETWORKS.items():
-        with torch.device("meta"):
-            network = DiT(input_size=32, patch_size=2, in_channels=4, **sizes)
+    for name in ("b2", "xl2"):
+        network = on_paper(name)
         numbers = sum(p.numel() for p in network.parameters() if p.requires_grad)
         for link in LINKS:
             step = step_on_paper(network, link)
@@ -158,9 +144,6 @@ def measure(steps: int, rounds: int) -> dict[str, Any]:
         "communication_share": round(statistics.median(1 - b / c for _, b, c in pairs), 3),
         "rows_per_process": ROWS,
         "steps": steps,
-        "commit": git_commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "torch": torch.__version__,
     }
 
 
@@ -168,16 +151,14 @@ def main() -> None:
     """Measure, or print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("measure", "paper"))
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    numbers = {"steps": (100, 1, "between two evaluations"), "rounds": (3, 1, "of three fits")}
+    given = parse(parser, {}, numbers)
     if given.what == "paper":
         return paper()
-    result = json.dumps(measure(given.steps, given.rounds), indent=1)
-    print(result)
+    result = measure(given.steps, given.rounds) | about()
+    print(json.dumps(result, indent=1))
     if given.json:
-        given.json.write_text(result + "\n")
+        write_json(given.json, [result])
 
 
 if __name__ == "__main__":

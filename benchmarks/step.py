@@ -22,12 +22,11 @@ import argparse
 import logging
 import warnings
 from itertools import product
-from pathlib import Path
 
 import torch
-from common import about, write_json
+from common import ROOT, about, parse, write_json
 from comparison import Entry, measure
-from timed import NETWORKS, ROOT, Setting
+from timed import NETWORKS, Setting
 
 from w2s_train.allocator import keep_freed_memory
 from w2s_train.errors import UserError
@@ -55,14 +54,6 @@ def print_table(entries: list[Entry]) -> None:
         )
 
 
-def chosen(name: str, given: str, known: list[str]) -> list[str]:
-    """The parts of a list with commas, all of them known."""
-    parts = given.split(",")
-    if unknown := [part for part in parts if part not in known]:
-        raise SystemExit(f"error: {name}={','.join(unknown)}: must be of {', '.join(known)}")
-    return list(dict.fromkeys(parts))
-
-
 def arguments() -> argparse.Namespace:
     """Those of the command line, checked."""
     known = sorted(path.stem for path in (ROOT / "configs" / "weak").glob("*.yaml"))
@@ -80,20 +71,8 @@ def arguments() -> argparse.Namespace:
         "limit": (0, 0, "seconds for each comparison; 0 is none"),
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, (default, names) in lists.items():
-        parser.add_argument(f"--{name}", default=default, help=f"of {', '.join(names)}")
-    for name, (number, _, text) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=number, help=text)
-    parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("options", nargs="*", help="options of the command, after --")
-    args = parser.parse_args()
-    for name, (_, names) in lists.items():
-        setattr(args, name, chosen(name, getattr(args, name), names))
-    for name, (_, least, _) in numbers.items():
-        if (number := getattr(args, name)) < least:
-            raise SystemExit(f"error: {name}={number}: must be at least {least}")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise SystemExit(f"error: json={args.json}: must be in a folder that exists")
+    args = parse(parser, lists, numbers)
     args.recipes = ["none", *(recipe for recipe in args.recipes if recipe != "none")]
     return args
 

@@ -5,18 +5,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import synchronize
+from common import ROOT, synchronize
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from w2s_train.command import compose
 from w2s_train.module import DiffusionModule
 
-ROOT = Path(__file__).resolve().parent.parent
 DONE = 0.9  # of a run's steps: every schedule has started, every snapshot is taken
 
 

@@ -13,7 +13,7 @@ from shard_files import numbers, write_numbers
 
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError
-from w2s_train.global_batch import divide
+from w2s_train.global_batch import accumulate, divide
 from w2s_train.module import DiffusionModule
 from w2s_train.objective import WeakToStrongObjective
 
@@ -41,6 +41,13 @@ def test_processes_have_equal_shares(size: int, processes: int):
     rule = f"global_batch_size={size}: must be a multiple of the number of processes, {processes}"
     with pytest.raises(UserError, match=rule):
         divide(size, 8, processes)
+
+
+def test_intervals_that_are_no_number_of_batches_stay():
+    """A share, and an interval in time, with which the trainer has no number."""
+    trainer = SimpleNamespace(accumulate_grad_batches=1, limit_train_batches=1.0)
+    accumulate(trainer, 2)
+    assert vars(trainer) == {"accumulate_grad_batches": 2, "limit_train_batches": 1.0}
 
 
 class Process:

@@ -1,6 +1,7 @@
 """Who may import whom: CONTRIBUTING.md, "Layout"."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,12 @@ def test_imports(path: Path):
         assert library != "torch" or here not in BESIDE, f"{path} imports {name}"
         if here == "weak" and path.stem not in ("__init__", "base"):
             assert rest[:1] != ["weak"] or rest[1:] == ["base"], f"{path} imports {name}"
+
+
+def test_the_layout_names_everything():
+    layout = (ROOT / "CONTRIBUTING.md").read_text().partition("## Layout")[2].partition("\n- ")[0]
+    assert LEVELS.keys() - set(re.findall(r"\w+", layout)) == set()
+    assert {place(path) for path in FILES} - {"__init__", "__main__"} == LEVELS.keys()
 
 
 def test_nothing_happens_at_import():

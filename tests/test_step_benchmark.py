@@ -153,10 +153,46 @@ def test_arguments_are_checked_before_any_work(load, monkeypatch, options, messa
     assert stop.value.code == f"error: {message}"
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("sample --samplers=rk4", "samplers=rk4: must be of euler, heun, maruyama"),
+        ("sample --json=nowhere/a.json", "json=nowhere/a.json: must be in a folder that exists"),
+        ("memory --networks=tiny", "networks=tiny: must be of s2, b2, l2, xl2"),
+        ("memory --batch=1", "batch=1: must be at least 2"),
+        ("scaling measure --rounds=0", "rounds=0: must be at least 1"),
+        ("overhead --steps=0", "steps=0: must be at least 1"),
+    ],
+)
+def test_arguments_of_other_benchmarks(load, monkeypatch, words: str, message: str):
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(SystemExit) as stop:
+        load(sys.argv[0]).main()
+    assert stop.value.code == f"error: {message}"
+
+
 def test_unknown_recipes_are_refused(load, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["step.py", "--recipes=sgg,none,gss"])
     with pytest.raises(SystemExit, match="error: recipes=gss: must be of .*branch, "):
         load("step").main()
+
+
+def test_entries_as_markdown(load, monkeypatch, capsys, tmp_path):
+    """A line for each; what is no list of entries is an error of one line."""
+    path, main = tmp_path / "a.json", load("as_markdown").main
+    about = dict(git_commit="0123456789", machine="M", torch="T", command="C")
+    entry = {"recipe": "sgg", "ratio": 1.2, "ratio_quartiles": [1.15, 1.254], **about}
+    for text, fields in (("[]", ["ratio"]), ("{}", ["ratio"]), (json.dumps([entry]), ["rate"])):
+        path.write_text(text)
+        monkeypatch.setattr(sys, "argv", ["as_markdown.py", str(path), *fields])
+        with pytest.raises(SystemExit, match="error: .*must be"):
+            main()
+    monkeypatch.setattr(sys, "argv", ["as_markdown.py", str(path), "recipe", "ratio"])
+    main()
+    assert capsys.readouterr().out.splitlines() == [
+        *("| recipe | ratio |", "|---|---|", "| sgg | 1.20 (1.15 to 1.25) |", ""),
+        "Commit `0123456`, M, torch T: `C`",
+    ]
 
 
 def test_out_of_memory_takes_half_the_batch(load, monkeypatch, capsys):

@@ -59,7 +59,8 @@ def accumulate(trainer: Any, number: int) -> None:
     """Let the trainer step after every ``number`` batches; what it counts in batches are steps."""
     trainer.accumulate_grad_batches = number
     for name in ("val_check_interval", "limit_train_batches"):
-        if isinstance(value := getattr(trainer, name), int):
+        # With a time as interval the trainer has no such number.
+        if isinstance(value := getattr(trainer, name, None), int):
             setattr(trainer, name, value * number)
 
 
