@@ -25,6 +25,7 @@ from lightning import Callback, Trainer
 
 from w2s_train.command import compose
 from w2s_train.errors import UserError
+from w2s_train.trainer import quiet_lightning
 
 HOOKS = (
     "on_train_batch_start on_before_zero_grad on_before_backward on_after_backward "
@@ -160,6 +161,7 @@ def main() -> None:
         "threads": (1, 1, "on the CPU"),
     }
     given = parse(parser, {}, numbers)
+    quiet_lightning()
     torch.set_num_threads(given.threads)
     configs = given.config or ["configs/digits_w2s.yaml"]
     try:
