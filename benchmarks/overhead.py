@@ -166,8 +166,8 @@ def main() -> None:
     configs = given.config or ["configs/digits_w2s.yaml"]
     try:
         result = measure(configs, given.rounds, given.steps) | about()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    except (UserError, argparse.ArgumentError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
     print("ms per step: lower quartile, median, upper quartile")
     for name in (f"{part}{clock}" for clock in ("_ms", "_cpu_ms") for part in PARTS):
         print(f"  {name:17}", *(f"{x:8.3f}" for x in result[name]))
