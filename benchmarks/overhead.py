@@ -25,6 +25,7 @@ from lightning import Callback, Trainer
 
 from w2s_train.command import compose
 from w2s_train.errors import UserError
+from w2s_train.trainer import quiet_lightning
 
 HOOKS = (
     "on_train_batch_start on_before_zero_grad on_before_backward on_after_backward "
@@ -160,12 +161,13 @@ def main() -> None:
         "threads": (1, 1, "on the CPU"),
     }
     given = parse(parser, {}, numbers)
+    quiet_lightning()
     torch.set_num_threads(given.threads)
     configs = given.config or ["configs/digits_w2s.yaml"]
     try:
         result = measure(configs, given.rounds, given.steps) | about()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    except (UserError, argparse.ArgumentError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
     print("ms per step: lower quartile, median, upper quartile")
     for name in (f"{part}{clock}" for clock in ("_ms", "_cpu_ms") for part in PARTS):
         print(f"  {name:17}", *(f"{x:8.3f}" for x in result[name]))

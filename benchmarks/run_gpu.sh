@@ -52,17 +52,18 @@ everything() {
     local step="$python benchmarks/step.py" bf16="--precision bf16-mixed --limit LIMIT"
     local recipes=none,sgg,sgg_release,sgg_fast,branch,layer_skip,ema
     local b2="--networks b2 --compile on" xl2="--networks xl2 --compile blocks"
-    local sampled="b2 --precision 32-true,bf16-mixed --compile off,on"
+    local sampled="b2 --precision 32-true,bf16-mixed --compile off,on" rounds=100
     if [ "$mode" = --cpu ]; then
         recipes=none,sgg,branch
-        b2="--networks tiny --rounds 3 --batch 10" xl2=$b2 sampled="tiny --compile off"
+        b2="--networks tiny --rounds 3 --batch 10" xl2=$b2
+        sampled="tiny --compile off" rounds=10
     fi
     # No quotes: these are lists of words.
     part tests 60 "$python" -m pytest -q -m gpu $(grep -l 'mark\.gpu' tests/test_*.py)
     part step_b2 135 $step $b2 $bf16 --recipes $recipes --json "$out/step_b2.json"
     part step_b2_eager 40 $step ${b2/--compile on/} $bf16 --recipes none --json "$out/step_b2_eager.json"
     part sample 65 "$python" benchmarks/sample.py --networks $sampled --json "$out/sample.json"
-    part overhead 35 "$python" benchmarks/overhead.py --json "$out/overhead.json"
+    part overhead 35 "$python" benchmarks/overhead.py --rounds $rounds --json "$out/overhead.json"
     part step_xl2 185 $step $xl2 $bf16 --recipes $recipes --json "$out/step_xl2.json"
     printf '\nresults, after %s s, in %s:\n' "$SECONDS" "$out"
     ls "$out"
