@@ -234,7 +234,7 @@ def test_results_are_written(tmp_path):
     process = run("--precision=32-true,bf16-mixed", *options)
     progress = process.communicate()[1]
     assert process.returncode == 0, progress
-    assert "tiny bf16-mixed eager: round 2 of 3, " in progress
+    assert "tiny bf16-mixed compile=False: round 2 of 3, " in progress
     entries = json.loads(path.read_text())
     keys = [(e["network"], e["recipe"], e["precision"], e["compile"]) for e in entries]
     precisions = ("32-true", "bf16-mixed")

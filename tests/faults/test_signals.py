@@ -23,7 +23,9 @@ def slowly(folder: Path, rank: int = 0, seconds: float = 0.02) -> None:
     real = DiffusionModule.training_step
 
     def training_step(self, batch, batch_idx):
-        (folder / f"at.{rank}").write_text(f"{self.global_step}\n")
+        now = folder / f"now.{rank}"
+        now.write_text(f"{self.global_step}\n")
+        now.replace(folder / f"at.{rank}")  # whoever reads it finds all or nothing of it
         time.sleep(seconds * (1 + rank))
         return real(self, batch, batch_idx)
 

@@ -40,6 +40,7 @@ class GracefulStop(Callback):
         if self.limit is not None and self.limit <= 0:
             raise UserError(f"trainer.max_time={max_time}: must be longer than nothing")
         self.status = 0  # with which the command ends
+        self.steps = 0  # before the batch at hand
         self.longest, self.begun = 0.0, 0.0  # seconds of a step or batch, and when this one began
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -58,13 +59,14 @@ class GracefulStop(Callback):
     ) -> None:
         """Measure steps."""
         self._take_time()
+        self.steps = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop if any process was asked to."""
-        half = (batch_idx + 1) % trainer.accumulate_grad_batches  # whose gradients would be lost
-        if half or not self.agreement.stop:
+        accumulating = trainer.global_step == self.steps  # its gradients would be lost
+        if accumulating or not self.agreement.stop:
             return
         self._stop(interrupted=not self.agreement.decided["preempt"])
         if validation_follows(trainer, batch_idx):
