@@ -189,7 +189,7 @@ def test_a_blow_up_ends_the_run(command, tmp_path: Path, tally, scale: float, en
     """Row 10: at scale 1 and above predictions run away; the loss is blind, the alarm is not."""
     options = [f"--model.objective.init_args.segments={BLOW_UP % scale}", *LONG]
     options += ["--trainer.max_steps=700", "--trainer.log_every_n_steps=20"]
-    # At scale 1 nothing pulls back, and how far it drifts depends on the draws: not far with seed 0.
+    # At scale 1 nothing pulls back; how far it drifts depends on the draws: not far with seed 0.
     options += ["--model.optimizer.init_args.lr=0.01", "--guard.gradient_spike=null"]
     options += ["--seed_everything=1"]
     options += ["--model.objective.init_args.total_steps=700", "--guard.loss_spike=null"]
