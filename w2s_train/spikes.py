@@ -21,8 +21,10 @@ class Spikes:
         """Go on from averages over ``good`` steps."""
         self.state = torch.tensor([*averages, float(good)])
 
-    def look(self, numbers: Tensor, broken: Tensor) -> Tensor:
-        """Whether the step is good, () bool; if so, it is part of the averages from now on.
+    def look(self, numbers: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the step is good, () bool, and which numbers are spikes, (n,) bool.
+
+        A good step is part of the averages from now on.
 
         Args:
             numbers: (n,), finite.
@@ -38,4 +40,4 @@ class Spikes:
         # Among the first steps nothing is a spike, and no spike may hide those that come later.
         moved = averages + (torch.minimum(sizes, limits) - averages) / (good + 1).clamp(max=WINDOW)
         self.state = torch.where(fine, torch.cat([moved, good + 1]), state)
-        return fine
+        return fine, spikes

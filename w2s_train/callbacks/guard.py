@@ -141,8 +141,11 @@ class Guard(Callback):
         numbers = torch.cat([torch.where(finite, pair, 0.0), (~finite).float()])
         sums = self.agreement.settle(numbers)
         means, averages = sums[:2] / trainer.world_size, self.spikes.state[:2].to(loss.device)
-        good = self.spikes.look(means, sums[2:4] > 0) | (not self.enabled)
-        everything = torch.cat([good[None].float(), pair, means, averages, sums[2:]])
+        good, spikes = self.spikes.look(means, sums[2:4] > 0)
+        good = good | (not self.enabled)
+        everything = torch.cat(
+            [good[None].float(), pair, means, averages, spikes.float(), sums[2:]]
+        )
         judged = Judged(trainer.global_step + 1, self.batches)
         self.sent, self.batches = [*self.sent, (Readback(everything), judged)], []
         return good if self.late else self.hear(trainer)
@@ -157,26 +160,17 @@ class Guard(Callback):
     def _hear(self, trainer: Trainer, numbers: list[float], judged: "Judged") -> bool:
         good, pair, means, averages = numbers[0], numbers[1:3], numbers[3:5], numbers[5:7]
         self.agreement.decide(numbers)
-        not_finite = [name for name, n in zip(NAMES, numbers[7:9], strict=True) if n]
+        spikes, broken = numbers[7:9], numbers[9:11]
+        not_finite = [name for name, n in zip(NAMES, broken, strict=True) if n]
         overflow = not_finite == ["gradient"] and trainer.precision == "16-mixed"
         self.overflows = self.overflows + 1 if overflow else 0
         if good:
             self.in_a_row, self.good = 0, self.good + 1
         elif not 0 < self.overflows <= OVERFLOWS:
             reason = f"{' and '.join(not_finite)} not finite" if not_finite else ""
-            reason = reason or self._spike(means, averages)
+            reason = reason or _explain(means, averages, spikes)
             self._record(trainer, judged, reason, pair)
         return bool(good)
-
-    def _spike(self, means: list[float], averages: list[float]) -> str:
-        names, limits = ("loss", "gradient norm"), self.spikes.limits.tolist()
-        found = zip(names, means, averages, limits, strict=True)
-        reasons = [
-            f"{name} {x:.4g} is {abs(x) / a:.1f} times the {a:.4g}"
-            for name, x, a, limit in found
-            if a and abs(x) > limit * a
-        ]
-        return f"{'; '.join(reasons)} of the running average"
 
     def _record(self, trainer: Trainer, judged: "Judged", reason: str, pair: list[float]) -> None:
         """Count a bad step, and write down which samples it was made from."""
@@ -265,6 +259,15 @@ class Guard(Callback):
                 raise Stopped(f"{message}; a smaller scale or max_difference may help", DIVERGED)
             if strong > ALARM * allowed * velocity:
                 rank_zero_warn(message)
+
+
+def _explain(means: list[float], averages: list[float], spikes: list[float]) -> str:
+    """Which numbers are spikes, and over what."""
+    found = zip(("loss", "gradient norm"), means, averages, spikes, strict=True)
+    reasons = [
+        f"{n} {x:.4g} is {abs(x) / a:.1f} times the {a:.4g}" for n, x, a, is_one in found if is_one
+    ]
+    return f"{'; '.join(reasons)} of the running average"
 
 
 def waits_cost(trainer: Trainer) -> bool:
