@@ -42,6 +42,16 @@ def machine() -> str:
     return names[0] if names else "CPU of unknown name"
 
 
+def costs(entry: dict[str, Any]) -> str:
+    """Memory and compilation of an entry, for the end of its line; what is none is left out."""
+    memory = entry["peak_memory_bytes"]
+    return (
+        (f"  {memory / 2**30:5.1f} GiB" if memory else "")
+        + (f"  compiled in {entry['compile_seconds']:.0f} s" if entry["compile"] else "")
+        + (f"  RECOMPILED {entry['recompiles']} times" if entry["recompiles"] else "")
+    )
+
+
 def write_json(path: Path, entries: list[dict[str, Any]]) -> None:
     """The file has all entries, or those that it had before."""
     with atomic_write(path) as file:

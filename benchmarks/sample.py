@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import OVERLAYS, ROOT, about, parse, synchronize, write_json
+from common import OVERLAYS, ROOT, about, costs, parse, synchronize, write_json
 from evaluation import DIGITS, evaluation
 from torch._dynamo.utils import counters
 
@@ -211,15 +211,11 @@ def print_table(entries: list[dict[str, Any]]) -> None:
             )
             continue
         low, high = e["ratio_quartiles"]
-        memory = e["peak_memory_bytes"]
         print(
             f"{e['network']:5} {e['sampler']:9} {e['guidance']:13} {e['precision']:10} "
             f"{'compiled' if e['compile'] else 'eager':8} {e['images_per_second']:9.2f} images/s  "
             f"{e['evaluations']:5.1f} evaluations  {e['ratio']:.3f} ({low:.3f} to {high:.3f})  "
-            f"{e['ratio_precision']:.3f} of its precision"
-            + (f"  {memory / 2**30:5.1f} GiB" if memory else "")
-            + (f"  compiled in {e['compile_seconds']:.0f} s" if e["compile"] else "")
-            + (f"  RECOMPILED {e['recompiles']} times" if e["recompiles"] else "")
+            f"{e['ratio_precision']:.3f} of its precision" + costs(e)
         )
 
 

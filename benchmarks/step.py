@@ -24,7 +24,7 @@ import warnings
 from itertools import product
 
 import torch
-from common import ROOT, about, parse, write_json
+from common import ROOT, about, costs, parse, write_json
 from comparison import Entry, measure
 from timed import NETWORKS, Setting
 
@@ -41,15 +41,11 @@ def print_table(entries: list[Entry]) -> None:
     """One line per recipe."""
     for e in entries:
         low, high = e["ratio_quartiles"]
-        memory = e["peak_memory_bytes"]
         print(
             f"{e['network']:5} {e['precision']:10} {COMPILED[e['compile']]:8} "
             f"{e['recipe']:17} {1000 * e['seconds']:9.1f} ms  "
             f"{e['ratio']:.3f} ({low:.3f} to {high:.3f})  {e['images_per_second']:7.1f} images/s  "
-            f"MFU {100 * e['mfu']:4.1f} %"
-            + (f"  {memory / 2**30:5.1f} GiB" if memory else "")
-            + (f"  compiled in {e['compile_seconds']:.0f} s" if e["compile"] else "")
-            + (f"  RECOMPILED {e['recompiles']} times" if e["recompiles"] else ""),
+            f"MFU {100 * e['mfu']:4.1f} %" + costs(e),
             flush=True,
         )
 
