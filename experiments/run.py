@@ -93,10 +93,8 @@ def jobs(study: str, arms: list[str] | None = None, seeds: list[int] | None = No
     found = []
     for seed in seeds or about["seeds"]:
         for arm in chosen:
-            words = [*shlex.split(about["command"]), *options_of(about["arms"][arm])]
-            words += ["--seed_everything", str(seed)]
-            words += ["--trainer.default_root_dir", f"runs/{study}/{arm}-{seed}"]
-            found.append(Job(study, arm, seed, [*words, "--ckpt_path", "last"]))
+            words = shlex.split(about["command"].format(arm=arm, seed=seed))
+            found.append(Job(study, arm, seed, [*words, *options_of(about["arms"][arm])]))
     return found
 
 
@@ -118,10 +116,11 @@ def keep(job: Job) -> None:
 
 def train(job: Job) -> int:
     """Run one command, its output in a file; return its status."""
-    job.folder.mkdir(parents=True, exist_ok=True)
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    output = job.folder.with_name(f"{job.name}.log")
     began = time.monotonic()
     threads = os.environ.get("OMP_NUM_THREADS", "1")
-    with (job.folder / "output.log").open("a") as log:
+    with output.open("a") as log:
         status = subprocess.run(
             job.command,
             cwd=ROOT,
@@ -135,7 +134,7 @@ def train(job: Job) -> int:
         last = json.loads((job.record / "scores.json").read_text())[-1]
         said = f"{last['metric']} {last['value']:.4g} at step {last['step']}"
     else:
-        said = f"status {status}, see {job.folder / 'output.log'}"
+        said = f"status {status}, see {output}"
     print(f"{job.study} {job.name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
     return status
 
