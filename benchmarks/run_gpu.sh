@@ -2,10 +2,6 @@
 # All measurements that need a GPU, in one command of less than nine minutes.
 #   bash benchmarks/run_gpu.sh          writes JSON and a log into $OUT, benchmarks/gpu if not set
 #   bash benchmarks/run_gpu.sh --cpu    the same commands in tiny sizes on a CPU, to try them out
-# Runs in .venv if there is one, else with python3 as it is. Without a package index, packages that
-# it lacks are taken from wheels/, which is made elsewhere by
-#   python -m pip download --no-deps -d wheels webdataset braceexpand jsonargparse \
-#       docstring-parser typeshed-client clean-fid
 # Each part has a share of the time and what those before it left, and ends with it: one that hangs
 # costs the others nothing.
 set -uo pipefail
@@ -15,22 +11,7 @@ case "${1:-}" in
     "" | --cpu) mode=${1:-} ;;
     *) echo "error: option=$1: must be --cpu or nothing" >&2; exit 1 ;;
 esac
-python=python3
-[ ! -x .venv/bin/python ] || python=$PWD/.venv/bin/python
-if [ -d wheels ]; then
-    site=$(mktemp -d)
-    trap 'rm -rf "$site"' EXIT
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" wheels/*.whl \
-        || exit 1
-    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
-fi
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-if [ "$mode" = --cpu ]; then
-    export CUDA_VISIBLE_DEVICES=
-elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "error: no GPU that torch can use; --cpu tries the commands without one" >&2
-    exit 1
-fi
+source launch/gpu.sh
 out=${OUT:-benchmarks/gpu}
 mkdir -p "$out"
 failed=() spare=0

@@ -30,6 +30,7 @@ from w2s_train.compare.comparison import Comparison, Options, Result, Row, compa
 from w2s_train.compare.page import page
 from w2s_train.compare.report import markdown, to_json
 from w2s_train.compare.runs import read_all
+from w2s_train.sampler import Euler
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/*.md", "experiments/README.md", "experiments/*/README.md")
@@ -115,7 +116,7 @@ def guidance_table(study: str) -> str:
     for path in sorted((ROOT / "experiments" / study / "runs").glob("*/scores.json")):
         for entry in json.loads(path.read_text()):
             values[entry["guidance"]][int(path.parent.name.rpartition("-")[2])] = entry["value"]
-    chosen, held = about["chosen_on"], [s for s in about["seeds"] if s not in about["chosen_on"]]
+    chosen, held = about["seeds"]["chosen_on"], about["seeds"]["measured_on"]
     head = [f"seeds {', '.join(map(str, some))}" for some in (chosen, held)]
     lines = [f"| guidance | evaluations an image | {' | '.join(head)} |", "|---" * 4 + "|"]
     ranked = sorted(values, key=lambda g: statistics.fmean(values[g][s] for s in chosen))
@@ -140,7 +141,7 @@ def evaluations(guidance: str, steps: int) -> int:
     if not found:
         return steps
     low, high = map(float, found.groups())
-    return steps + sum(low <= 1 - i / steps <= high for i in range(steps))
+    return steps + sum(low <= t <= high for t in Euler(steps).times()[:-1])
 
 
 def figure(studies: Sequence[str], found: dict[str, Comparison], path: Path) -> None:
@@ -204,14 +205,15 @@ def main() -> None:
     parser.add_argument("studies", nargs="*")
     parser.add_argument("--check", action="store_true", help="change nothing, fail on differences")
     options = parser.parse_args()
-    every = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/study.yaml"))
+    described = (ROOT / "experiments").glob("*/study.yaml")
+    every = sorted(path.parent.name for path in described if (path.parent / "runs").is_dir())
     unknown = sorted(set(options.studies) - set(every))
     if unknown:
         sys.exit(f"error: studies={unknown[0]}: must be one of {', '.join(every)}")
     os.chdir(ROOT)  # reports name the runs by their paths
     found, files = dict[str, Comparison](), dict[Path, str]()
     for study in options.studies or every:
-        if "chosen_on" not in load(study):
+        if isinstance(load(study)["seeds"], list):
             found[study] = compared(study)
         files |= texts(study, found.get(study))
     files |= pages(files)

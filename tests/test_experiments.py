@@ -1,0 +1,163 @@
+"""The studies: how they are run, and that their tables come from their runs' scores."""
+
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from scipy import stats
+
+from w2s_train.guidance import ClassifierFree
+from w2s_train.models import DiT, DiTOutput
+from w2s_train.sampler import Euler
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import remake
+import run
+
+STUDIES = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/study.yaml"))
+RUNS = sorted((ROOT / "experiments").glob("*/runs/*/scores.json"))
+
+
+def test_every_table_and_page_is_what_the_stored_scores_say():
+    done = subprocess.run(
+        [sys.executable, "experiments/remake.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_commands_name_files_that_are_there_and_folders_that_are_not_shared(study):
+    found = run.jobs(study)
+    assert len({job.folder for job in found}) == len(found) > 0
+    for job in found:
+        words = job.command
+        overlays = [words[i + 1] for i, word in enumerate(words) if word == "-c"]
+        assert overlays and all((ROOT / path).is_file() for path in overlays), words
+        assert words[words.index("--trainer.default_root_dir") + 1] == str(
+            job.folder.relative_to(ROOT)
+        )
+        assert words[words.index("--seed_everything") + 1] == str(job.seed)
+
+
+@pytest.mark.parametrize("scores", RUNS, ids=lambda path: f"{path.parts[-4]}/{path.parts[-2]}")
+def test_a_record_is_of_the_run_that_the_study_describes(scores):
+    """The command that it was started with is the study's, and so is its config's seed."""
+    study, name = scores.parts[-4], scores.parts[-2]
+    (job,) = [job for job in run.jobs(study) if job.name == name]
+    started = json.loads((scores.parent / "environment.json").read_text())[0]["command"]
+    assert started[1:] == job.command[1:]
+    config = yaml.safe_load((scores.parent / "config.yaml").read_text())
+    assert config["seed_everything"] == job.seed
+    entries = json.loads(scores.read_text())
+    assert all("-dirty" not in entry["protocol"]["git_commit"] for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["nothing"], "error: study=nothing: must be one of "),
+        (["mnist", "--arms", "gss"], "error: arms=gss: must be one of none, mg, "),
+    ],
+)
+def test_mistakes_are_one_line(options, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", *options])
+    with pytest.raises(SystemExit) as caught:
+        run.main()
+    assert str(caught.value.code).startswith(said) and "\n" not in str(caught.value.code)
+
+
+def test_options_are_words_or_json():
+    assert run.options_of("-c a.yaml --x '{seed} b'", {"seed": 3}) == ["-c", "a.yaml", "--x", "3 b"]
+    words = run.options_of({"--list": [{"low": 0.5}], "--path": "p-{seed}"}, {"seed": 3})
+    assert words == ["--list", '[{"low": 0.5}]', "--path", "p-3"]
+    assert shlex.split(shlex.join(words)) == words
+
+
+def test_the_interval_is_that_of_students_t():
+    values = [3.0, 4.5, 4.2]
+    low, high = stats.t.interval(0.95, 2, statistics.fmean(values), stats.sem(values))
+    found = remake.interval(statistics.fmean(values), statistics.stdev(values), 3)
+    assert found == f"3.90 ({low:.2f} to {high:.2f})"
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.2, 0.8), (0.0, 0.5), (0.5, 1.0)])
+@pytest.mark.parametrize("steps", [7, 25])
+def test_evaluations_are_those_that_the_sampler_makes(bounds, steps):
+    calls = []
+
+    class Counting(DiT):
+        def forward(self, x_t: torch.Tensor, *rest: object, **more: object) -> DiTOutput:
+            calls.append(len(x_t))
+            return super().forward(x_t, *rest, **more)  # type: ignore[arg-type]
+
+    network = Counting(
+        input_size=4,
+        patch_size=2,
+        in_channels=1,
+        hidden_size=8,
+        depth=1,
+        num_heads=1,
+        num_classes=2,
+    ).eval()
+    guidance, sampler = ClassifierFree(2.0, *bounds), Euler(steps)
+    field = guidance.field(network, torch.zeros(1, dtype=torch.long), sampler.times())
+    with torch.no_grad():
+        sampler(field, torch.randn(1, 1, 4, 4), draw=torch.randn)
+    assert remake.evaluations(guidance.describe(), steps) == sum(calls)
+
+
+TINY = """
+command: >-
+  lightning fit -c {root}/configs/digits_baseline.yaml --trainer.max_steps 400
+  --trainer.val_check_interval 200 --data.num_generated 64 --checkpoint.every_n_train_steps 50
+  --seed_everything {{seed}} --trainer.default_root_dir runs/tiny/{{arm}}-{{seed}} --ckpt_path last
+seeds: [3]
+arms: {{none: "", wrong: --data.batch_size -1}}
+"""
+
+
+@pytest.mark.slow
+def test_a_study_stops_with_a_checkpoint_goes_on_and_says_which_run_failed(digits, tmp_path):
+    (tmp_path / "experiments/tiny").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "experiments/run.py").write_bytes((ROOT / "experiments/run.py").read_bytes())
+    (tmp_path / "experiments/tiny/study.yaml").write_text(TINY.format(root=ROOT))
+    command = [sys.executable, str(tmp_path / "experiments/run.py"), "tiny"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    record = tmp_path / "experiments/tiny/runs/none-3/scores.json"
+
+    checkpoints = tmp_path / "runs/tiny/none-3/checkpoints"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        while not list(checkpoints.glob("step-*.ckpt")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=90)
+    assert process.returncode == 75, said
+    assert "0 of 2 runs are done" in said and "tiny none-3: status 75" in said
+    assert not record.exists()
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "tiny wrong-3: status 1, see " in done.stdout, done.stdout
+    assert [entry["step"] for entry in json.loads(record.read_text())] == [200, 400]
+    environments = json.loads((record.parent / "environment.json").read_text())
+    assert len(environments) == 2  # it was started twice, and went on
+    assert "data.batch_size=-1" in (tmp_path / "runs/tiny/wrong-3.log").read_text()
+
+    again = subprocess.run(
+        [*command, "--arms", "none"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (again.returncode, again.stdout) == (0, "tiny: 1 of 1 runs are done\n")
