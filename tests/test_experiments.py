@@ -3,11 +3,13 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,7 +135,9 @@ arms: {{none: "", wrong: --data.batch_size -1}}
 def test_a_study_stops_with_a_checkpoint_goes_on_and_says_which_run_failed(digits, tmp_path):
     (tmp_path / "experiments/tiny").mkdir(parents=True)
     (tmp_path / "data").symlink_to(ROOT / "data")
-    (tmp_path / "experiments/run.py").write_bytes((ROOT / "experiments/run.py").read_bytes())
+    (tmp_path / "launch").mkdir()
+    for name in ("experiments/run.py", "experiments/gpu.sh", "launch/gpu.sh"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
     (tmp_path / "experiments/tiny/study.yaml").write_text(TINY.format(root=ROOT))
     command = [sys.executable, str(tmp_path / "experiments/run.py"), "tiny"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -150,12 +154,28 @@ def test_a_study_stops_with_a_checkpoint_goes_on_and_says_which_run_failed(digit
     assert "0 of 2 runs are done" in said and "tiny none-3: status 75" in said
     assert not record.exists()
 
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "tiny wrong-3: status 1, see " in done.stdout, done.stdout
+    # To another machine, in parts, as experiments/gpu.sh takes them up.
+    parts, out = tmp_path / "gpu_state/tiny", tmp_path / "out"
+    parts.mkdir(parents=True)
+    packed = f"tar -c -C runs/tiny none-3 | split -b 1M - {parts}/none-3.tar."
+    subprocess.run(packed, shell=True, cwd=tmp_path, check=True)
+    shutil.rmtree(tmp_path / "runs")
+    assert len(list(parts.iterdir())) > 1
+    environment |= {"OUT": str(out), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(tmp_path / "experiments/gpu.sh"), "tiny", "1", "--cpu"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "taking up none-3" in done.stdout, done.stdout + done.stderr
+    assert "tiny wrong-3: status 1, see " in done.stdout
     assert [entry["step"] for entry in json.loads(record.read_text())] == [200, 400]
     environments = json.loads((record.parent / "environment.json").read_text())
     assert len(environments) == 2  # it was started twice, and went on
-    assert "data.batch_size=-1" in (tmp_path / "runs/tiny/wrong-3.log").read_text()
+    assert (out / "records/none-3/scores.json").read_bytes() == record.read_bytes()
+    assert "data.batch_size=-1" in (out / "wrong-3.log").read_text()
 
     again = subprocess.run(
         [*command, "--arms", "none"], env=environment, capture_output=True, text=True, check=False
