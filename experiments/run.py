@@ -153,6 +153,7 @@ class Runner:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         output = job.folder.with_name(f"{job.name}.log")
         began = time.monotonic()
+        print(f"{job.study} {job.name}: started, see {output}", flush=True)
         with output.open("a") as log:
             status = self._wait(
                 subprocess.Popen(
@@ -164,7 +165,7 @@ class Runner:
                     start_new_session=True,  # a Ctrl-C reaches it once, through us
                 )
             )
-        said = f"status {status}, see {output}"
+        said = f"status {status}, see {output.name}"
         if status == 0:
             keep(job)
             last = json.loads((job.record / "scores.json").read_text())[-1]

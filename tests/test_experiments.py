@@ -170,7 +170,7 @@ def test_a_study_stops_with_a_checkpoint_goes_on_and_says_which_run_failed(digit
         check=False,
     )
     assert done.returncode == 1 and "taking up none-3" in done.stdout, done.stdout + done.stderr
-    assert "tiny wrong-3: status 1, see " in done.stdout
+    assert "tiny wrong-3: status 1, see wrong-3.log" in done.stdout
     assert [entry["step"] for entry in json.loads(record.read_text())] == [200, 400]
     environments = json.loads((record.parent / "environment.json").read_text())
     assert len(environments) == 2  # it was started twice, and went on
