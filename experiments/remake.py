@@ -109,28 +109,25 @@ def _machine(comparison: Comparison) -> str:
 
 
 def guidance_table(study: str) -> str:
-    """Guidance at sampling: chosen on some seeds, best first there, and scored on the others."""
-    about = load(study)
+    """Guidance at sampling, best first on the first set of seeds; a column a set."""
+    sets: dict[str, list[int]] = load(study)["seeds"]
     values: dict[str, dict[int, float]] = defaultdict(dict)
     entry: dict[str, Any] = {}
     for path in sorted((ROOT / "experiments" / study / "runs").glob("*/scores.json")):
         for entry in json.loads(path.read_text()):
             values[entry["guidance"]][int(path.parent.name.rpartition("-")[2])] = entry["value"]
-    chosen, held = about["seeds"]["chosen_on"], about["seeds"]["measured_on"]
-    head = [f"seeds {', '.join(map(str, some))}" for some in (chosen, held)]
-    lines = [f"| guidance | evaluations an image | {' | '.join(head)} |", "|---" * 4 + "|"]
-    ranked = sorted(values, key=lambda g: statistics.fmean(values[g][s] for s in chosen))
-    for guidance in ranked:
-        cells = []
-        for some in (chosen, held):
-            sample = [values[guidance][seed] for seed in some]
-            cells.append(interval(statistics.fmean(sample), statistics.stdev(sample), len(sample)))
+    head = [f"{name.replace('_', ' ')} {', '.join(map(str, s))}" for name, s in sets.items()]
+    lines = [f"| guidance | evaluations an image | {' | '.join(head)} |"]
+    lines.append("|---" * (2 + len(sets)) + "|")
+    first = next(iter(sets.values()))
+    for guidance in sorted(values, key=lambda g: statistics.fmean(values[g][s] for s in first)):
+        samples = [[values[guidance][seed] for seed in seeds] for seeds in sets.values()]
+        cells = [interval(statistics.fmean(s), statistics.stdev(s), len(s)) for s in samples]
         count = evaluations(guidance, entry["protocol"]["steps"])
         lines.append(f"| `{guidance}` | {count} | {' | '.join(cells)} |")
     text = (
-        f"`{entry['metric']}` of {entry['protocol']['n']:,} images of the baseline at step "
-        f"{entry['step']:,}: mean and 95 % t interval over training seeds. The left column chose, "
-        "the right one is the measurement."
+        f"`{entry['metric']}` of {entry['protocol']['n']:,} images of the baseline, lower is "
+        "better: mean and 95 % t interval over training seeds."
     )
     return "\n".join([*lines, "", text]) + "\n"
 
