@@ -1,39 +1,57 @@
 #!/usr/bin/env bash
-# A study on a machine with a GPU, less than nine minutes a call; the next call goes on where this one
-# stopped. The run_gpu.sh of the studies call it.
-#   bash experiments/gpu.sh STUDY RUNS_AT_A_TIME [--cpu]
-# Scores come back in $OUT/records (copy them to experiments/STUDY/runs), unfinished runs as tar files
-# in parts of 16 MiB in $OUT/unfinished (copied to gpu_state/STUDY, they go on on a fresh machine).
-# $OUT is runs/gpu/STUDY if not set. --cpu tries it without a GPU.
+# A study on a machine with a GPU, less than nine minutes a call; on the same machine, the next call
+# goes on where this one stopped. The run_gpu.sh of the studies call it.
+#   bash experiments/gpu.sh STUDY DATA RUNS_AT_A_TIME [--cpu]
+# A fresh machine needs, beside the checkout: wheels/ (launch/gpu.sh); the data, data/DATA or packed,
+#   mkdir -p gpu && tar -czhf gpu/DATA.tar.gz data/DATA
+# and the commit in $COMMIT where git cannot tell it. In $OUT (gpu/out if not set) come back
+#   records.tar     of runs that were finished in this call: tar -xf records.tar in the checkout
+#   unfinished.tar  runs with their newest checkpoint, if that is small; as gpu/unfinished.tar they
+#                   are taken up by a call on another machine
+#   logs.tar.gz
+# so few and small that they fit what such machines give back. --cpu tries it without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-study=${1:?study} at_a_time=${2:?runs at a time} mode=${3:-} limit=${LIMIT:-420}
+study=${1:?study} data=${2:?data} at_a_time=${3:?runs at a time} mode=${4:-} limit=${LIMIT:-420}
 case "$mode" in
     "" | --cpu) ;;
     *) echo "error: option=$mode: must be --cpu or nothing" >&2; exit 1 ;;
 esac
 source launch/gpu.sh
-out=${OUT:-runs/gpu/$study}
+if [ ! -e "data/$data" ] && [ -e "gpu/$data.tar.gz" ]; then tar -xzf "gpu/$data.tar.gz" || exit 1; fi
+if [ ! -e "data/$data" ]; then
+    echo "error: data/$data: must be there, or packed as gpu/$data.tar.gz" >&2
+    exit 1
+fi
+if [ ! -e "runs/$study" ] && [ -e gpu/unfinished.tar ]; then tar -xf gpu/unfinished.tar || exit 1; fi
+out=${OUT:-gpu/out}
 mkdir -p "$out" "runs/$study"
-
-for first in "gpu_state/$study"/*.tar.aa; do
-    name=$(basename "$first" .tar.aa)
-    [ -e "$first" ] && [ ! -e "runs/$study/$name" ] || continue
-    echo "taking up $name"
-    cat "${first%aa}"?? | tar -x -C "runs/$study" || exit 1
-done
+touch "runs/$study/.began"
 
 status=0
 "$python" experiments/run.py "$study" --jobs "$at_a_time" --limit "$limit" || status=$?
 
-mkdir -p "$out/records" "$out/unfinished"
-cp -r "experiments/$study/runs/." "$out/records/" 2>/dev/null || echo "no run is finished yet"
-cp "runs/$study"/*.log "$out/"
-for checkpoints in "runs/$study"/*/checkpoints; do
-    name=$(basename "$(dirname "$checkpoints")")
-    [ -d "$checkpoints" ] && [ ! -e "experiments/$study/runs/$name/scores.json" ] || continue
-    tar -c -C "runs/$study" "$name" | split -b 16M - "$out/unfinished/$name.tar." || status=1
+packed=0
+mkdir -p "experiments/$study/runs"
+records=$(find "experiments/$study/runs" -name scores.json -newer "runs/$study/.began" -printf '%h\n')
+[ -z "$records" ] || tar -cf "$out/records.tar" $records || packed=1
+tar -czf "$out/logs.tar.gz" --ignore-failed-read "runs/$study/"*.log || packed=1
+unfinished=()
+for newest in "runs/$study"/*/checkpoints/last.ckpt; do
+    run=$(dirname "$(dirname "$newest")")
+    [ -e "$newest" ] && [ ! -e "experiments/$study/runs/$(basename "$run")/scores.json" ] || continue
+    named=$(basename "$(readlink -f "$newest")")
+    unfinished+=("$newest" "$run/checkpoints/$named" "$run/checkpoints/$named".*)
+    for other in "$run"/*; do [ "$other" = "$run/checkpoints" ] || unfinished+=("$other"); done
 done
-echo "results, after $SECONDS s, in $out; status $status (75: call again)"
+if [ ${#unfinished[@]} != 0 ]; then
+    if [ "$(du -cm "${unfinished[@]}" | tail -n 1 | cut -f 1)" -le "${LARGEST:-16}" ]; then
+        tar -cf "$out/unfinished.tar" "${unfinished[@]}" || packed=1
+    else
+        echo "unfinished runs are too large to come back: they go on on this machine only"
+    fi
+fi
+echo "after $SECONDS s, in $out: $(ls "$out" | tr '\n' ' '); status $status (75: call again)"
+[ $packed = 0 ] || exit 1
 exit $status

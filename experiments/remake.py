@@ -11,7 +11,6 @@ guidance at sampling gets table.md. Pages show tables between two comments,
 
 import argparse
 import json
-import math
 import os
 import re
 import statistics
@@ -23,25 +22,20 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
-import yaml
-from scipy.special import stdtrit
+from run import ROOT, half_width, load
 
+from w2s_train.compare.arms import commit_name
 from w2s_train.compare.comparison import Comparison, Options, Result, Row, compare
 from w2s_train.compare.page import page
 from w2s_train.compare.report import markdown, to_json
 from w2s_train.compare.runs import read_all
+from w2s_train.errors import UserError
 from w2s_train.sampler import Euler
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/*.md", "experiments/README.md", "experiments/*/README.md")
-BLOCK = re.compile(r"(<!-- (experiments/\S+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (experiments/\S+\.md) -->\n)((?:(?!<!--).)*)(<!-- end -->)", re.DOTALL)
 FIGURE = "experiments/wall_clock.png"  # of the studies that have a `figure`, beside each other
 COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-
-
-def half_width(std: float, n: int) -> float:
-    """Half the 95 % t interval of the mean of n numbers."""
-    return float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
 
 
 def interval(mean: float, std: float, n: int) -> str:
@@ -50,32 +44,33 @@ def interval(mean: float, std: float, n: int) -> str:
     return f"{mean:.2f} ({mean - width:.2f} to {mean + width:.2f})"
 
 
-def load(study: str) -> dict[str, Any]:
-    """The study's description."""
-    return dict(yaml.safe_load((ROOT / "experiments" / study / "study.yaml").read_text()))
-
-
 def compared(study: str) -> Comparison:
     """The runs of a study against its baseline; a run that cannot be used is an error.
 
     Raises:
-        SystemExit: A run is left out.
+        SystemExit: A run is left out, or there are too few.
     """
-    found = compare(read_all([f"experiments/{study}/runs/*"]), Options(baseline="none"))
+    try:
+        found = compare(read_all([f"experiments/{study}/runs/*"]), Options(baseline="none"))
+    except UserError as error:
+        sys.exit(f"error: {study}: {error}")
     if found.refused:
         sys.exit("\n".join(f"error: {line}" for line in found.refused))
     return found
 
 
 def training_table(study: str, comparison: Comparison) -> str:
-    """Arms in the order of the study's description."""
-    order = list(load(study)["arms"])
-    head = [f"step {comparison.step:,}", "verdict", f"{comparison.seconds:.0f} s", "verdict"]
-    lines = [f"| arm | {' | '.join(head)} | time per step |", "|---" * 6 + "|"]
+    """Arms in the order of the study's description; at equal time, too, unless `times` is false."""
+    about = load(study)
+    order, timed = list(about["arms"]), about.get("times", True)
+    head = [f"step {comparison.step:,}", "verdict"]
+    head += [f"{comparison.seconds:.0f} s", "verdict", "time per step"] if timed else []
+    lines = [f"| arm | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     for row in sorted(comparison.rows, key=lambda row: order.index(row.name)):
-        cells = [*_cells(row.at_step), *_cells(row.at_seconds), f"{row.time_ratio:.2f}"]
+        cells = _cells(row.at_step)
+        cells += [*_cells(row.at_seconds), f"{row.time_ratio:.2f}"] if timed else []
         lines.append(f"| `{row.name}` | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _footnote(comparison)]) + "\n"
+    return "\n".join([*lines, "", _footnote(comparison, timed)]) + "\n"
 
 
 def _cells(result: Result | None) -> list[str]:
@@ -87,66 +82,76 @@ def _cells(result: Result | None) -> list[str]:
     return [interval(result.mean, result.std, len(result.seeds)), verdict]
 
 
-def _footnote(comparison: Comparison) -> str:
-    seeds = sorted({seed for row in comparison.rows for seed in row.at_step.seeds})
-    commits = {c[:7] for row in comparison.rows for run in row.runs for c in _commits(run.scores)}
-    count = comparison.protocol["n"]
-    return (
-        f"`{comparison.selection.metric}` of {count:,} images, unguided, lower is better: mean and "
-        f"95 % t interval over training seeds {', '.join(map(str, seeds))}, at equal steps and at "
-        f"equal training time. Time per step relative to `{comparison.baseline}`, as the runs had "
-        f"it. Commit {', '.join(sorted(commits))}; {_machine(comparison)}."
+def _footnote(comparison: Comparison, timed: bool) -> str:
+    seeds = {row.name: ", ".join(map(str, row.at_step.seeds)) for row in comparison.rows}
+    common = max(seeds.values(), key=list(seeds.values()).count)
+    others = [f"`{name}`: {own}" for name, own in seeds.items() if own != common]
+    entries = [score for row in comparison.rows for run in row.runs for score in run.scores]
+    commits = {commit_name(score.protocol.git_commit or "unknown") for score in entries}
+    machines = {run.machine or "unknown" for row in comparison.rows for run in row.runs}
+    at_time = (
+        f" At equal time, scores between two evaluations are interpolated in their logarithm. Time "
+        f"per step relative to `{comparison.baseline}`, as the runs had it."
     )
-
-
-def _commits(scores: Sequence[Any]) -> set[str]:
-    return {score.protocol.git_commit for score in scores}
-
-
-def _machine(comparison: Comparison) -> str:
-    machines = {run.machine for row in comparison.rows for run in row.runs}
-    return " and ".join(sorted(m.partition(": ")[2] for m in machines if m))
+    return (
+        f"`{comparison.selection.metric}` of {comparison.protocol['n']:,} images, unguided, lower "
+        f"is better: mean and 95 % t interval over training seeds {'; '.join([common, *others])}."
+        f"{at_time if timed else ''} Commit {', '.join(sorted(commits))}; "
+        f"{' and '.join(sorted(m.partition(': ')[2] or m for m in machines))}."
+    )
 
 
 def guidance_table(study: str) -> str:
     """Guidance at sampling, best first on the first set of seeds; a column a set."""
     sets: dict[str, list[int]] = load(study)["seeds"]
-    values: dict[str, dict[int, float]] = defaultdict(dict)
-    entry: dict[str, Any] = {}
-    for path in sorted((ROOT / "experiments" / study / "runs").glob("*/scores.json")):
-        for entry in json.loads(path.read_text()):
-            values[entry["guidance"]][int(path.parent.name.rpartition("-")[2])] = entry["value"]
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    protocols = []
+    for name, seeds in sets.items():
+        for seed in seeds:
+            path = ROOT / "experiments" / study / "runs" / f"{name}-{seed}" / "scores.json"
+            for entry in json.loads(path.read_text()):
+                values[entry["guidance"]][name].append(entry["value"])
+                protocols.append(entry)
     head = [f"{name.replace('_', ' ')} {', '.join(map(str, s))}" for name, s in sets.items()]
     lines = [f"| guidance | evaluations an image | {' | '.join(head)} |"]
     lines.append("|---" * (2 + len(sets)) + "|")
-    first = next(iter(sets.values()))
-    for guidance in sorted(values, key=lambda g: statistics.fmean(values[g][s] for s in first)):
-        samples = [[values[guidance][seed] for seed in seeds] for seeds in sets.values()]
+    (steps,) = {entry["protocol"]["steps"] for entry in protocols}
+    for guidance in sorted(values, key=lambda g: statistics.fmean(values[g][next(iter(sets))])):
+        samples = values[guidance].values()
         cells = [interval(statistics.fmean(s), statistics.stdev(s), len(s)) for s in samples]
-        count = evaluations(guidance, entry["protocol"]["steps"])
-        lines.append(f"| `{guidance}` | {count} | {' | '.join(cells)} |")
+        lines.append(f"| `{guidance}` | {evaluations(guidance, steps)} | {' | '.join(cells)} |")
+    (metric,), (count,) = (
+        {e["metric"] for e in protocols},
+        {e["protocol"]["n"] for e in protocols},
+    )
+    trained = sorted({entry["step"] for entry in protocols})
+    commits = {commit_name(entry["protocol"]["git_commit"]) for entry in protocols}
     text = (
-        f"`{entry['metric']}` of {entry['protocol']['n']:,} images of the baseline, lower is "
-        "better: mean and 95 % t interval over training seeds."
+        f"`{metric}` of {count:,} images of the baseline at step "
+        f"{' and '.join(f'{step:,}' for step in trained)}, lower is better: mean and 95 % t "
+        f"interval over training seeds. Commit {', '.join(sorted(commits))}."
     )
     return "\n".join([*lines, "", text]) + "\n"
 
 
 def evaluations(guidance: str, steps: int) -> int:
     """Network evaluations for one image: Euler's, and one more at each step that cfg guides."""
+    if guidance == "none":
+        return steps
     found = re.fullmatch(r"cfg\(\S+, \[(\S+), (\S+)\]\)", guidance)
     if not found:
-        return steps
+        sys.exit(f"error: guidance={guidance}: must be none or cfg(SCALE, [LOW, HIGH])")
     low, high = map(float, found.groups())
     return steps + sum(low <= t <= high for t in Euler(steps).times()[:-1])
 
 
 def figure(studies: Sequence[str], found: dict[str, Comparison], path: Path) -> None:
-    """Score against training time, a panel a study, bands as in the tables."""
+    """Score against training time, a panel a study; bands are t intervals, cut off at mean / 10."""
     fig, axes = plt.subplots(1, len(studies), figsize=(4.6 * len(studies), 3.6), squeeze=False)
     for study, axis in zip(studies, axes[0], strict=True):
         rows = {row.name: row for row in found[study].rows}
-        for colour, name in zip(COLOURS, load(study)["figure"], strict=False):
+        names = [name for name in load(study)["figure"] if name in rows]
+        for colour, name in zip(COLOURS[: len(names)], names, strict=True):
             _curve(axis, rows[name], colour)
         axis.set_yscale("log")
         axis.set_title(study)
@@ -186,14 +191,25 @@ def texts(study: str, comparison: Comparison | None) -> dict[Path, str]:
 
 
 def pages(tables: dict[Path, str]) -> dict[Path, str]:
-    """Pages, with the tables that they name as they are now."""
+    """Pages, with the tables that they name as they are now.
 
-    def table(match: re.Match[str]) -> str:
-        path = ROOT / match[2]
-        return match[1] + (tables.get(path) or path.read_text()) + match[3]
-
-    found = sorted(path for pattern in PAGES for path in ROOT.glob(pattern))
-    return {path: BLOCK.sub(table, path.read_text()) for path in found}
+    Raises:
+        SystemExit: A table is named that is not there, or does not end.
+    """
+    found = {}
+    for path in sorted(path for pattern in PAGES for path in ROOT.glob(pattern)):
+        text = path.read_text()
+        blocks = list(BLOCK.finditer(text))
+        if len(blocks) != text.count("<!-- ") / 2:
+            sys.exit(f"error: {path.relative_to(ROOT)}: each table must have a start and an end")
+        for match in blocks:
+            table = ROOT / match[2]
+            if table not in tables and not table.is_file():
+                sys.exit(f"error: {path.relative_to(ROOT)}: there is no {match[2]}")
+            shown = tables.get(table) or table.read_text()
+            text = text.replace(match[0], match[1] + shown + match[4])
+        found[path] = text
+    return found
 
 
 def main() -> None:
@@ -202,15 +218,14 @@ def main() -> None:
     parser.add_argument("studies", nargs="*")
     parser.add_argument("--check", action="store_true", help="change nothing, fail on differences")
     options = parser.parse_args()
-    described = (ROOT / "experiments").glob("*/study.yaml")
-    every = sorted(path.parent.name for path in described if (path.parent / "runs").is_dir())
+    os.chdir(ROOT)  # reports name the runs by their paths
+    every = sorted({path.parts[1] for path in Path("experiments").glob("*/runs/*/scores.json")})
     unknown = sorted(set(options.studies) - set(every))
     if unknown:
         sys.exit(f"error: studies={unknown[0]}: must be one of {', '.join(every)}")
-    os.chdir(ROOT)  # reports name the runs by their paths
     found, files = dict[str, Comparison](), dict[Path, str]()
     for study in options.studies or every:
-        if isinstance(load(study)["seeds"], list):
+        if " fit " in load(study)["command"]:
             found[study] = compared(study)
         files |= texts(study, found.get(study))
     files |= pages(files)
@@ -225,7 +240,7 @@ def main() -> None:
     drawn = [study for study in found if "figure" in load(study)]
     for study in drawn:
         figure([study], found, ROOT / "experiments" / study / "wall_clock.png")
-    if not options.studies:
+    if drawn and not options.studies:
         figure(drawn, found, ROOT / FIGURE)
 
 

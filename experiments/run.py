@@ -3,11 +3,13 @@
     python experiments/run.py mnist                 everything that is not done yet
     python experiments/run.py mnist --arms none sgg --seeds 10 --jobs 2
     python experiments/run.py mnist --limit 500     stop after as many seconds
+    python experiments/run.py mnist --arms none --seeds 10 --again    from scratch, as a check
     python experiments/run.py mnist --commands      only print the commands
 
 Runs live in runs/STUDY/ARM-SEED and leave what experiments/remake.py needs in
 experiments/STUDY/runs/ARM-SEED: config, environment and scores. Ctrl-C or the limit stops them with
-a checkpoint each, and the same command goes on; the status is then 75.
+a checkpoint each, and the same command goes on; the status is then 75. With --again they live in
+runs/again and are compared with what is recorded, which stays.
 """
 
 import argparse
@@ -17,21 +19,27 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from scipy.special import stdtrit
+
+from w2s_train.compare.numbers import CONFIDENCE
+from w2s_train.errors import PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("config.yaml", "environment.json", "scores.json")
-STOPPED = 75  # status of a fit that was asked to stop, and of a study with such fits
+KEPT = ("config.yaml", "environment.json")  # of trainings; beside scores.json
 GRACE = 60.0  # seconds that a stopped run has for its checkpoint
+LEAST = 90.0  # seconds before the limit in which nothing is started: it would end before a step
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,14 @@ class Job:
         arm: Name of the arm.
         seed: ``seed_everything``.
         command: Words of the command, to be run in the root of the checkout.
+        folder: Where it runs.
     """
 
     study: str
     arm: str
     seed: int
     command: list[str]
+    folder: Path
 
     @property
     def name(self) -> str:
@@ -56,18 +66,23 @@ class Job:
         return f"{self.arm}-{self.seed}"
 
     @property
-    def folder(self) -> Path:
-        """Where it runs."""
-        return ROOT / "runs" / self.study / self.name
-
-    @property
     def record(self) -> Path:
         """Where its scores are kept."""
         return ROOT / "experiments" / self.study / "runs" / self.name
 
+    @property
+    def is_recorded(self) -> bool:
+        """It ran to its end."""
+        return (self.record / "scores.json").is_file()
+
+
+def half_width(std: float, n: int) -> float:
+    """Half the 95 % t interval of the mean of n numbers."""
+    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * std / math.sqrt(n)
+
 
 def load(study: str) -> dict[str, Any]:
-    """The study's description.
+    """The study's description; ``seeds`` by arm.
 
     Raises:
         SystemExit: There is none of that name.
@@ -76,7 +91,10 @@ def load(study: str) -> dict[str, Any]:
     if not path.is_file():
         names = sorted(p.parent.name for p in path.parent.parent.glob("*/study.yaml"))
         sys.exit(f"error: study={study}: must be one of {', '.join(names)}")
-    return dict(yaml.safe_load(path.read_text()))
+    about = dict(yaml.safe_load(path.read_text()))
+    if isinstance(about["seeds"], list):
+        about["seeds"] = dict.fromkeys(about["arms"], about["seeds"])
+    return about
 
 
 def options_of(added: str | dict[str, Any], names: dict[str, Any]) -> list[str]:
@@ -89,43 +107,74 @@ def options_of(added: str | dict[str, Any], names: dict[str, Any]) -> list[str]:
     return words
 
 
-def jobs(study: str, arms: list[str] | None = None, seeds: list[int] | None = None) -> list[Job]:
+def chosen(name: str, wanted: Sequence[Any] | None, allowed: Sequence[Any]) -> Sequence[Any]:
+    """What is wanted, by default everything.
+
+    Raises:
+        SystemExit: It is not allowed.
+    """
+    for item in wanted or ():
+        if item not in allowed:
+            sys.exit(f"error: {name}={item}: must be one of {', '.join(map(str, allowed))}")
+    return wanted or allowed
+
+
+def jobs(
+    study: str, arms: list[str] | None = None, seeds: list[int] | None = None, again: bool = False
+) -> list[Job]:
     """Its runs, all arms of a seed before the next seed.
 
     Raises:
-        SystemExit: There is no such study or arm.
+        SystemExit: There is no such study, arm or seed.
     """
     about = load(study)
-    every: dict[str, list[int]] = about["seeds"]
-    if isinstance(every, list):
-        every = dict.fromkeys(about["arms"], every)
-    unknown = sorted(set(arms or []) - set(every))
-    if unknown:
-        sys.exit(f"error: arms={unknown[0]}: must be one of {', '.join(every)}")
-    chosen = {arm: seeds or own for arm, own in every.items() if arms is None or arm in arms}
+    own: dict[str, list[int]] = about["seeds"]
+    arms = list(chosen("arms", arms, list(own)))
     found = []
-    for seed in sorted(set().union(*chosen.values())):
-        for arm in (arm for arm, own in chosen.items() if seed in own):
+    for seed in chosen("seeds", seeds, sorted(set().union(*own.values()))):
+        for arm in (arm for arm in arms if seed in own[arm]):
             names = {"arm": arm, "seed": seed}
             words = shlex.split(about["command"].format(**names))
-            found.append(Job(study, arm, seed, words + options_of(about["arms"][arm], names)))
+            words += options_of(about["arms"][arm], names)
+            place = words.index("--trainer.default_root_dir") + 1
+            if again:
+                words[place] = words[place].replace("runs/", "runs/again/", 1)
+            found.append(Job(study, arm, seed, words, ROOT / words[place]))
     return found
 
 
-def is_done(job: Job) -> bool:
-    """Its last score is recorded."""
-    return (job.record / "scores.json").is_file()
-
-
 def keep(job: Job) -> None:
-    """Copy what a comparison needs, and the last grid of an arm's first seed."""
+    """Copy what a comparison needs, and the last grid of an arm's first seed; the scores last."""
     job.record.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
-        shutil.copyfile(job.folder / name, job.record / name)
-    if job.seed == jobs(job.study, [job.arm])[0].seed:
+        if job.command[1] == "fit":
+            shutil.copyfile(job.folder / name, job.record / name)
+    if job.command[1] == "fit" and job.seed == load(job.study)["seeds"][job.arm][0]:
         for last in sorted((job.folder / "grids").glob("*.png"))[-1:]:
             (job.record / "grids").mkdir(exist_ok=True)
             shutil.copyfile(last, job.record / "grids" / last.name)
+    shutil.copyfile(job.folder / "scores.json", job.record / "scores.new")
+    (job.record / "scores.new").replace(job.record / "scores.json")
+
+
+def last_value(folder: Path) -> float:
+    """The last score of a run."""
+    return float(json.loads((folder / "scores.json").read_text())[-1]["value"])
+
+
+def against_record(job: Job) -> str:
+    """What a run that was made again says about the one that is recorded."""
+    same = [other for other in jobs(job.study, [job.arm]) if other.is_recorded]
+    values = [last_value(other.record) for other in same]
+    mean = statistics.fmean(values)
+    width = half_width(statistics.stdev(values), len(values))
+    value = last_value(job.folder)
+    place = "inside" if abs(value - mean) <= width else "outside of"
+    recorded = f"{last_value(job.record):.6g}" if job.is_recorded else "nothing"
+    return (
+        f"{value:.6g}, {place} the arm's {mean - width:.6g} to {mean + width:.6g}; recorded for "
+        f"this seed: {recorded}"
+    )
 
 
 class Runner:
@@ -133,43 +182,46 @@ class Runner:
 
     Args:
         limit: Seconds from now on; None is no limit.
+        again: Recorded runs are made again.
     """
 
-    def __init__(self, limit: float | None) -> None:
+    def __init__(self, limit: float | None, again: bool) -> None:
         self.deadline = math.inf if limit is None else time.monotonic() + limit
+        self.again = again
         self.asked = threading.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda *_: self.asked.set())
 
-    @property
-    def over(self) -> bool:
-        """No further step is wanted."""
-        return self.asked.is_set() or time.monotonic() > self.deadline
+    def is_over(self, left: float = 0.0) -> bool:
+        """Somebody asked to stop, or fewer seconds are left."""
+        return self.asked.is_set() or time.monotonic() + left > self.deadline
 
     def train(self, job: Job) -> int:
         """Run one command, its output in a file; return its status."""
-        if self.over:
-            return STOPPED
+        if self.is_over(LEAST):
+            return PREEMPTED
+        if self.again and job.folder.exists():
+            shutil.rmtree(job.folder)
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         output = job.folder.with_name(f"{job.name}.log")
         began = time.monotonic()
         print(f"{job.study} {job.name}: started, see {output}", flush=True)
         with output.open("a") as log:
-            status = self._wait(
-                subprocess.Popen(
-                    [sys.executable, "-m", "w2s_train", *job.command[1:]],
-                    cwd=ROOT,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={"OMP_NUM_THREADS": "1", **os.environ},
-                    start_new_session=True,  # a Ctrl-C reaches it once, through us
-                )
+            process = subprocess.Popen(
+                [sys.executable, "-m", "w2s_train", *job.command[1:]],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={"OMP_NUM_THREADS": "1", **os.environ},
+                start_new_session=True,  # a Ctrl-C reaches it once, through us
             )
+            status = self._wait(process)
         said = f"status {status}, see {output.name}"
-        if status == 0:
+        if status == 0 and self.again:
+            said = against_record(job)
+        elif status == 0:
             keep(job)
-            last = json.loads((job.record / "scores.json").read_text())[-1]
-            said = f"{last['metric']} {last['value']:.4g} at step {last['step']}"
+            said = f"{last_value(job.record):.4g}"
         print(f"{job.study} {job.name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
         return status
 
@@ -179,14 +231,15 @@ class Runner:
             try:
                 return process.wait(timeout=0.5)
             except subprocess.TimeoutExpired:
-                if self.over:
+                if self.is_over():
                     break
         process.terminate()
         try:
             return process.wait(timeout=GRACE)
         except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return PREEMPTED  # by us: it goes on from an older checkpoint
 
 
 def main() -> None:
@@ -197,18 +250,19 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--limit", type=float, help="seconds after which everything is stopped")
+    parser.add_argument("--again", action="store_true", help="check recorded results from scratch")
     parser.add_argument("--commands", action="store_true", help="print the commands, run nothing")
     options = parser.parse_args()
-    found = jobs(options.study, options.arms, options.seeds)
+    found = jobs(options.study, options.arms, options.seeds, options.again)
     if options.commands:
-        print("\n".join(shlex.join(job.command) for job in found))
+        print("\n".join(f"OMP_NUM_THREADS=1 {shlex.join(job.command)}" for job in found))
         return
-    left = [job for job in found if not is_done(job)]
+    left = [job for job in found if options.again or not job.is_recorded]
     print(f"{options.study}: {len(found) - len(left)} of {len(found)} runs are done", flush=True)
-    runner = Runner(options.limit)
+    runner = Runner(options.limit, options.again)
     with ThreadPoolExecutor(options.jobs) as pool:
         statuses = list(pool.map(runner.train, left))
-    failed = [status for status in statuses if status not in (0, STOPPED)]
+    failed = [status for status in statuses if status not in (0, PREEMPTED)]
     sys.exit(failed[0] if failed else max(statuses, default=0))
 
 

@@ -3,7 +3,8 @@
 # taken from wheels/, which is made elsewhere by
 #   python -m pip download --no-deps -d wheels webdataset braceexpand jsonargparse \
 #       docstring-parser typeshed-client clean-fid
-# With mode=--cpu no GPU is needed, and none is used.
+# Where git cannot tell the commit, $COMMIT must; it is kept beside the checkout, where runs look.
+# With mode=--cpu no GPU and no commit are needed, and no GPU is used.
 python=python3
 [ ! -x .venv/bin/python ] || python=$PWD/.venv/bin/python
 if [ -d wheels ]; then
@@ -18,5 +19,11 @@ if [ "$mode" = --cpu ]; then
     export CUDA_VISIBLE_DEVICES=
 elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "error: no GPU that torch can use; --cpu tries the commands without one" >&2
+    exit 1
+fi
+if [ -n "${COMMIT:-}" ]; then
+    echo "$COMMIT" >../COMMIT || exit 1
+elif [ "$mode" != --cpu ] && [ ! -e ../COMMIT ] && ! git rev-parse HEAD >/dev/null 2>&1; then
+    echo "error: COMMIT=: must be that of the checkout, which git cannot tell here" >&2
     exit 1
 fi

@@ -1,5 +1,6 @@
 """The studies: how they are run, and that their tables come from their runs' scores."""
 
+import itertools
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -46,25 +48,70 @@ def test_commands_name_files_that_are_there_and_folders_that_are_not_shared(stud
     assert len({job.folder for job in found}) == len(found) > 0
     for job in found:
         words = job.command
-        overlays = [words[i + 1] for i, word in enumerate(words) if word == "-c"]
-        assert overlays and all((ROOT / path).is_file() for path in overlays), words
-        assert words[words.index("--trainer.default_root_dir") + 1] == str(
-            job.folder.relative_to(ROOT)
-        )
+        assert (ROOT / "runs" / study) in job.folder.parents
+        assert all((ROOT / path).is_file() for path in overlays(words)) and overlays(words)
         assert words[words.index("--seed_everything") + 1] == str(job.seed)
+        assert run.jobs(study, [job.arm], [job.seed], again=True)[0].folder != job.folder
+
+
+def overlays(words: list[str]) -> list[str]:
+    """The files of a command."""
+    return [words[i + 1] for i, word in enumerate(words) if word == "-c"]
+
+
+def merged(below: object, above: object) -> object:
+    """Two configs as the command reads them: objects key by key, everything else replaced."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {key: merged(below.get(key), value) for key, value in above.items()}
+
+
+def holds(found: object, expected: object) -> bool:
+    """``found`` has everything that ``expected`` says."""
+    if isinstance(expected, dict):
+        return isinstance(found, dict) and all(holds(found.get(k), v) for k, v in expected.items())
+    if isinstance(expected, list):
+        if not isinstance(found, list) or len(found) != len(expected):
+            return False
+        return all(holds(had, wanted) for had, wanted in zip(found, expected, strict=True))
+    return found == expected
 
 
 @pytest.mark.parametrize("scores", RUNS, ids=lambda path: f"{path.parts[-4]}/{path.parts[-2]}")
 def test_a_record_is_of_the_run_that_the_study_describes(scores):
-    """The command that it was started with is the study's, and so is its config's seed."""
+    """The stored config says what the files and options of the study's command say today."""
     study, name = scores.parts[-4], scores.parts[-2]
     (job,) = [job for job in run.jobs(study) if job.name == name]
-    started = json.loads((scores.parent / "environment.json").read_text())[0]["command"]
-    assert started[1:] == job.command[1:]
-    config = yaml.safe_load((scores.parent / "config.yaml").read_text())
-    assert config["seed_everything"] == job.seed
     entries = json.loads(scores.read_text())
-    assert all("-dirty" not in entry["protocol"]["git_commit"] for entry in entries)
+    assert all(len(entry["protocol"]["git_commit"]) == 40 for entry in entries)  # and not dirty
+    if job.command[1] == "validate":
+        wanted = json.loads(job.command[job.command.index("--model.guidance") + 1])
+        assert len({entry["guidance"] for entry in entries}) == len(entries) == len(wanted)
+        return
+    expected: object = {}
+    for path in overlays(job.command):
+        expected = merged(expected, plain(yaml.safe_load((ROOT / path).read_text())))
+    for key, value in itertools.pairwise(job.command):
+        if key.startswith(("--model.", "--trainer.")):
+            for part in reversed(key.removeprefix("--").split(".")):
+                value = {part: yaml.safe_load(value) if isinstance(value, str) else value}
+            expected = merged(expected, plain(value))
+    stored = yaml.safe_load((scores.parent / "config.yaml").read_text())
+    for part in ("model", "trainer"):
+        assert holds(plain(stored)[part], expected[part]), part
+    assert stored["seed_everything"] == job.seed
+
+
+def plain(config: object) -> object:
+    """Without ``init_args``, as overlays and options may leave them out; callbacks as they are."""
+    if isinstance(config, list):
+        return [plain(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    inner = plain(config["init_args"]) if config.get("init_args") else {}
+    assert isinstance(inner, dict)
+    skipped = ("init_args", "callbacks", "default_root_dir")
+    return {key: plain(value) for key, value in config.items() if key not in skipped} | inner
 
 
 @pytest.mark.parametrize(
@@ -72,6 +119,7 @@ def test_a_record_is_of_the_run_that_the_study_describes(scores):
     [
         (["nothing"], "error: study=nothing: must be one of "),
         (["mnist", "--arms", "gss"], "error: arms=gss: must be one of none, mg, "),
+        (["mnist", "--seeds", "9"], "error: seeds=9: must be one of 10, 11, 12"),
     ],
 )
 def test_mistakes_are_one_line(options, said, monkeypatch):
@@ -154,28 +202,31 @@ def test_a_study_stops_with_a_checkpoint_goes_on_and_says_which_run_failed(digit
     assert "0 of 2 runs are done" in said and "tiny none-3: status 75" in said
     assert not record.exists()
 
-    # To another machine, in parts, as experiments/gpu.sh takes them up.
-    parts, out = tmp_path / "gpu_state/tiny", tmp_path / "out"
-    parts.mkdir(parents=True)
-    packed = f"tar -c -C runs/tiny none-3 | split -b 1M - {parts}/none-3.tar."
-    subprocess.run(packed, shell=True, cwd=tmp_path, check=True)
+    # Back from a machine and to another one.
+    shell = {**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def gpu(**more: str) -> "subprocess.CompletedProcess[str]":
+        script = ["bash", str(tmp_path / "experiments/gpu.sh"), "tiny", "digits", "1", "--cpu"]
+        return subprocess.run(script, env=shell | more, capture_output=True, text=True, check=False)
+
+    done = gpu(LIMIT="1", OUT=str(tmp_path / "first"))
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert sorted(p.name for p in (tmp_path / "first").iterdir()) == [
+        "logs.tar.gz",
+        "unfinished.tar",
+    ]
     shutil.rmtree(tmp_path / "runs")
-    assert len(list(parts.iterdir())) > 1
-    environment |= {"OUT": str(out), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", str(tmp_path / "experiments/gpu.sh"), "tiny", "1", "--cpu"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1 and "taking up none-3" in done.stdout, done.stdout + done.stderr
-    assert "tiny wrong-3: status 1, see wrong-3.log" in done.stdout
+    (tmp_path / "gpu").mkdir()
+    shutil.move(tmp_path / "first/unfinished.tar", tmp_path / "gpu")
+    done = gpu(OUT=str(tmp_path / "second"))
+    assert done.returncode == 1 and "tiny wrong-3: status 1, see wrong-3.log" in done.stdout
     assert [entry["step"] for entry in json.loads(record.read_text())] == [200, 400]
     environments = json.loads((record.parent / "environment.json").read_text())
     assert len(environments) == 2  # it was started twice, and went on
-    assert (out / "records/none-3/scores.json").read_bytes() == record.read_bytes()
-    assert "data.batch_size=-1" in (out / "wrong-3.log").read_text()
+    with tarfile.open(tmp_path / "second/records.tar") as packed:
+        stored = packed.extractfile(str(record.relative_to(tmp_path)))
+        assert stored is not None and stored.read() == record.read_bytes()
+    assert "data.batch_size=-1" in (tmp_path / "runs/tiny/wrong-3.log").read_text()
 
     again = subprocess.run(
         [*command, "--arms", "none"], env=environment, capture_output=True, text=True, check=False

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from w2s_train import __version__
 from w2s_train.errors import NO_PROGRESS, PEER_LOST, Stopped, UserError
 from w2s_train.files import atomic_write
 from w2s_train.secrets import redacted
@@ -25,7 +26,7 @@ STARTS = "starts.json"
 # What a folder that holds a run has some of.
 OURS = "config.yaml environment.json metrics.csv scores.json checkpoints samples code logs".split()
 RESTARTS = 3  # without progress, before another one is refused
-PACKAGES = ("w2s_train", "torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
+PACKAGES = ("torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
 
 
 def append_scores(folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -73,7 +74,8 @@ def environment(trainer: Trainer) -> dict[str, Any]:
         "command": redacted(sys.argv),
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {"w2s_train": __version__}  # also where it runs without being installed
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
         "host": platform.node(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -96,7 +96,7 @@ def differences(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
         key: {name: had[key] for name, had in settings.items() if had.get(key) is not None}
         for key in _differing(list(settings.values()))
     }
-    commits = {arm.name: {_commit(c) for s in arm.series for c in s.commits} for arm in arms}
+    commits = {arm.name: {commit_name(c) for s in arm.series for c in s.commits} for arm in arms}
     machines = {arm.name: {run.machine or "unknown" for run in arm.runs} for arm in arms}
     for key, values in (("git_commit", commits), ("machine", machines)):
         if len(set(map(frozenset, values.values()))) > 1:
@@ -104,7 +104,8 @@ def differences(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _commit(name: str) -> str:
+def commit_name(name: str) -> str:
+    """A commit for people, with what says that the files differed from it."""
     return name[:7] + ("-dirty" if name.endswith("-dirty") else "")
 
 
