@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import matplotlib.pyplot as plt
 from run import ROOT, half_width, load
 
@@ -153,12 +152,12 @@ def figure(studies: Sequence[str], found: dict[str, Comparison], path: Path) -> 
         names = [name for name in load(study)["figure"] if name in rows]
         for colour, name in zip(COLOURS[: len(names)], names, strict=True):
             _curve(axis, rows[name], colour)
-        axis.set_yscale("log")
+        axis.set_yscale("log", subs=[2, 5])
         axis.set_title(study)
         axis.set_xlabel("seconds of training")
         axis.set_ylabel(found[study].selection.metric)
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
         axis.legend(frameon=False, fontsize=8)
     fig.tight_layout()
