@@ -42,7 +42,16 @@ def _sized(overlay: str | None = None, **sizes: int) -> list[str]:
     return options + [f"--model.network.init_args.{name}={n}" for name, n in sizes.items()]
 
 
+def _study(name: str) -> Network:
+    """Of a study in experiments/, at the batch of its runs."""
+    files = ["-c", f"configs/{name}_w2s.yaml", "-c", f"experiments/{name}/small.yaml"]
+    return Network(files, batch=64, steps=20, gpu_batch=64, gpu_steps=20)
+
+
 NETWORKS = {
+    "digits": Network(["-c", "configs/digits_w2s.yaml"], batch=64, steps=20, gpu_batch=64),
+    "mnist": _study("mnist"),
+    "cifar10": _study("cifar10"),
     "tiny": Network(["-c", "configs/digits_w2s.yaml"], batch=320, steps=4, gpu_steps=20),
     "small": Network(
         _sized(None, input_size=16, hidden_size=192, depth=12, num_heads=6),
