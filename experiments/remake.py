@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from w2s_train.compare.arms import commit_name
 from w2s_train.compare.comparison import Comparison, Options, Result, Row, compare
 from w2s_train.compare.page import page
 from w2s_train.compare.report import markdown, to_json
-from w2s_train.compare.runs import read_all
+from w2s_train.compare.runs import Run, read_all
 from w2s_train.errors import UserError
 from w2s_train.sampler import Euler
 
@@ -49,13 +50,39 @@ def compared(study: str) -> Comparison:
     Raises:
         SystemExit: A run is left out, or there are too few.
     """
+    findings = read_all([f"experiments/{study}/runs/*"])
+    runs = [with_times(run, study) for run in findings.runs]
     try:
-        found = compare(read_all([f"experiments/{study}/runs/*"]), Options(baseline="none"))
+        found = compare(replace(findings, runs=runs), Options(baseline="none"))
     except UserError as error:
         sys.exit(f"error: {study}: {error}")
     if found.refused:
         sys.exit("\n".join(f"error: {line}" for line in found.refused))
     return found
+
+
+def step_times(study: str) -> dict[str, float]:
+    """Seconds per step by arm, as benchmarks/step.py measured them alone; none if it did not."""
+    path, about = ROOT / "experiments" / study / "step_time.json", load(study)
+    if not path.is_file():
+        return {}
+    entries = {entry["recipe"]: entry for entry in json.loads(path.read_text())}
+    same = {arm: about.get("timed_as", {}).get(arm, arm) for arm in about["arms"]}
+    alone = entries["none"]["seconds"]
+    return {arm: alone * entries[recipe]["ratio"] for arm, recipe in same.items()}
+
+
+def with_times(run: Run, study: str) -> Run:
+    """The run with times that do not depend on what else its machine did."""
+    times = step_times(study)
+    if not times:
+        return run
+    per_step = times[run.stem]
+    scores = [
+        replace(s, protocol=replace(s.protocol, training_seconds=s.step * per_step))
+        for s in run.scores
+    ]
+    return replace(run, scores=scores)
 
 
 def training_table(study: str, comparison: Comparison) -> str:
@@ -69,7 +96,7 @@ def training_table(study: str, comparison: Comparison) -> str:
         cells = _cells(row.at_step)
         cells += [*_cells(row.at_seconds), f"{row.time_ratio:.2f}"] if timed else []
         lines.append(f"| `{row.name}` | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _footnote(comparison, timed)]) + "\n"
+    return "\n".join([*lines, "", _footnote(study, comparison, timed)]) + "\n"
 
 
 def _cells(result: Result | None) -> list[str]:
@@ -81,16 +108,23 @@ def _cells(result: Result | None) -> list[str]:
     return [interval(result.mean, result.std, len(result.seeds)), verdict]
 
 
-def _footnote(comparison: Comparison, timed: bool) -> str:
+def _footnote(study: str, comparison: Comparison, timed: bool) -> str:
     seeds = {row.name: ", ".join(map(str, row.at_step.seeds)) for row in comparison.rows}
     common = max(seeds.values(), key=list(seeds.values()).count)
     others = [f"`{name}`: {own}" for name, own in seeds.items() if own != common]
     entries = [score for row in comparison.rows for run in row.runs for score in run.scores]
     commits = {commit_name(score.protocol.git_commit or "unknown") for score in entries}
     machines = {run.machine or "unknown" for row in comparison.rows for run in row.runs}
+    measured = "as the runs had them"
+    if step_times(study):
+        about = json.loads((ROOT / "experiments" / study / "step_time.json").read_text())[0]
+        measured = (
+            f"measured alone (`step_time.json`, {about['rounds']} rounds, commit "
+            f"{commit_name(about['git_commit'])})"
+        )
     at_time = (
-        f" At equal time, scores between two evaluations are interpolated in their logarithm. Time "
-        f"per step relative to `{comparison.baseline}`, as the runs had it."
+        f" At equal time, scores between two evaluations are interpolated in their logarithm; "
+        f"times are steps times those of a step, {measured}."
     )
     return (
         f"`{comparison.selection.metric}` of {comparison.protocol['n']:,} images, unguided, lower "
