@@ -138,7 +138,10 @@ def test_recipes_share_memory(timed):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--networks=huge"], "networks=huge: must be of tiny, small, s2, b2, l2, xl2"),
+        (
+            ["--networks=huge"],
+            "networks=huge: must be of digits, mnist, cifar10, tiny, small, s2, b2, l2, xl2",
+        ),
         (["--precision=16"], "precision=16: must be of 32-true, bf16-mixed"),
         (["--compile=true"], "compile=true: must be of off, on, blocks"),
         (["--rounds=2"], "rounds=2: must be at least 3"),
