@@ -166,7 +166,7 @@ BAD = {
     ),
     "newer": (
         with_scores(lambda s: [s[0] | {"schema": 2}]),
-        "scores.json[0]: schema=2: must be at",
+        "scores.json[0]: schema=2: must be 1",
     ),
     "no config": (lambda f: (f / "config.yaml").unlink(), "config.yaml: there is none"),
     "broken config": (with_text("config.yaml", "model: [}"), "config.yaml: cannot be read"),

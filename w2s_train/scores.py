@@ -8,7 +8,7 @@ from typing import Any
 
 from w2s_train.errors import UserError
 
-SCHEMA = 1  # entries without a "schema" are version 0: the same, without "training_seconds"
+SCHEMA = 1
 HIGHER = ("inception_score", "precision", "recall", "density", "coverage")
 LOWER = ("fid", "fd_", "sfid", "kid", "outliers", "energy_distance", "velocity_error")
 LARGEST = 1e100  # sums and squares of smaller numbers are finite
@@ -126,16 +126,13 @@ class Score:
         """Check and convert.
 
         Raises:
-            UserError: A newer schema; a key that is missing or cannot be used.
+            UserError: Another schema; a key that is missing or cannot be used.
         """
         if not isinstance(entry, dict):
             raise UserError(f"entry={json.dumps(entry)}: must be an object")
-        entry = {"schema": 0} | entry
         values = {key.name: key.metadata["kind"].take(entry, key.name) for key in fields(cls)}
-        if values["schema"] > SCHEMA:
-            raise UserError(
-                f"schema={values['schema']}: must be at most {SCHEMA}, update w2s_train"
-            )
+        if values["schema"] != SCHEMA:
+            raise UserError(f"schema={values['schema']}: must be {SCHEMA}, for this w2s_train")
         protocol = Protocol.from_json(values["protocol"])
         for key in ("step", "weights", "guidance"):
             if values[key] != getattr(protocol, key):
@@ -166,12 +163,7 @@ class Record:
 
 
 def read_scores(folder: Path) -> list[Score]:
-    """The scores of a run, oldest first, with training times also for entries of version 0.
-
-    Those have no ``training_seconds``. It is their ``wall_clock_seconds``, which includes their own
-    evaluation, minus the ``evaluation_seconds`` of all evaluations up to this one; the first entry
-    of a step counts, for the others score a finished checkpoint again. It stays None where an
-    evaluation did not note how long it took.
+    """The scores of a run, oldest first.
 
     Raises:
         UserError: No file, none with scores, one that cannot be read, or an entry that cannot.
@@ -205,21 +197,7 @@ def read_record(folder: Path) -> Record:
             faults.append(Fault(entry, f"scores.json[{i}]: {error}"))
     if not scores:
         raise UserError(faults[0].message)
-    first: dict[int, Protocol] = {}
-    for score in scores:
-        first.setdefault(score.step, score.protocol)
-    timed = [_timed(score, first) if score.schema == 0 else score for score in scores]
-    return Record(timed, faults)
-
-
-def _timed(score: Score, first: dict[int, Protocol]) -> Score:
-    """An entry of version 0 with its training time, from the first protocol of each step."""
-    spent = [p.evaluation_seconds for step, p in first.items() if step <= score.step]
-    known = [seconds for seconds in spent if seconds is not None]
-    if len(known) < len(spent):
-        return score
-    seconds = first[score.step].wall_clock_seconds - sum(known)
-    return replace(score, protocol=replace(score.protocol, training_seconds=seconds))
+    return Record(scores, faults)
 
 
 def higher_is_better(metric: str) -> bool:
