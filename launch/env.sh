@@ -13,7 +13,7 @@ if [ ! -x .venv/bin/python ]; then
     done
     [ -n "$python" ] || { echo "error: python: must be 3.11 or newer, none found" >&2; exit 1; }
     if command -v uv >/dev/null; then
-        uv venv --quiet --python "$python" .venv || exit 1
+        uv venv --quiet --seed --python "$python" .venv || exit 1
     else
         "$python" -m venv .venv || exit 1
     fi
