@@ -26,7 +26,7 @@ from itertools import product
 import torch
 from common import ROOT, about, costs, parse, write_json
 from comparison import Entry, measure
-from timed import NETWORKS, Setting
+from timed import NETWORKS, OWN, Setting
 
 from w2s_train.allocator import keep_freed_memory
 from w2s_train.errors import UserError
@@ -53,6 +53,7 @@ def print_table(entries: list[Entry]) -> None:
 def arguments() -> argparse.Namespace:
     """Those of the command line, checked."""
     known = sorted(path.stem for path in (ROOT / "configs" / "weak").glob("*.yaml"))
+    known.append(OWN)
     lists: dict[str, tuple[str, list[str]]] = {
         "networks": ("tiny", list(NETWORKS)),
         "recipes": (",".join(known), known),

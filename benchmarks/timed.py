@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from w2s_train.command import compose
 from w2s_train.module import DiffusionModule
 
+OWN = "w2s"  # the recipe of the segments in a network's own config
 DONE = 0.9  # of a run's steps: every schedule has started, every snapshot is taken
 
 
@@ -49,7 +50,6 @@ def _study(name: str) -> Network:
 
 
 NETWORKS = {
-    "digits": Network(["-c", "configs/digits_w2s.yaml"], batch=64, steps=20, gpu_batch=64),
     "mnist": _study("mnist"),
     "cifar10": _study("cifar10"),
     "tiny": Network(["-c", "configs/digits_w2s.yaml"], batch=320, steps=4, gpu_steps=20),
@@ -83,7 +83,7 @@ class Timed:
     """One recipe.
 
     Args:
-        recipe: Stem of a file in configs/weak.
+        recipe: Stem of a file in configs/weak, or w2s: the segments of the network's config.
         setting: Everything else.
 
     Raises:
@@ -99,8 +99,9 @@ class Timed:
             "trainer.precision": setting.precision,
             "model.compile": str(setting.compile).lower(),
         }
-        given = ["fit", *NETWORKS[setting.network].options, "-c", f"configs/weak/{recipe}.yaml"]
-        given = [str(ROOT / part) if part.startswith("configs/") else part for part in given]
+        overlay = [] if recipe == OWN else ["-c", f"configs/weak/{recipe}.yaml"]
+        given = ["fit", *NETWORKS[setting.network].options, *overlay]
+        given = [str(ROOT / p) if p.startswith(("configs/", "experiments/")) else p for p in given]
         given += [f"--{name}={value}" for name, value in options.items()]
         command = compose([*given, *setting.options], run=False)
         self.module: DiffusionModule = command.model

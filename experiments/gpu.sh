@@ -14,10 +14,6 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 study=${1:?study} data=${2:?data} at_a_time=${3:?runs at a time} mode=${4:-} limit=${LIMIT:-420}
-case "$mode" in
-    "" | --cpu) ;;
-    *) echo "error: option=$mode: must be --cpu or nothing" >&2; exit 1 ;;
-esac
 source launch/gpu.sh
 if [ ! -e "data/$data" ] && [ -e "gpu/$data.tar.gz" ]; then tar -xzf "gpu/$data.tar.gz" || exit 1; fi
 if [ ! -e "data/$data" ]; then

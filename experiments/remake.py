@@ -2,10 +2,12 @@
 
     python experiments/remake.py                    every study, and the pages that show its tables
     python experiments/remake.py digits mnist       these studies only
-    python experiments/remake.py --check            change nothing; fail where a file would change
+    python experiments/remake.py --check            change nothing; fail where a table, a comparison
+                                                    or a page would change (figures are not read)
 
-A study of trainings gets comparison/ (by `lightning compare`), table.md and wall_clock.png; one of
-guidance at sampling gets table.md. Pages show tables between two comments,
+A study of trainings gets comparison/ (as `lightning compare` makes it, with the times of
+step_time.json), table.md and, if it has a `figure`, wall_clock.png; one of guidance at sampling
+gets table.md. Pages show tables between two comments,
 <!-- experiments/STUDY/table.md --> and <!-- end -->.
 """
 
@@ -22,20 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from run import ROOT, half_width, load
+from run import ROOT, load
 
 from w2s_train.compare.arms import commit_name
+from w2s_train.compare.charts import COLOURS
+from w2s_train.compare.command import files as reports
 from w2s_train.compare.comparison import Comparison, Options, Result, Row, compare
-from w2s_train.compare.page import page
-from w2s_train.compare.report import markdown, to_json
+from w2s_train.compare.numbers import half_width
 from w2s_train.compare.runs import Run, read_all
 from w2s_train.errors import UserError
 from w2s_train.sampler import Euler
+from w2s_train.scores import Score, read_scores
 
 PAGES = ("README.md", "docs/*.md", "experiments/README.md", "experiments/*/README.md")
 BLOCK = re.compile(r"(<!-- (experiments/\S+\.md) -->\n)((?:(?!<!--).)*)(<!-- end -->)", re.DOTALL)
 FIGURE = "experiments/wall_clock.png"  # of the studies that have a `figure`, beside each other
-COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def interval(mean: float, std: float, n: int) -> str:
@@ -50,45 +53,57 @@ def compared(study: str) -> Comparison:
     Raises:
         SystemExit: A run is left out, or there are too few.
     """
-    findings = read_all([f"experiments/{study}/runs/*"])
-    runs = [with_times(run, study) for run in findings.runs]
+    findings, times = read_all([f"experiments/{study}/runs/*"]), step_times(study)
+    runs = [with_times(run, times) for run in findings.runs]
     try:
         found = compare(replace(findings, runs=runs), Options(baseline="none"))
     except UserError as error:
         sys.exit(f"error: {study}: {error}")
     if found.refused:
         sys.exit("\n".join(f"error: {line}" for line in found.refused))
+    if found.seconds is not None and times:
+        note = "times are steps times those of a step, measured alone (step_time.json)"
+        found = replace(found, notes=[*found.notes, note])
     return found
 
 
-def step_times(study: str) -> dict[str, float]:
-    """Seconds per step by arm, as benchmarks/step.py measured them alone; none if it did not."""
+def step_times(study: str) -> dict[str, float | None]:
+    """Seconds per step by arm, as benchmarks/step.py measured them alone.
+
+    None each where the study says that its times mean nothing; no arms where the runs' own count.
+    """
     path, about = ROOT / "experiments" / study / "step_time.json", load(study)
+    if not about.get("times", True):
+        return dict.fromkeys(about["arms"])
     if not path.is_file():
         return {}
     entries = {entry["recipe"]: entry for entry in json.loads(path.read_text())}
     same = {arm: about.get("timed_as", {}).get(arm, arm) for arm in about["arms"]}
     alone = entries["none"]["seconds"]
-    return {arm: alone * entries[recipe]["ratio"] for arm, recipe in same.items()}
+    return {arm: alone * entries[name]["ratio"] for arm, name in same.items() if name in entries}
 
 
-def with_times(run: Run, study: str) -> Run:
-    """The run with times that do not depend on what else its machine did."""
-    times = step_times(study)
+def with_times(run: Run, times: dict[str, float | None]) -> Run:
+    """The run with times that do not depend on what else its machine did.
+
+    Raises:
+        SystemExit: The steps of other arms were measured, those of its were not.
+    """
     if not times:
         return run
+    if run.stem not in times:
+        sys.exit(f"error: {run.folder}: step_time.json must have the steps of {run.stem}")
     per_step = times[run.stem]
-    scores = [
-        replace(s, protocol=replace(s.protocol, training_seconds=s.step * per_step))
-        for s in run.scores
-    ]
+    scores = []
+    for score in run.scores:
+        seconds = None if per_step is None else score.step * per_step
+        scores.append(replace(score, protocol=replace(score.protocol, training_seconds=seconds)))
     return replace(run, scores=scores)
 
 
 def training_table(study: str, comparison: Comparison) -> str:
-    """Arms in the order of the study's description; at equal time, too, unless `times` is false."""
-    about = load(study)
-    order, timed = list(about["arms"]), about.get("times", True)
+    """Arms in the order of the study's description; at equal time, too, if there are times."""
+    order, timed = list(load(study)["arms"]), comparison.seconds is not None
     head = [f"step {comparison.step:,}", "verdict"]
     head += [f"{comparison.seconds:.0f} s", "verdict", "time per step"] if timed else []
     lines = [f"| arm | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
@@ -102,9 +117,9 @@ def training_table(study: str, comparison: Comparison) -> str:
 def _cells(result: Result | None) -> list[str]:
     if result is None:
         return ["–", "not scored by then"]
-    verdict = result.judgement.verdict.split(":")[0].replace("inconclusive", "inside the noise")
+    verdict = result.judgement.verdict.partition(":")[0]
     if result.std is None:
-        return [f"{result.mean:.2f}", "one seed"]
+        return [f"{result.mean:.2f}", f"{verdict}, one seed"]
     return [interval(result.mean, result.std, len(result.seeds)), verdict]
 
 
@@ -116,7 +131,7 @@ def _footnote(study: str, comparison: Comparison, timed: bool) -> str:
     commits = {commit_name(score.protocol.git_commit or "unknown") for score in entries}
     machines = {run.machine or "unknown" for row in comparison.rows for run in row.runs}
     measured = "as the runs had them"
-    if step_times(study):
+    if timed and step_times(study):
         about = json.loads((ROOT / "experiments" / study / "step_time.json").read_text())[0]
         measured = (
             f"measured alone (`step_time.json`, {about['rounds']} rounds, commit "
@@ -128,7 +143,8 @@ def _footnote(study: str, comparison: Comparison, timed: bool) -> str:
     )
     return (
         f"`{comparison.selection.metric}` of {comparison.protocol['n']:,} images, unguided, lower "
-        f"is better: mean and 95 % t interval over training seeds {'; '.join([common, *others])}."
+        f"is better: mean and 95 % t interval over training seeds {'; '.join([common, *others])}; "
+        f"inconclusive is inside the noise."
         f"{at_time if timed else ''} Commit {', '.join(sorted(commits))}; "
         f"{' and '.join(sorted(m.partition(': ')[2] or m for m in machines))}."
     )
@@ -138,27 +154,27 @@ def guidance_table(study: str) -> str:
     """Guidance at sampling, best first on the first set of seeds; a column a set."""
     sets: dict[str, list[int]] = load(study)["seeds"]
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    protocols = []
+    scores: list[Score] = []
     for name, seeds in sets.items():
         for seed in seeds:
-            path = ROOT / "experiments" / study / "runs" / f"{name}-{seed}" / "scores.json"
-            for entry in json.loads(path.read_text()):
-                values[entry["guidance"]][name].append(entry["value"])
-                protocols.append(entry)
+            try:
+                found = read_scores(ROOT / "experiments" / study / "runs" / f"{name}-{seed}")
+            except UserError as error:
+                sys.exit(f"error: {study}: {name}-{seed}: {error}")
+            scores += found
+            for score in found:
+                values[score.guidance][name].append(score.value)
     head = [f"{name.replace('_', ' ')} {', '.join(map(str, s))}" for name, s in sets.items()]
     lines = [f"| guidance | evaluations an image | {' | '.join(head)} |"]
     lines.append("|---" * (2 + len(sets)) + "|")
-    (steps,) = {entry["protocol"]["steps"] for entry in protocols}
+    (steps,) = {score.protocol.steps for score in scores}
     for guidance in sorted(values, key=lambda g: statistics.fmean(values[g][next(iter(sets))])):
         samples = values[guidance].values()
         cells = [interval(statistics.fmean(s), statistics.stdev(s), len(s)) for s in samples]
         lines.append(f"| `{guidance}` | {evaluations(guidance, steps)} | {' | '.join(cells)} |")
-    (metric,), (count,) = (
-        {e["metric"] for e in protocols},
-        {e["protocol"]["n"] for e in protocols},
-    )
-    trained = sorted({entry["step"] for entry in protocols})
-    commits = {commit_name(entry["protocol"]["git_commit"]) for entry in protocols}
+    (metric,), (count,) = {score.metric for score in scores}, {s.protocol.n for s in scores}
+    trained = sorted({score.step for score in scores})
+    commits = {commit_name(score.protocol.git_commit or "unknown") for score in scores}
     text = (
         f"`{metric}` of {count:,} images of the baseline at step "
         f"{' and '.join(f'{step:,}' for step in trained)}, lower is better: mean and 95 % t "
@@ -181,11 +197,14 @@ def evaluations(guidance: str, steps: int) -> int:
 def figure(studies: Sequence[str], found: dict[str, Comparison], path: Path) -> None:
     """Score against training time, a panel a study; bands are t intervals, cut off at mean / 10."""
     fig, axes = plt.subplots(1, len(studies), figsize=(4.6 * len(studies), 3.6), squeeze=False)
+    shown = {study: [str(name) for name in load(study)["figure"]] for study in studies}
+    names = list(dict.fromkeys(name for of_study in shown.values() for name in of_study))
+    colours = dict(zip(names, COLOURS[: len(names)], strict=True))
     for study, axis in zip(studies, axes[0], strict=True):
         rows = {row.name: row for row in found[study].rows}
-        names = [name for name in load(study)["figure"] if name in rows]
-        for colour, name in zip(COLOURS[: len(names)], names, strict=True):
-            _curve(axis, rows[name], colour)
+        for name in shown[study]:
+            if name in rows:  # else not run yet
+                _curve(axis, rows[name], colours[name])
         axis.set_yscale("log", subs=[2, 5])
         axis.set_title(study)
         axis.set_xlabel("seconds of training")
@@ -215,10 +234,9 @@ def texts(study: str, comparison: Comparison | None) -> dict[Path, str]:
     folder = ROOT / "experiments" / study
     if comparison is None:
         return {folder / "table.md": guidance_table(study)}
-    made = {"md": markdown, "json": to_json, "html": page}
     files = {
-        folder / "comparison" / f"comparison.{suffix}": make(comparison)
-        for suffix, make in made.items()
+        folder / "comparison" / name: content.decode()
+        for name, content in reports(comparison).items()
     }
     return {folder / "table.md": training_table(study, comparison), **files}
 

@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from scipy.special import stdtrit
 
-from w2s_train.compare.numbers import CONFIDENCE
+from w2s_train.compare.numbers import half_width
 from w2s_train.errors import PREEMPTED
+from w2s_train.files import atomic_write
+from w2s_train.scores import read_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("config.yaml", "environment.json")  # of trainings; beside scores.json
@@ -76,11 +77,6 @@ class Job:
         return (self.record / "scores.json").is_file()
 
 
-def half_width(std: float, n: int) -> float:
-    """Half the 95 % t interval of the mean of n numbers."""
-    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * std / math.sqrt(n)
-
-
 def load(study: str) -> dict[str, Any]:
     """The study's description; ``seeds`` by arm.
 
@@ -97,13 +93,16 @@ def load(study: str) -> dict[str, Any]:
     return about
 
 
-def options_of(added: str | dict[str, Any], names: dict[str, Any]) -> list[str]:
-    """The words that an arm adds: those of a text, or options with their values as JSON."""
+def options_of(added: str | dict[str, Any], seed: int) -> list[str]:
+    """The words that an arm adds: those of a text, or options with their values as JSON.
+
+    {seed} in the value of an option is the seed.
+    """
     if isinstance(added, str):
-        return shlex.split(added.format(**names))
+        return shlex.split(added)
     words = []
     for key, value in added.items():
-        words += [key, value.format(**names) if isinstance(value, str) else json.dumps(value)]
+        words += [key, value.format(seed=seed) if isinstance(value, str) else json.dumps(value)]
     return words
 
 
@@ -133,48 +132,48 @@ def jobs(
     found = []
     for seed in chosen("seeds", seeds, sorted(set().union(*own.values()))):
         for arm in (arm for arm in arms if seed in own[arm]):
-            names = {"arm": arm, "seed": seed}
-            words = shlex.split(about["command"].format(**names))
-            words += options_of(about["arms"][arm], names)
-            place = words.index("--trainer.default_root_dir") + 1
-            if again:
-                words[place] = words[place].replace("runs/", "runs/again/", 1)
-            found.append(Job(study, arm, seed, words, ROOT / words[place]))
+            place = Path("runs", *(["again"] if again else []), study, f"{arm}-{seed}")
+            words = shlex.split(about["command"]) + options_of(about["arms"][arm], seed)
+            words += ["--seed_everything", str(seed), "--trainer.default_root_dir", str(place)]
+            words += ["--ckpt_path", "last"] if words[1] == "fit" else []
+            found.append(Job(study, arm, seed, words, ROOT / place))
     return found
 
 
 def keep(job: Job) -> None:
     """Copy what a comparison needs, and the last grid of an arm's first seed; the scores last."""
     job.record.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        if job.command[1] == "fit":
-            shutil.copyfile(job.folder / name, job.record / name)
-    if job.command[1] == "fit" and job.seed == load(job.study)["seeds"][job.arm][0]:
-        for last in sorted((job.folder / "grids").glob("*.png"))[-1:]:
-            (job.record / "grids").mkdir(exist_ok=True)
-            shutil.copyfile(last, job.record / "grids" / last.name)
-    shutil.copyfile(job.folder / "scores.json", job.record / "scores.new")
-    (job.record / "scores.new").replace(job.record / "scores.json")
+    kept = []
+    if job.command[1] == "fit":
+        kept = [job.folder / name for name in KEPT]
+        if job.seed == load(job.study)["seeds"][job.arm][0]:
+            kept += sorted((job.folder / "grids").glob("*.png"))[-1:]
+    for path in kept:
+        copy = job.record / path.relative_to(job.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    with atomic_write(job.record / "scores.json") as file:
+        file.write((job.folder / "scores.json").read_bytes())
 
 
 def last_value(folder: Path) -> float:
     """The last score of a run."""
-    return float(json.loads((folder / "scores.json").read_text())[-1]["value"])
+    return read_scores(folder)[-1].value
 
 
 def against_record(job: Job) -> str:
     """What a run that was made again says about the one that is recorded."""
     same = [other for other in jobs(job.study, [job.arm]) if other.is_recorded]
-    values = [last_value(other.record) for other in same]
-    mean = statistics.fmean(values)
-    width = half_width(statistics.stdev(values), len(values))
+    values = {other.seed: last_value(other.record) for other in same}
     value = last_value(job.folder)
+    recorded = ", ".join(f"{v:.6g} (seed {seed})" for seed, v in values.items()) or "nothing"
+    said = f"{value:.6g}; recorded: {recorded}"
+    if len(values) < 2:
+        return said
+    mean = statistics.fmean(values.values())
+    width = half_width(statistics.stdev(values.values()), len(values))
     place = "inside" if abs(value - mean) <= width else "outside of"
-    recorded = f"{last_value(job.record):.6g}" if job.is_recorded else "nothing"
-    return (
-        f"{value:.6g}, {place} the arm's {mean - width:.6g} to {mean + width:.6g}; recorded for "
-        f"this seed: {recorded}"
-    )
+    return f"{said}; {place} their mean's interval, {mean - width:.6g} to {mean + width:.6g}"
 
 
 class Runner:

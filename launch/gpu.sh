@@ -5,6 +5,10 @@
 #       docstring-parser typeshed-client clean-fid
 # Where git cannot tell the commit, $COMMIT must; it is kept beside the checkout, where runs look.
 # With mode=--cpu no GPU and no commit are needed, and no GPU is used.
+case "$mode" in
+    "" | --cpu) ;;
+    *) echo "error: option=$mode: must be --cpu or nothing" >&2; exit 1 ;;
+esac
 python=python3
 [ ! -x .venv/bin/python ] || python=$PWD/.venv/bin/python
 if [ -d wheels ]; then
@@ -21,9 +25,10 @@ elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
     echo "error: no GPU that torch can use; --cpu tries the commands without one" >&2
     exit 1
 fi
-if [ -n "${COMMIT:-}" ]; then
+if [ "$mode" != --cpu ] && ! git rev-parse HEAD >/dev/null 2>&1; then
+    if [ -z "${COMMIT:-}" ]; then
+        echo "error: COMMIT=: must be that of the checkout, which git cannot tell here" >&2
+        exit 1
+    fi
     echo "$COMMIT" >../COMMIT || exit 1
-elif [ "$mode" != --cpu ] && [ ! -e ../COMMIT ] && ! git rev-parse HEAD >/dev/null 2>&1; then
-    echo "error: COMMIT=: must be that of the checkout, which git cannot tell here" >&2
-    exit 1
 fi

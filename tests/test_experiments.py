@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from run_folders import ENTRY
 from scipy import stats
 
 from w2s_train.guidance import ClassifierFree
@@ -46,11 +47,13 @@ def test_every_table_and_page_is_what_the_stored_scores_say():
 def test_commands_name_files_that_are_there_and_folders_that_are_not_shared(study):
     found = run.jobs(study)
     assert len({job.folder for job in found}) == len(found) > 0
+    assert set(run.load(study).get("figure", [])) <= {job.arm for job in found}
     for job in found:
         words = job.command
         assert (ROOT / "runs" / study) in job.folder.parents
         assert all((ROOT / path).is_file() for path in overlays(words)) and overlays(words)
         assert words[words.index("--seed_everything") + 1] == str(job.seed)
+        assert words[words.index("--trainer.default_root_dir") + 1] == f"runs/{study}/{job.name}"
         assert run.jobs(study, [job.arm], [job.seed], again=True)[0].folder != job.folder
 
 
@@ -92,13 +95,14 @@ def test_a_record_is_of_the_run_that_the_study_describes(scores):
     for path in overlays(job.command):
         expected = merged(expected, plain(yaml.safe_load((ROOT / path).read_text())))
     for key, value in itertools.pairwise(job.command):
-        if key.startswith(("--model.", "--trainer.")):
+        if key.startswith(("--model.", "--trainer.", "--data.")):
             for part in reversed(key.removeprefix("--").split(".")):
                 value = {part: yaml.safe_load(value) if isinstance(value, str) else value}
             expected = merged(expected, plain(value))
     stored = yaml.safe_load((scores.parent / "config.yaml").read_text())
-    for part in ("model", "trainer"):
-        assert holds(plain(stored)[part], expected[part]), part
+    for part in ("model", "trainer", "data"):
+        if isinstance(expected[part], dict):  # else the path of a config
+            assert holds(plain(stored)[part], expected[part]), part
     assert stored["seed_everything"] == job.seed
 
 
@@ -130,8 +134,8 @@ def test_mistakes_are_one_line(options, said, monkeypatch):
 
 
 def test_options_are_words_or_json():
-    assert run.options_of("-c a.yaml --x '{seed} b'", {"seed": 3}) == ["-c", "a.yaml", "--x", "3 b"]
-    words = run.options_of({"--list": [{"low": 0.5}], "--path": "p-{seed}"}, {"seed": 3})
+    assert run.options_of("-c a.yaml --x '{a: 1} b'", 3) == ["-c", "a.yaml", "--x", "{a: 1} b"]
+    words = run.options_of({"--list": [{"low": 0.5}], "--path": "p-{seed}"}, 3)
     assert words == ["--list", '[{"low": 0.5}]', "--path", "p-3"]
     assert shlex.split(shlex.join(words)) == words
 
@@ -169,11 +173,34 @@ def test_evaluations_are_those_that_the_sampler_makes(bounds, steps):
     assert remake.evaluations(guidance.describe(), steps) == sum(calls)
 
 
+def test_a_run_made_again_is_set_against_those_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    study = {"command": "lightning fit", "seeds": [1, 2, 3], "arms": {"none": ""}}
+    write(tmp_path / "experiments/s/study.yaml", yaml.safe_dump(study))
+    (job,) = run.jobs("s", seeds=[1], again=True)
+    write(job.folder / "scores.json", json.dumps([ENTRY | {"value": 4.0}]))
+    assert run.against_record(job) == "4; recorded: nothing"
+    for seed, value in ((1, 3.0), (2, 4.5), (3, 4.2)):
+        scores = json.dumps([ENTRY, ENTRY | {"value": value}])
+        write(tmp_path / f"experiments/s/runs/none-{seed}/scores.json", scores)
+    recorded = "recorded: 3 (seed 1), 4.5 (seed 2), 4.2 (seed 3)"
+    low, high = stats.t.interval(0.95, 2, 3.9, stats.sem([3.0, 4.5, 4.2]))
+    interval = f"{low:.6g} to {high:.6g}"
+    assert run.against_record(job) == f"4; {recorded}; inside their mean's interval, {interval}"
+    write(job.folder / "scores.json", json.dumps([ENTRY | {"value": 6.0}]))
+    assert "outside of their mean's interval" in run.against_record(job)
+
+
+def write(path: Path, text: str) -> None:
+    """A file, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 TINY = """
 command: >-
   lightning fit -c {root}/configs/digits_baseline.yaml --trainer.max_steps 400
   --trainer.val_check_interval 200 --data.num_generated 64 --checkpoint.every_n_train_steps 50
-  --seed_everything {{seed}} --trainer.default_root_dir runs/tiny/{{arm}}-{{seed}} --ckpt_path last
 seeds: [3]
 arms: {{none: "", wrong: --data.batch_size -1}}
 """

@@ -80,6 +80,16 @@ def _parse(args: list[str]) -> argparse.Namespace:
     return parsed
 
 
+def files(comparison: Comparison) -> dict[str, bytes]:
+    """The reports by the names of their files."""
+    made = {"md": markdown(comparison), "json": to_json(comparison), "html": page(comparison)}
+    # Names of folders need not be UTF-8.
+    return {
+        f"comparison.{suffix}": text.encode("utf-8", "backslashreplace")
+        for suffix, text in made.items()
+    }
+
+
 def write(comparison: Comparison, folder: Path) -> None:
     """Write the three files.
 
@@ -88,10 +98,8 @@ def write(comparison: Comparison, folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for suffix, made in (("md", markdown), ("json", to_json), ("html", page)):
-            # Names of folders need not be UTF-8.
-            content = made(comparison).encode("utf-8", "backslashreplace")
-            (folder / f"comparison.{suffix}").write_bytes(content)
+        for name, content in files(comparison).items():
+            (folder / name).write_bytes(content)
     except OSError as error:
         raise UserError(f"output={folder}: must be a folder to write to; {error}") from error
 

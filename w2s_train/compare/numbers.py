@@ -99,6 +99,16 @@ def bootstrap_interval(sample: Sample) -> Interval | None:
     return percentiles(bootstrap(sample)) if len(sample) > 1 else None
 
 
+def half_width(std: float, n: int) -> float:
+    """Half the 95 % t interval of the mean of n numbers with this standard deviation (n - 1)."""
+    return _t_quantile(n - 1) * std / math.sqrt(n)
+
+
+def _t_quantile(freedom: int) -> float:
+    """What 95 % of Student's t lie within, to both sides."""
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
+
+
 def welch_half_width(a: Sequence[float], b: Sequence[float]) -> float:
     """Half the 95 % interval of mean(a) - mean(b), at least two numbers each.
 
@@ -106,7 +116,7 @@ def welch_half_width(a: Sequence[float], b: Sequence[float]) -> float:
     numbers, while Welch's own df (1947) is where the smaller side has the larger variance.
     """
     error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
-    return float(stdtrit(min(len(a), len(b)) - 1, (1 + CONFIDENCE) / 2)) * error
+    return _t_quantile(min(len(a), len(b)) - 1) * error
 
 
 def judge(sample: Sample, baseline: Sample, *, higher_is_better: bool) -> Judgement:
