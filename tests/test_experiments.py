@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -29,6 +30,7 @@ import remake
 import run
 
 STUDIES = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/study.yaml"))
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)")
 RUNS = sorted((ROOT / "experiments").glob("*/runs/*/scores.json"))
 
 
@@ -41,6 +43,16 @@ def test_every_table_and_page_is_what_the_stored_scores_say():
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_links_lead_somewhere():
+    pages = [
+        path for pattern in (*remake.PAGES, "data/*.md", "*.md") for path in ROOT.glob(pattern)
+    ]
+    links = [(page, link) for page in pages for link in LINK.findall(page.read_text())]
+    assert len(links) > 50
+    lost = [(page.name, link) for page, link in links if not (page.parent / link).exists()]
+    assert not lost
 
 
 @pytest.mark.parametrize("study", STUDIES)
