@@ -134,7 +134,7 @@ def plain(config: object) -> object:
     ("options", "said"),
     [
         (["nothing"], "error: study=nothing: must be one of "),
-        (["mnist", "--arms", "gss"], "error: arms=gss: must be one of none, mg, "),
+        (["mnist", "--arms", "gss"], "error: arms=gss: must be one of none, sgg, "),
         (["mnist", "--seeds", "9"], "error: seeds=9: must be one of 10, 11, 12"),
     ],
 )
