@@ -124,9 +124,11 @@ def _cells(result: Result | None) -> list[str]:
 
 
 def _footnote(study: str, comparison: Comparison, timed: bool) -> str:
-    seeds = {row.name: ", ".join(map(str, row.at_step.seeds)) for row in comparison.rows}
-    common = max(seeds.values(), key=list(seeds.values()).count)
-    others = [f"`{name}`: {own}" for name, own in seeds.items() if own != common]
+    arms: dict[str, list[str]] = defaultdict(list)  # by their seeds
+    for row in comparison.rows:
+        arms[", ".join(map(str, row.at_step.seeds))].append(f"`{row.name}`")
+    common = max(arms, key=lambda seeds: (len(seeds), len(arms[seeds])))
+    others = [f"of {', '.join(n)} {seeds}" for seeds, n in arms.items() if seeds != common]
     entries = [score for row in comparison.rows for run in row.runs for score in run.scores]
     commits = {commit_name(score.protocol.git_commit or "unknown") for score in entries}
     machines = {run.machine or "unknown" for row in comparison.rows for run in row.runs}
