@@ -222,6 +222,8 @@ def figure(studies: Sequence[str], found: dict[str, Comparison], path: Path) -> 
 
 def _curve(axis: Any, row: Row, colour: str) -> None:
     points = [p for p in row.curve if p.training_seconds is not None and p.std is not None]
+    if not points:  # one seed
+        return
     x, y = [p.training_seconds for p in points], [p.mean for p in points]
     width = [half_width(p.std or 0.0, len(row.runs)) for p in points]
     low = [max(mean - w, mean / 10) for mean, w in zip(y, width, strict=True)]
