@@ -20,6 +20,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,24 @@ def compared(study: str) -> Comparison:
     return found
 
 
+@cache
+def measured_steps(study: str) -> list[dict[str, Any]]:
+    """What benchmarks/step.py measured for the study's network, a recipe an entry; else nothing."""
+    path = ROOT / "experiments" / study / "step_time.json"
+    return list(json.loads(path.read_text())) if path.is_file() else []
+
+
 def step_times(study: str) -> dict[str, float | None]:
-    """Seconds per step by arm, as benchmarks/step.py measured them alone.
+    """Seconds per step by arm, as they were measured alone.
 
     None each where the study says that its times mean nothing; no arms where the runs' own count.
     """
-    path, about = ROOT / "experiments" / study / "step_time.json", load(study)
+    about = load(study)
     if not about.get("times", True):
         return dict.fromkeys(about["arms"])
-    if not path.is_file():
+    entries = {entry["recipe"]: entry for entry in measured_steps(study)}
+    if not entries:
         return {}
-    entries = {entry["recipe"]: entry for entry in json.loads(path.read_text())}
     same = {arm: about.get("timed_as", {}).get(arm, arm) for arm in about["arms"]}
     alone = entries["none"]["seconds"]
     return {arm: alone * entries[name]["ratio"] for arm, name in same.items() if name in entries}
@@ -133,8 +141,7 @@ def _footnote(study: str, comparison: Comparison, timed: bool) -> str:
     commits = {commit_name(score.protocol.git_commit or "unknown") for score in entries}
     machines = {run.machine or "unknown" for row in comparison.rows for run in row.runs}
     measured = "as the runs had them"
-    if timed and step_times(study):
-        about = json.loads((ROOT / "experiments" / study / "step_time.json").read_text())[0]
+    for about in measured_steps(study)[:1]:
         measured = (
             f"measured alone (`step_time.json`, {about['rounds']} rounds, commit "
             f"{commit_name(about['git_commit'])})"

@@ -254,6 +254,7 @@ def main() -> None:
     options = parser.parse_args()
     found = jobs(options.study, options.arms, options.seeds, options.again)
     if options.commands:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as `| head` expects
         print("\n".join(f"OMP_NUM_THREADS=1 {shlex.join(job.command)}" for job in found))
         return
     left = [job for job in found if options.again or not job.is_recorded]

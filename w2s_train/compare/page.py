@@ -50,7 +50,7 @@ def _results(comparison: Comparison, looks: dict[str, Style]) -> str:
     last = '<th class="first">Time per step</th>'
     heads = '<th class="first">Score ± std</th><th>Ratio</th><th>Verdict</th>' * len(points)
     body = "".join(
-        f'<tr><th scope="row" class="arm">{swatch(looks[row.name])}{escape(row.name)}</th>'
+        f'<tr><th scope="row" class="arm">{swatch(looks[row.name])}{_arm(row.name)}</th>'
         f'<td class="seeds">{escape(", ".join(map(str, row.at_step.seeds)))}</td>'
         + "".join(_result(row, r) for r in (row.at_step, row.at_seconds)[: len(points)])
         + f'<td class="num first">{escape(report.seconds(row.seconds_per_step))}'
@@ -62,6 +62,11 @@ def _results(comparison: Comparison, looks: dict[str, Style]) -> str:
         f"</tr><tr><th>Arm</th><th>Seeds</th>{heads}{last}</tr></thead>"
         f"<tbody>{body}</tbody></table>"
     )
+
+
+def _arm(name: str) -> str:
+    """A name that may be broken after an underscore."""
+    return escape(name).replace("_", "_<wbr>")
 
 
 def _result(row: Row, result: Result | None) -> str:
@@ -169,7 +174,7 @@ def _differences(comparison: Comparison) -> str:
         + "</tr>"
         for key, *cells in rows
     )
-    heads = "".join(f"<th>{escape(name)}</th>" for name in ["Setting", *names])
+    heads = "".join(f"<th>{_arm(name)}</th>" for name in ["Setting", *names])
     return f'<table class="settings"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
 
 
