@@ -214,7 +214,7 @@ def figure(studies: Sequence[str], found: dict[str, Comparison], path: Path) -> 
         for name in shown[study]:
             if name in rows:  # else not run yet
                 _curve(axis, rows[name], colours[name])
-        axis.set_yscale("log", subs=[2, 5])
+        axis.set_yscale("log", subs=[2, 3, 5])
         axis.set_title(study)
         axis.set_xlabel("seconds of training")
         axis.set_ylabel(found[study].selection.metric)
