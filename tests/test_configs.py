@@ -108,6 +108,15 @@ def test_the_baseline_differs_in_its_segments_only():
     assert w2s == baseline
 
 
+@pytest.mark.parametrize("config", ["mnist", "cifar10"])
+def test_the_small_examples_have_the_segments_that_the_studies_favour(config: str):
+    own, stated = (
+        yaml.safe_load((ROOT / "configs" / path).read_text())["model"]["objective"]["init_args"]
+        for path in (f"{config}_w2s.yaml", "weak/sgg.yaml")
+    )
+    assert own["segments"] == stated["segments"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize(
