@@ -63,7 +63,7 @@ def compared(study: str) -> Comparison:
     if found.refused:
         sys.exit("\n".join(f"error: {line}" for line in found.refused))
     if found.seconds is not None and times:
-        note = "times are steps times those of a step, measured alone (step_time.json)"
+        note = "a time is the number of steps times that of one, measured alone (step_time.json)"
         found = replace(found, notes=[*found.notes, note])
     return found
 
@@ -141,14 +141,14 @@ def _footnote(study: str, comparison: Comparison, timed: bool) -> str:
     commits = {commit_name(score.protocol.git_commit or "unknown") for score in entries}
     machines = {run.machine or "unknown" for row in comparison.rows for run in row.runs}
     measured = "as the runs had them"
-    for about in measured_steps(study)[:1]:
+    if steps := measured_steps(study):
         measured = (
-            f"measured alone (`step_time.json`, {about['rounds']} rounds, commit "
-            f"{commit_name(about['git_commit'])})"
+            f"measured alone (`step_time.json`, {steps[0]['rounds']} rounds, commit "
+            f"{commit_name(steps[0]['git_commit'])})"
         )
     at_time = (
         f" At equal time, scores between two evaluations are interpolated in their logarithm; "
-        f"times are steps times those of a step, {measured}."
+        f"a time is the number of steps times that of one, {measured}."
     )
     return (
         f"`{comparison.selection.metric}` of {comparison.protocol['n']:,} images, unguided, lower "

@@ -22,7 +22,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select
 def recipe(name: str) -> list[Segment]:
     """Segments with every kind of weak source between them."""
     recipes: dict[str, Any] = {
-        "sgg": lambda: [
+        "sgg_paper": lambda: [
             Extrapolation(0.0, 0.2, 0.6, weak.IntermediateHead()),
             Extrapolation(0.2, 1.0, 0.6, weak.NullClass()),
         ],
@@ -41,7 +41,7 @@ def recipe(name: str) -> list[Segment]:
     return recipes[name]()
 
 
-RECIPES = ["sgg", "sgg_fast", "sgg_release", "layer_skip", "ema", "separate"]
+RECIPES = ["sgg_paper", "sgg_fast", "sgg_release", "layer_skip", "ema", "separate"]
 
 
 class Waits(TorchDispatchMode):
@@ -119,7 +119,7 @@ def test_compiled_and_eager_steps_agree(monkeypatch):
     for compile in (False, True):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = module(*recipe("sgg"), compile=compile)
+        model = module(*recipe("sgg_paper"), compile=compile)
         found = list[torch.Tensor]()
         real = model.training_step
 
