@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import yaml
 
-from w2s_train.callbacks.run_record import git_commit
 from w2s_train.files import atomic_write
 from w2s_train.models import DiT
+from w2s_train.scores import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 # Networks for latents 4x32x32, of configs/network.

@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from w2s_train.shards import ShardStream, ShardWriter, Storage, expand_urls, write_index
+from w2s_train.shards.dataset import IndexedStore
 from w2s_train.shards.index import find_shards
-from w2s_train.shards.indexed import IndexedStore
 from w2s_train.shards.order import StreamOrder
 
 PER_SHARD, WINDOW = 1000, 10_000

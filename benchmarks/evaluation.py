@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from common import ROOT, synchronize
 
-from w2s_train.callbacks import FID
-from w2s_train.callbacks.fid import FeatureSums
-from w2s_train.command import compose
-from w2s_train.frechet import Moments, frechet_distance
+from w2s_train.command.run import compose
+from w2s_train.evaluation.fid import FID, FeatureSums
+from w2s_train.features.frechet import Moments, frechet_distance
 
 DIGITS = str(ROOT / "configs" / "digits_w2s.yaml")
 

@@ -23,9 +23,9 @@ import torch
 from common import about, parse, synchronize, write_json
 from lightning import Callback, Trainer
 
-from w2s_train.command import compose
+from w2s_train.command.run import compose
+from w2s_train.command.trainer import quiet_lightning
 from w2s_train.errors import UserError
-from w2s_train.trainer import quiet_lightning
 
 HOOKS = (
     "on_train_batch_start on_before_zero_grad on_before_backward on_after_backward "

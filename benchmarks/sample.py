@@ -29,13 +29,12 @@ from common import OVERLAYS, ROOT, about, costs, parse, synchronize, write_json
 from evaluation import DIGITS, evaluation
 from torch._dynamo.utils import counters
 
-from w2s_train.allocator import keep_freed_memory
-from w2s_train.command import compose
+from w2s_train.command.run import compose, keep_freed_memory
+from w2s_train.command.trainer import quiet_lightning
 from w2s_train.interpolant import LinearInterpolant
 from w2s_train.models import DiT
 from w2s_train.module import DiffusionModule
 from w2s_train.sampler import Euler, EulerMaruyama, Heun, Sampler
-from w2s_train.trainer import quiet_lightning
 
 BLOCKS = {"tiny": 64, "s2": 8, "b2": 4, "l2": 4, "xl2": 2}  # images in a block on a CPU
 ON_GPU = 125  # images in a block, the module's default

@@ -28,9 +28,9 @@ from common import ROOT, about, costs, parse, write_json
 from comparison import Entry, measure
 from timed import NETWORKS, OWN, Setting
 
-from w2s_train.allocator import keep_freed_memory
+from w2s_train.command.run import keep_freed_memory
+from w2s_train.command.trainer import quiet_lightning
 from w2s_train.errors import UserError
-from w2s_train.trainer import quiet_lightning
 
 COMPILED = {False: "eager", True: "compiled", "blocks": "blocks"}
 PRECISIONS = ("32-true", "bf16-mixed")

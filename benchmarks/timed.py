@@ -12,7 +12,7 @@ from common import ROOT, synchronize
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from w2s_train.command import compose
+from w2s_train.command.run import compose
 from w2s_train.module import DiffusionModule
 
 OWN = "w2s"  # the recipe of the segments in a network's own config

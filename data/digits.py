@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from w2s_train.features import ConvClassifier, train_classifier, write_reference
+from w2s_train.evaluation.reference import write_reference
+from w2s_train.features import ConvClassifier, train_classifier
 from w2s_train.shards import ShardWriter, write_index
-from w2s_train.shards.writer import CLASSES
+from w2s_train.shards.format import CLASSES
 
 FOLDER = Path("data/digits")
 TRAIN_SHARDS, HELD_OUT, SEED = 8, 300, 0

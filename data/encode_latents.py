@@ -31,14 +31,20 @@ import torch
 from tqdm import tqdm
 
 from w2s_train.errors import UserError
-from w2s_train.latents.encode import FIELDS, PRECISIONS, Encoder, Facts, Settings, Task, is_encoded
-from w2s_train.latents.images import first_size
-from w2s_train.latents.locks import claim_summary
-from w2s_train.latents.record import Recipe, Summary, begin, complete
-from w2s_train.latents.workers import Workers
+from w2s_train.prepare.engine import Recipe, Summary, begin, claim_summary, complete
+from w2s_train.prepare.latents import (
+    FIELDS,
+    PRECISIONS,
+    Encoder,
+    Facts,
+    Settings,
+    Task,
+    Workers,
+    first_size,
+    is_encoded,
+)
 from w2s_train.shards import local_shards, write_index
-from w2s_train.shards.table import ShardTable
-from w2s_train.shards.writer import CLASSES, table_path
+from w2s_train.shards.format import CLASSES, ShardTable, table_path
 
 
 def arguments() -> argparse.Namespace:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from w2s_train.errors import UserError
 
 if TYPE_CHECKING:
-    from w2s_train.preparation import Source
+    from w2s_train.prepare.sources import Source
 
 QUALITY = 95
 
@@ -112,23 +112,23 @@ def check(given: argparse.Namespace) -> None:
 
 def open_source(given: argparse.Namespace) -> "Source":
     """The images that the command names; libraries are imported when they are needed."""
-    from w2s_train.preparation import Dealt, Images
+    from w2s_train.prepare.sources import Dealt, Images
 
     images: Images
     if given.kind == "shards":
-        from w2s_train.preparation.shards import ShardSource
+        from w2s_train.prepare.sources import ShardSource
 
         return ShardSource(given.urls)
     if given.kind == "folder":
-        from w2s_train.preparation.folder import ImageFolder
+        from w2s_train.prepare.sources import ImageFolder
 
         images = ImageFolder(given.path)
     elif given.kind == "torchvision":
-        from w2s_train.preparation.torchvision import torchvision_images
+        from w2s_train.prepare.sources import torchvision_images
 
         images = torchvision_images(given.name, given.root, given.split, download=given.download)
     else:
-        from w2s_train.preparation.huggingface import HuggingFaceImages
+        from w2s_train.prepare.sources import HuggingFaceImages
 
         images = HuggingFaceImages(given.path, given.split, given.image_column, given.label_column)
     return Dealt(images, per_shard=given.per_shard, seed=given.shuffle_seed)
@@ -152,8 +152,8 @@ def main() -> None:
     """Read the command line, write the shards, then the statistics."""
     given = parser().parse_args()
     check(given)
-    from w2s_train.preparation import Conversion, Preparation
-    from w2s_train.preparation.run import first_mode
+    from w2s_train.prepare.engine import Preparation, first_mode
+    from w2s_train.prepare.images import Conversion
 
     source = open_source(given)
     mode = mode_of(given)

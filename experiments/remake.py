@@ -27,11 +27,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 from run import ROOT, load
 
-from w2s_train.compare.arms import commit_name
 from w2s_train.compare.charts import COLOURS
 from w2s_train.compare.command import files as reports
 from w2s_train.compare.comparison import Comparison, Options, Result, Row, compare
 from w2s_train.compare.numbers import half_width
+from w2s_train.compare.protocol import commit_name
 from w2s_train.compare.runs import Run, read_all
 from w2s_train.errors import UserError
 from w2s_train.sampler import Euler

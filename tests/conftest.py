@@ -12,7 +12,7 @@ from run_folders import BRANCH, write_run
 
 import w2s_train.weak
 from w2s_train.features import FeatureExtractor
-from w2s_train.frechet import Moments
+from w2s_train.features.frechet import Moments
 from w2s_train.models import DiT
 from w2s_train.shards import Storage
 

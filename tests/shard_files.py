@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from w2s_train.shards import ShardWriter, Storage, expand_urls, write_index
+from w2s_train.shards.dataset import IndexedStore, Rows, Store
 from w2s_train.shards.index import find_shards
-from w2s_train.shards.indexed import IndexedStore
 from w2s_train.shards.order import Places
-from w2s_train.shards.store import Rows, Store
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -83,8 +82,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 def overwrite(path: Path, key: str, content: bytes) -> None:
     """Put other bytes into the first field of a sample, in place."""
-    from w2s_train.shards.table import ShardTable
-    from w2s_train.shards.writer import table_path
+    from w2s_train.shards.format import ShardTable, table_path
 
     table = ShardTable.load(table_path(path))
     row = table.keys.tolist().index(key)

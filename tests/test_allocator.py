@@ -6,7 +6,7 @@ import sys
 SCRIPT = """
 import resource, sys
 import torch
-from w2s_train.allocator import keep_freed_memory
+from w2s_train.command.run import keep_freed_memory
 keep = sys.argv[1] == "keep"
 assert not keep or keep_freed_memory()
 faults = []

@@ -14,10 +14,11 @@ from w2s_train.autoencoder import (
     PixelSpace,
     StableDiffusionVAE,
     Vectors,
+    latents_beside,
+    load_autoencoder,
     to_uint8,
+    weights_digest,
 )
-from w2s_train.latents.kl import load_autoencoder, weights_digest
-from w2s_train.latents.record import latents_beside
 from w2s_train.shards import Storage
 
 

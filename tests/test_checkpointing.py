@@ -9,11 +9,7 @@ import pytest
 import torch
 from test_resume import checkpoint
 
-from w2s_train import checkpoint_io
-from w2s_train.callbacks import Checkpoints
-from w2s_train.callbacks import checkpoints as module
-from w2s_train.checkpoint_io import CheckpointFiles
-from w2s_train.checkpointing import (
+from w2s_train.checkpoint_file import (
     damage,
     digest_file,
     newest_first,
@@ -22,8 +18,11 @@ from w2s_train.checkpointing import (
     write_checkpoint,
 )
 from w2s_train.errors import PREEMPTED, UserError
-from w2s_train.fingerprint import fingerprint
 from w2s_train.module import DiffusionModule
+from w2s_train.running import checkpoint_io
+from w2s_train.running import checkpoints as module
+from w2s_train.running.checkpoint_io import CheckpointFiles
+from w2s_train.running.checkpoints import Checkpoints, fingerprint
 from w2s_train.signals import REQUESTS
 
 LONG = ["--trainer.val_check_interval=1000"]
@@ -136,7 +135,7 @@ def test_time_makes_checkpoints_due(command, monkeypatch):
 
 def test_one_wish_is_one_checkpoint(command, monkeypatch):
     """Also where the host hears a step later that it was granted, and has wished again."""
-    monkeypatch.setattr("w2s_train.callbacks.guard.waits_cost", lambda trainer: True)
+    monkeypatch.setattr("w2s_train.running.guard.waits_cost", lambda trainer: True)
     saved, now, real, step = list[int](), [0.0], Checkpoints.save, DiffusionModule.training_step
     monkeypatch.setattr(
         Checkpoints, "save", lambda self, t, m: (saved.append(t.global_step), real(self, t, m))
@@ -155,7 +154,7 @@ def test_one_wish_is_one_checkpoint(command, monkeypatch):
 
 def test_a_run_stops_after_whole_steps(command, monkeypatch):
     """Also where the host hears of the wish while a checkpoint is written, after a step."""
-    monkeypatch.setattr("w2s_train.callbacks.guard.waits_cost", lambda trainer: True)
+    monkeypatch.setattr("w2s_train.running.guard.waits_cost", lambda trainer: True)
     real, steps = DiffusionModule.training_step, list[int]()
 
     def training_step(self, batch, batch_idx):

@@ -26,8 +26,8 @@ from w2s_train.features import (
     mnist_classifier,
     train_classifier,
 )
+from w2s_train.features.frechet import Moments, frechet_distance
 from w2s_train.features.training import normalized
-from w2s_train.frechet import Moments, frechet_distance
 
 NETWORKS = {"mnist": mnist_classifier, "cifar10": CIFAR10Classifier}
 # "train -> ..." of shared/features/README.md: MNIST, CIFAR-10.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, sources
 
-from w2s_train.checkpointing import digest_file
+from w2s_train.checkpoint_file import digest_file
 
 W = "--model.objective.init_args.segments"
 
@@ -285,7 +285,7 @@ def test_the_command_line_wins_over_the_checkpoint(command):
 def test_the_run_folder_is_named_after_the_configs(tmp_path: Path, monkeypatch):
     from types import SimpleNamespace
 
-    from w2s_train.command import run_folder
+    from w2s_train.command.run import run_folder
 
     trainer = SimpleNamespace(default_root_dir=None)
     configs = ["configs/digits_w2s.yaml", "configs/weak/mg.yaml"]

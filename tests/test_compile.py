@@ -64,7 +64,7 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def late(monkeypatch):
     """As on an accelerator, where the host learns of bad steps later."""
-    monkeypatch.setattr("w2s_train.callbacks.guard.waits_cost", lambda trainer: True)
+    monkeypatch.setattr("w2s_train.running.guard.waits_cost", lambda trainer: True)
 
 
 @pytest.mark.parametrize("name", RECIPES)

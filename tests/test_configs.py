@@ -12,7 +12,7 @@ from conftest import ROOT, perturbed, sources
 from lightning.pytorch.cli import LightningCLI
 from shard_files import npy
 
-from w2s_train.command import Command, compose
+from w2s_train.command.run import Command, compose
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.models import DiT
 from w2s_train.module import DiffusionModule

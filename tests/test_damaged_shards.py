@@ -20,11 +20,9 @@ from shard_files import (
 
 from w2s_train.errors import UserError
 from w2s_train.shards import ShardWriter, Storage, expand_urls, write_index
+from w2s_train.shards.dataset import IndexedStore, MemoryStore
+from w2s_train.shards.format import ShardTable, table_path
 from w2s_train.shards.index import check_labels, find_shards
-from w2s_train.shards.indexed import IndexedStore
-from w2s_train.shards.store import MemoryStore
-from w2s_train.shards.table import ShardTable
-from w2s_train.shards.writer import table_path
 
 
 def test_a_cut_shard_is_known_before_it_is_read(tmp_path: Path, storage: Storage):

@@ -5,8 +5,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from test_resume import RECIPES, assert_same, checkpoint
 
-from w2s_train.callbacks import Guard
-from w2s_train.callbacks.watch import WatchedDDP
+from w2s_train.running.guard import Guard
+from w2s_train.running.watched_ddp import WatchedDDP
 
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp_fork", "--trainer.max_steps=8"]
 DDP += ["--trainer.val_check_interval=100", "--data.num_generated=8"]

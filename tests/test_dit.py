@@ -6,7 +6,7 @@ from conftest import perturbed
 
 from w2s_train.interpolant import CosineInterpolant, LinearInterpolant
 from w2s_train.models import DiT, DiTOutput
-from w2s_train.models.embedding import position_table
+from w2s_train.models.dit import position_table
 from w2s_train.models.published import NoisePredictionField, published_dit, published_sit
 
 SMALL = dict(input_size=8, in_channels=3, hidden_size=32, depth=3, num_heads=4, num_classes=5)

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from w2s_train.clock import FitClock
 from w2s_train.module import DiffusionModule
-from w2s_train.plan import GenerationPlan, Remaining
+from w2s_train.shards.order import GenerationPlan, Remaining
 
 CALLBACKS = """
 trainer:

@@ -13,9 +13,8 @@ from conftest import ROOT, perturbed
 from safetensors.torch import load_file
 
 from w2s_train.cli import main
+from w2s_train.command.export import export, rates_change
 from w2s_train.errors import UserError
-from w2s_train.export.diffusers import rates_change
-from w2s_train.export.folder import export
 from w2s_train.models import DiT, saved_network
 
 WITHOUT_LIGHTNING = """

@@ -29,7 +29,7 @@ from w2s_train.features import (
     FeatureExtractor,
     InceptionFeatures,
 )
-from w2s_train.features.files import fetched
+from w2s_train.features.base import fetched
 from w2s_train.files import sha256_of
 
 SMALL_VIT = "vit_tiny_patch16_224"  # 224 pixels, like the protocol: no positions to resample

@@ -9,14 +9,10 @@ import scipy.linalg
 import torch
 from conftest import moments
 
-from w2s_train.callbacks.fid import FID, FeatureSums
-from w2s_train.features import (
-    ClassifierFeatures,
-    ConvClassifier,
-    FeatureExtractor,
-    write_reference,
-)
-from w2s_train.frechet import Moments, Reference, frechet_distance
+from w2s_train.evaluation.fid import FID, FeatureSums
+from w2s_train.evaluation.reference import write_reference
+from w2s_train.features import ClassifierFeatures, ConvClassifier, FeatureExtractor
+from w2s_train.features.frechet import Moments, Reference, frechet_distance
 
 
 def random_covariance(rank: int, size: int = 12) -> torch.Tensor:

@@ -10,7 +10,7 @@ from cleanfid.fid import frechet_distance as clean_fid_distance
 from conftest import moments
 from torchmetrics.image.fid import _compute_fid
 
-from w2s_train.frechet import Moments, frechet_distance
+from w2s_train.features.frechet import Moments, frechet_distance
 
 
 def features_of_two_sets(n: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:

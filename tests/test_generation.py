@@ -30,7 +30,7 @@ def test_compiled_sampling_compiles_once(digits: None):
     """A second call compiles nothing and breaks no graph, and has the images of eager networks."""
     from torch._dynamo.utils import counters
 
-    from w2s_train.command import compose
+    from w2s_train.command.run import compose
 
     torch._dynamo.reset()
     counters.clear()

@@ -13,9 +13,9 @@ from shard_files import numbers, write_numbers
 
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError
-from w2s_train.global_batch import accumulate, divide
 from w2s_train.module import DiffusionModule
 from w2s_train.objective import WeakToStrongObjective
+from w2s_train.shards.global_batch import accumulate, divide
 
 
 @pytest.mark.parametrize(

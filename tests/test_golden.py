@@ -14,7 +14,12 @@ from conftest import sources
 from torch import Tensor
 
 from w2s_train.guidance import ClassifierFree, Guidance, evaluate
-from w2s_train.interpolant import CosineInterpolant, Interpolant, LinearInterpolant, NoisySample
+from w2s_train.interpolant import (
+    CosineInterpolant,
+    Interpolant,
+    LinearInterpolant,
+    NoisySample,
+)
 from w2s_train.models import DiT
 from w2s_train.models.published import architecture
 from w2s_train.objective import Losses, WeakToStrongObjective

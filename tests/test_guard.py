@@ -11,10 +11,10 @@ import torch
 from test_resume import assert_same, checkpoint
 from torch.utils.tensorboard.writer import FileWriter as EventFileWriter
 
-from w2s_train.callbacks import Guard, MetricsCSV
-from w2s_train.checkpointing import point_to, write_checkpoint
+from w2s_train.checkpoint_file import point_to, write_checkpoint
 from w2s_train.module import DiffusionModule
-from w2s_train.spikes import WINDOW
+from w2s_train.running.guard import WINDOW, Guard
+from w2s_train.running.loggers import MetricsCSV
 
 
 class Recorded(Guard):
@@ -64,7 +64,7 @@ def test_it_goes_back_to_before_the_bad_steps(tmp_path: Path, in_a_row: int, exp
 
 def test_the_host_waits_if_the_first_bad_step_is_one_too_many(command, monkeypatch, recwarn):
     """An accelerator's host would hear of it after the next step, which is good."""
-    monkeypatch.setattr("w2s_train.callbacks.guard.waits_cost", lambda trainer: True)
+    monkeypatch.setattr("w2s_train.running.guard.waits_cost", lambda trainer: True)
     real = DiffusionModule.training_step
 
     def training_step(self, batch, batch_idx):
@@ -142,7 +142,7 @@ def test_a_host_that_learns_of_a_bad_step_later_changes_nothing(command, monkeyp
     options = [f"--model.objective.init_args.segments=[{segment}]", "--trainer.max_steps=8"]
     options += ["--trainer.val_check_interval=1000", "--checkpoint.every_n_train_steps=4"]
     at_once = command("fit", *options, folder="at_once")
-    monkeypatch.setattr("w2s_train.callbacks.guard.waits_cost", lambda trainer: True)
+    monkeypatch.setattr("w2s_train.running.guard.waits_cost", lambda trainer: True)
     late = command("fit", *options, folder="late")
     for name in ("step-000004", "step-000008"):
         assert_same(checkpoint(at_once, name), checkpoint(late, name))

@@ -11,9 +11,8 @@ from shard_files import add
 from vae import contents, encode, encode_latents, encoded_image, save_vae, write_images
 
 from w2s_train.errors import UserError
-from w2s_train.latents.encode import Settings, Task
-from w2s_train.latents.locks import claim, remove_leftovers
-from w2s_train.latents.workers import Workers
+from w2s_train.prepare.engine import claim, remove_leftovers
+from w2s_train.prepare.latents import Settings, Task, Workers
 
 
 @pytest.fixture(scope="module")

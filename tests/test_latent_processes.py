@@ -12,8 +12,7 @@ import torch
 from conftest import ROOT
 from vae import arguments, contents, encode, read_samples, write_images
 
-from w2s_train.latents.encode import Settings, Task
-from w2s_train.latents.workers import Workers
+from w2s_train.prepare.latents import Settings, Task, Workers
 
 
 def start(place: Path, output: Path, *options: object) -> subprocess.Popen:

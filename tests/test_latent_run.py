@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT
 from vae import encode_latents, save_vae
 
-from w2s_train.latents.kl import load_autoencoder
+from w2s_train.autoencoder import load_autoencoder
 from w2s_train.module import DiffusionModule
 
 

@@ -19,9 +19,7 @@ from vae import (
     write_images,
 )
 
-from w2s_train.autoencoder import StableDiffusionVAE
-from w2s_train.latents.kl import load_autoencoder
-from w2s_train.latents.record import latents_beside
+from w2s_train.autoencoder import StableDiffusionVAE, latents_beside, load_autoencoder
 from w2s_train.shards import ShardWriter, Storage
 from w2s_train.shards.samples import decode_image, payloads, to_float
 

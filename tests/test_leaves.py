@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from w2s_train.callbacks.leaves import TIMES, sample_scores, velocity_errors
+from w2s_train.evaluation.leaves import TIMES, sample_scores, velocity_errors
 from w2s_train.interpolant import CosineInterpolant, LinearInterpolant
 from w2s_train.leaves import Leaves
 

@@ -10,12 +10,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader, Dataset
 
 from w2s_train.autoencoder import PixelSpace, StableDiffusionVAE, to_uint8
-from w2s_train.callbacks import StepSeed
 from w2s_train.guidance import ClassifierFree
 from w2s_train.interpolant import LinearInterpolant
 from w2s_train.models import DiT, WeightAverage
 from w2s_train.module import DiffusionModule
 from w2s_train.objective import WeakToStrongObjective
+from w2s_train.running.samples import StepSeed
 from w2s_train.sampler import Euler, EulerMaruyama
 from w2s_train.segment import Extrapolation, Segment
 from w2s_train.timesteps import Uniform

@@ -8,11 +8,11 @@ import torch
 from conftest import perturbed, sources
 
 from w2s_train.interpolant import LinearInterpolant, NoisySample
+from w2s_train.log import RunningStatistics
 from w2s_train.models import DiT
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.schedule import Schedule
 from w2s_train.segment import Chosen, Consistency, Extrapolation, Segment
-from w2s_train.statistics import RunningStatistics
 from w2s_train.timesteps import LogitNormal, Uniform
 from w2s_train.weak import Step, WeakSource
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import w2s_train.prepare.engine
 import webdataset as wds
 from conftest import ROOT
 from filelock import FileLock
@@ -29,9 +30,8 @@ from image_folders import (
 )
 from PIL import Image
 
-import w2s_train.preparation.run
 from w2s_train.errors import UserError
-from w2s_train.preparation.folder import ImageFolder
+from w2s_train.prepare.sources import ImageFolder
 from w2s_train.shards.samples import read_shard
 
 
@@ -186,7 +186,7 @@ def test_odd_names(prepare, tmp_path: Path):
 
 def test_one_run_at_a_time(prepare, messy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of a split; another split of the same folder may be written meanwhile."""
-    monkeypatch.setattr(w2s_train.preparation.run, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(w2s_train.prepare.engine, "LOCK_SECONDS", 0.1)
     options = ("folder", messy, "--max-broken", 1, "--output", tmp_path / "out")
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out/.train.lock"):
@@ -358,7 +358,7 @@ def test_command(tmp_path: Path):
 @pytest.mark.slow
 def test_reference(prepare, digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The statistics are those of `lightning reference`, of this folder's data set and split."""
-    from w2s_train.frechet import Reference
+    from w2s_train.features.frechet import Reference
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -16,11 +16,11 @@ from image_folders import encode, limited_files, noise, pixels, preparer, sample
 from shard_files import add
 
 from w2s_train.errors import UserError
-from w2s_train.preparation.folder import ImageFolder
-from w2s_train.preparation.workers import write_shards
+from w2s_train.prepare.engine import write_shards
+from w2s_train.prepare.sources import ImageFolder
 from w2s_train.shards import ShardWriter
+from w2s_train.shards.format import check_whole
 from w2s_train.shards.samples import read_shard
-from w2s_train.shards.whole import check_whole
 
 GREY = {"png": encode(noise(4, 4)), "cls": b"1"}
 COLOURED = {"png": encode(noise(4, 4, 3)), "cls": b"0"}

@@ -7,7 +7,7 @@ import pytest
 from image_folders import BROKEN, ORIENTATION, encode, noise, pixels
 from PIL import Image
 
-from w2s_train.preparation import BrokenImage, Conversion, center_crop
+from w2s_train.prepare.images import BrokenImage, Conversion, center_crop
 
 RGB = Conversion(size=None, mode="RGB", format="png", quality=95, exif=True)
 

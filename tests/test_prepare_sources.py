@@ -15,7 +15,7 @@ from image_folders import encode, noise, pixels, preparer, samples, write_tar
 from PIL import Image
 
 from w2s_train.errors import UserError
-from w2s_train.preparation import center_crop
+from w2s_train.prepare.images import center_crop
 from w2s_train.shards.samples import read_shard
 
 

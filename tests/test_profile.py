@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from w2s_train.callbacks import Profile
-from w2s_train.callbacks.profile import NEEDED, RECORDED, ROWS
+from w2s_train.running.profile import NEEDED, RECORDED, ROWS, Profile
 
 TINY = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml"]
 
 
 @pytest.mark.parametrize("place", [0, 2, len(TINY)])
 def test_the_switch_stands_anywhere(place: int, digits: None):
-    from w2s_train.command import compose
+    from w2s_train.command.run import compose
 
     for switch in ([], ["--profile"]):
         composed = compose(["fit", *TINY[:place], *switch, *TINY[place:]], run=False)

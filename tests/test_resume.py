@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from w2s_train.checkpointing import write_checkpoint
+from w2s_train.checkpoint_file import write_checkpoint
 from w2s_train.module import DiffusionModule
 
 

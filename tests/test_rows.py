@@ -5,7 +5,8 @@ import torch
 from conftest import perturbed
 from test_objective import LINEAR, close, gradients, objective
 
-from w2s_train import rows, weak
+from w2s_train import timesteps as rows
+from w2s_train import weak
 from w2s_train.errors import UserError
 from w2s_train.models import DiT
 from w2s_train.segment import Chosen, Consistency, Extrapolation

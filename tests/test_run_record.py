@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from w2s_train.callbacks import MetricsCSV, RunRecord, metrics_csv
-from w2s_train.callbacks.run_record import STARTS
 from w2s_train.errors import DIVERGED, NO_PROGRESS, PEER_LOST, PREEMPTED, Stopped
+from w2s_train.running import loggers as metrics_csv
+from w2s_train.running.loggers import MetricsCSV
+from w2s_train.running.record import STARTS, RunRecord
 
 
 @pytest.mark.parametrize(

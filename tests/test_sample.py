@@ -11,12 +11,12 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from w2s_train.callbacks import FID
 from w2s_train.cli import main
-from w2s_train.command import compose
+from w2s_train.command.run import compose
 from w2s_train.errors import UserError
+from w2s_train.evaluation.fid import FID
 from w2s_train.features import ClassifierFeatures, InceptionFeatures
-from w2s_train.frechet import Moments, Reference
+from w2s_train.features.frechet import Moments, Reference
 from w2s_train.module import DiffusionModule
 
 DIGITS = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml"]

@@ -11,7 +11,14 @@ from conftest import ROOT
 from run_folders import ENTRY
 
 from w2s_train.errors import UserError
-from w2s_train.scores import HIGHER, LOWER, Protocol, Score, higher_is_better, read_scores
+from w2s_train.scores import (
+    HIGHER,
+    LOWER,
+    Protocol,
+    Score,
+    higher_is_better,
+    read_scores,
+)
 
 DOCUMENT = (ROOT / "docs" / "scores.md").read_text()
 

@@ -99,7 +99,7 @@ YAML = {
         ["os.system"],
     ),
     "by way of ours": (
-        NETWORK % ("w2s_train.callbacks.run_record.subprocess.run", "{args: [touch, SENTINEL]}"),
+        NETWORK % ("w2s_train.scores.subprocess.run", "{args: [touch, SENTINEL]}"),
         ["subprocess.run", *ALLOWS],
     ),
     "a part of ours": (
@@ -108,7 +108,7 @@ YAML = {
     ),
     "a function": (
         "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.LambdaCallback, init_args: "
-        "{on_fit_start: {class_path: w2s_train.callbacks.run_record.append_scores, "
+        "{on_fit_start: {class_path: w2s_train.scores.append_scores, "
         "init_args: {folder: DIR, entries: []}}}}]}",
         ["append_scores: must be a class, or a function that makes a network", *ALLOWS],
     ),
@@ -273,7 +273,7 @@ def test_settings_of_checkpoints(trained: dict[str, Any], sentinel: Path, tmp_pa
     path, settings = tmp_path / "evil.ckpt", trained["hyper_parameters"]
     evil = {"class_path": "os.system", "init_args": {"command": f"touch {sentinel}"}}
     arguments = {"folder": str(sentinel.parent), "entries": []}
-    call = {"class_path": "w2s_train.callbacks.run_record.append_scores", "init_args": arguments}
+    call = {"class_path": "w2s_train.scores.append_scores", "init_args": arguments}
     changes = [
         {"network": evil},
         {"autoencoder": {"class_path": "strange_package.Thing"}},
@@ -434,7 +434,7 @@ def test_weights_of_extractors(name: str, form: str, command, sentinel: Path, tm
 
 @pytest.mark.fault("19  malicious input")
 def test_weights_of_autoencoders(place: Path, sentinel: Path, tmp_path: Path):
-    from w2s_train.latents.kl import load_autoencoder
+    from w2s_train.autoencoder import load_autoencoder
 
     folder = tmp_path / "vae"
     folder.mkdir()

@@ -12,10 +12,9 @@ from shard_files import npy, number_image, overwrite, read, store, write_latents
 
 from w2s_train.errors import UserError
 from w2s_train.shards import ShardWriter, Storage, is_written
+from w2s_train.shards.dataset import MemoryStore
+from w2s_train.shards.format import ShardTable, table_path
 from w2s_train.shards.samples import to_float
-from w2s_train.shards.store import MemoryStore
-from w2s_train.shards.table import ShardTable
-from w2s_train.shards.writer import table_path
 
 
 def test_webdataset_reads_what_is_written(tmp_path: Path):

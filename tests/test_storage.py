@@ -16,8 +16,8 @@ from test_stream import take
 
 from w2s_train.errors import UserError
 from w2s_train.shards import Storage, expand_urls
+from w2s_train.shards.format import ShardTable
 from w2s_train.shards.index import find_shards
-from w2s_train.shards.table import ShardTable
 
 COUNTS = [10, 7, 13]
 

@@ -12,8 +12,8 @@ import torch
 from shard_files import number_image, numbers, overwrite, same, write_latents, write_numbers
 from torch.utils.data import DataLoader
 
-from w2s_train.callbacks import StepSeed
 from w2s_train.datamodule import GenerationPlan, ShardDataModule
+from w2s_train.running.samples import StepSeed
 from w2s_train.shards import ShardWriter, expand_urls, write_index
 
 COUNTS = [10, 7, 13, 10]

@@ -15,8 +15,7 @@ from faulty import inject
 from ranks import start_ranks, wait
 
 from w2s_train.errors import PEER_LOST, UserError
-from w2s_train.peers import Beat, Peer, Stage, identity, judge
-from w2s_train.watch import Watch
+from w2s_train.running.watch import Beat, Peer, Stage, Watch, identity, judge
 
 PEERS = [Peer(rank, f"n{rank}", 100 + rank, "") for rank in range(3)]
 TIMEOUT = 6.0  # seconds

@@ -1,18 +1,177 @@
-"""From what the shards hold to what the network sees, and back to images.
+"""``latents.json`` beside the shards: what made them, and their statistics.
+
+An ``AutoencoderKL`` of diffusers: loaded, named by its weights, and its posterior.
+
+From what the shards hold to what the network sees, and back to images.
 
 Training calls `Autoencoder.encode`, validation `Autoencoder.decode`. Both see the whole batch.
 """
 
 import abc
-from typing import Any
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from w2s_train.errors import UserError
-from w2s_train.latents.kl import load_autoencoder, split_moments, weights_digest
-from w2s_train.latents.record import read_statistics
+from w2s_train.errors import UserError, one_line
 from w2s_train.shards.samples import to_float
+from w2s_train.shards.storage import Storage, is_pipe, is_remote, split_url
+
+LATENTS = "latents.json"
+
+
+class Statistics(NamedTuple):
+    """Of latents: mean and standard deviation (C,) per channel."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def read_latents(path: Path, name: str) -> dict[str, Any]:
+    """What data/encode_latents.py wrote beside its shards when it had encoded all of them.
+
+    Args:
+        path: The ``latents.json``.
+        name: What the user calls it.
+
+    Raises:
+        UserError: No such file, another file, or that of an encoding that has not ended.
+    """
+    if not path.is_file():
+        raise UserError(f"{name}={path}: must be an existing file")
+    return parse_latents(path.read_text(), str(path), name)
+
+
+def parse_latents(text: str, path: str, name: str) -> dict[str, Any]:
+    """As `read_latents`, for the contents of a file that is somewhere."""
+    try:
+        made = json.loads(text)
+        about = made["autoencoder"], made["weights"], made["latent_shape"][0]
+        complete = "statistics" in made
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{name}={path}: must be a latents.json of data/encode_latents.py ({error!r})"
+        ) from error
+    if not complete:
+        raise UserError(f"{name}={path}: must be of shards that are all encoded ({about[0]})")
+    return made
+
+
+def latents_beside(urls: Sequence[str], storage: Storage) -> dict[str, dict[str, Any]]:
+    """Every ``latents.json`` beside some shards, by its place.
+
+    Raises:
+        UserError: One cannot be read, or is that of an encoding that has not ended.
+    """
+    found = {}
+    for folder in sorted({split_url(url)[0] for url in urls if not is_pipe(url)}):
+        place = f"{folder}/{LATENTS}" if folder else LATENTS
+        if is_remote(place):
+            text = storage.text(place)
+        else:
+            text = Path(place).read_text() if Path(place).is_file() else None
+        if text is not None:
+            found[place] = parse_latents(text, place, "train_urls")
+    return found
+
+
+def read_statistics(path: str, channels: int) -> Statistics:
+    """Those of a ``latents.json``.
+
+    Raises:
+        UserError: It cannot be used, or is of another number of channels.
+    """
+    stored = read_latents(Path(path), "statistics")["statistics"]
+    try:
+        mean, std = [[float(value) for value in stored[key]] for key in ("mean", "std")]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"statistics={path}: must hold numbers, mean and std of each channel ({error!r})"
+        ) from error
+    if not len(mean) == len(std) == channels:
+        raise UserError(f"statistics={path}: must be of {channels} channels, are of {len(mean)}")
+    if not all(math.isfinite(value) for value in mean + std) or min(std) <= 0:
+        raise UserError(f"statistics={path}: must be finite, and std above 0")
+    return Statistics(torch.tensor(mean), torch.tensor(std))
+
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w./-]+)?")
+
+
+def load_autoencoder(path: str, name: str, revision: str | None = None) -> Any:
+    """A diffusers ``AutoencoderKL`` in float32, frozen, from a folder or else from the hub.
+
+    Args:
+        path: The folder, or ``OWNER/NAME`` or ``OWNER/NAME/SUBFOLDER`` of the hub.
+        name: What the user calls it.
+        revision: Of the hub: a branch, a tag or a commit.
+
+    Raises:
+        UserError: diffusers or the weights are missing, or they do not fit.
+    """
+    local = Path(path).expanduser().is_dir()
+    if not local and not HUB_NAME.fullmatch(path):
+        raise UserError(f"{name}={path}: must be an existing folder, or OWNER/NAME of the hub")
+    try:
+        from diffusers import AutoencoderKL  # optional, and takes seconds to import
+        from diffusers.utils import logging
+    except (ImportError, RuntimeError) as error:  # it wraps errors of what it imports
+        raise UserError(
+            f"{name}={path}: needs diffusers, which cannot be imported ({one_line(error)}); "
+            "pip install diffusers"
+        ) from error
+    folder = str(Path(path).expanduser()) if local else "/".join(path.split("/")[:2])
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what it would log is in the error
+    try:
+        vae, report = AutoencoderKL.from_pretrained(
+            folder,
+            subfolder=None if local else "/".join(path.split("/")[2:]) or None,
+            revision=revision,
+            local_files_only=local,
+            use_safetensors=True,  # and no pickle
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,  # the other way needs accelerate
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        where = "folder" if local else "folder, or a name on the hub that can be reached,"
+        raise UserError(
+            f"{name}={path}: must be a {where} with an AutoencoderKL ({one_line(error)})"
+        ) from error
+    finally:
+        logging.set_verbosity(before)
+    if missing := sorted(report["missing_keys"]):  # they would stay random
+        raise UserError(
+            f"{name}={path}: must hold all weights of its AutoencoderKL; "
+            f"{len(missing)} are missing, such as {missing[0]}"
+        )
+    return vae.requires_grad_(False).eval()
+
+
+def weights_digest(vae: nn.Module) -> str:
+    """Hexadecimal sha256 of the state dict: names, in order, each with its values as float32."""
+    sha256 = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        sha256.update(f"{name} {tuple(value.shape)}\n".encode())
+        sha256.update(value.float().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std (B, C, h, w) of the posterior, from its mean and log-variance (B, 2C, h, w).
+
+    The limits are those of diffusers' ``DiagonalGaussianDistribution``.
+    """
+    mean, log_variance = moments.chunk(2, dim=1)
+    return mean, (log_variance.clamp(-30, 20) / 2).exp()
+
 
 STABLE_DIFFUSION = 0.18215  # 1 / std of its latents (Rombach et al., 2022)
 

@@ -49,7 +49,7 @@ def main(args: list[str] | None = None) -> None:
 
         compare(args[1:])
     elif args[0] == "export":
-        from w2s_train.export.command import run as export
+        from w2s_train.command.export import run as export
 
         export(args[1:])
     else:
@@ -60,6 +60,6 @@ def main(args: list[str] | None = None) -> None:
             # From now on, and not only when everything is loaded: jobs are preempted at any time.
             REQUESTS.reset()
             REQUESTS.listen(*PREEMPTION)
-        from w2s_train.command import run
+        from w2s_train.command.run import run
 
         run(None if args == sys.argv[1:] else args)

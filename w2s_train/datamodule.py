@@ -1,4 +1,9 @@
-"""Training data from webdataset shards, and the plan of what to generate for validation."""
+"""Training data from webdataset shards, and the plan of what to generate for validation.
+
+Every image of some shards once, for reference statistics.
+
+Scripts that make a data set when it is missing.
+"""
 
 import hashlib
 import os
@@ -13,17 +18,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from w2s_train.errors import UserError
-from w2s_train.global_batch import accumulate, parts_for, recount
-from w2s_train.plan import GenerationPlan, Remaining
-from w2s_train.preparation.script import find_script
 from w2s_train.secrets import redacted
-from w2s_train.shards import ShardStream, Storage, expand_urls
+from w2s_train.shards import ShardImages, ShardStream, Storage, expand_urls
+from w2s_train.shards.dataset import Continued, IndexedStore, MemoryStore, Store, ignore_signals
+from w2s_train.shards.global_batch import accumulate, parts_for, recount
 from w2s_train.shards.index import Shard, check_labels, find_shards
-from w2s_train.shards.indexed import IndexedStore
-from w2s_train.shards.order import Places, StreamOrder
-from w2s_train.shards.store import MemoryStore, Store
-from w2s_train.shards.stream import Continued, ignore_signals
-from w2s_train.shards.urls import is_remote
+from w2s_train.shards.order import GenerationPlan, Places, Remaining, StreamOrder
+from w2s_train.shards.storage import is_remote
 
 SMALL = 512e6  # bytes of decoded samples that are held in memory unless the config says otherwise
 
@@ -297,3 +298,62 @@ class ShardDataModule(LightningDataModule):
         assert self.trainer is not None
         sampler = Remaining(plan, self.trainer.global_rank, self.trainer.world_size)
         return DataLoader(plan, batch_size=self.generation_batch_size, sampler=sampler)
+
+
+class ReferenceImages(LightningDataModule):
+    """Every image of some shards once, uint8, for reference statistics.
+
+    Args:
+        urls: Path, glob or brace pattern of shards of images.
+        data: The data module of the run, which may have to make the shards first.
+    """
+
+    def __init__(self, urls: str, data: ShardDataModule) -> None:
+        super().__init__()
+        self.urls, self.data = urls, data
+
+    def prepare_data(self) -> None:
+        """As for a fit."""
+        self.data.prepare_data()
+
+    def predict_dataloader(self) -> DataLoader:
+        """This process's batches: "image" (B, C, H, W) uint8, "place" and "encoding" lists of B."""
+        assert self.trainer is not None
+        storage = self.data.storage
+        shards = find_shards(self.data.expand(self.urls, "urls"), storage)
+        for shard in shards:
+            if shard.damage:  # statistics of a part would pass for those of the whole
+                raise UserError(f"urls={shard.url}: must be whole ({shard.loss()})")
+        images = ShardImages(
+            IndexedStore(shards, storage, flip=False),
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+        size, workers = self.data.generation_batch_size, self.data.num_workers
+        return DataLoader(images, size, num_workers=workers, collate_fn=_collate_images)
+
+
+def _collate_images(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    shapes = sorted({tuple(row["image"].shape) for row in rows})
+    if len(shapes) > 1:
+        raise UserError(f"images={shapes}: must be of one shape (channels, height, width)")
+    return {
+        "image": torch.stack([row["image"] for row in rows]),
+        "place": [row["place"] for row in rows],
+        "encoding": [row["encoding"] for row in rows],
+    }
+
+
+def find_script(name: str) -> Path:
+    """A script in the project's ``data/`` folder and nowhere else: a config may not run more.
+
+    Raises:
+        UserError: There is none of this name.
+    """
+    folder = Path(__file__).resolve().parents[1] / "data"
+    script = folder / f"{name}.py"
+    known = [path for path in sorted(folder.glob("*.py")) if "def prepare(" in path.read_text()]
+    if script not in known:
+        names = ", ".join(path.stem for path in known) or "none"
+        raise UserError(f"prepare={name}: must be one of the scripts in {folder}: {names}")
+    return script

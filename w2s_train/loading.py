@@ -1,15 +1,144 @@
-"""A module from one of its checkpoints, which may come from a stranger."""
+"""What configs and checkpoints may name: classes of this project, and what trainers are made of.
+
+A class path is an order to import and to call. Of everything that is installed, few things are safe
+to call with arguments of a stranger's choice; those stand here. The switch ``--allow_imports`` adds
+packages, on the command line and nowhere else: a config cannot allow itself anything.
+
+A module from one of its checkpoints, which may come from a stranger.
+"""
 
 import argparse
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from typing import Any, TypeVar, get_type_hints
 
 import torch
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError, one_line
-from w2s_train.imports import instantiate
 from w2s_train.models.saved import read_checkpoint
+
+SWITCH = "--allow_imports"
+OURS = """
+    autoencoder callbacks features guidance interpolant metrics models objective sampler schedule
+    segment timesteps weak
+"""
+TRAINERS = "accelerators callbacks loggers plugins profilers strategies cli.ReduceLROnPlateau"
+ALLOWED = [
+    *(f"w2s_train.{name}" for name in OURS.split()),
+    *(f"lightning.pytorch.{name}" for name in TRAINERS.split()),
+    "lightning.fabric.plugins",  # where environments and the writing of checkpoints are defined
+    "torch.optim",
+]
+Module = TypeVar("Module")
+trusted = list[str]()  # packages that the switch adds
+
+
+def restrict_imports(args: list[str]) -> list[str]:
+    """Let the parser import what is listed here, and what the switch in ``args`` adds.
+
+    Returns:
+        The arguments without the switch, of which the parser knows nothing.
+
+    Raises:
+        UserError: The switch names no package.
+    """
+    rest, more = list[str](), list[str]()
+    given = iter(args)
+    for arg in given:
+        name, equals, value = arg.partition("=")
+        if name == SWITCH:
+            more += (value if equals else next(given, "")).split(",")
+        else:
+            rest.append(arg)
+    for package in more:
+        parts = package.split(".")
+        if parts[0] == "jsonargparse" or not all(part.isidentifier() for part in parts):
+            raise UserError(
+                f"{SWITCH[2:]}={','.join(more)}: must name packages, such as my_package,other.part"
+            )
+    trusted[:] = more
+    set_parsing_settings(
+        config_read_mode_urls_enabled=False,
+        config_read_mode_fsspec_enabled=False,  # which Lightning has switched on
+        import_path_denylist=["*"],
+        import_path_allowlist=ALLOWED + more,
+        instantiate_subclass_spec_in_any=False,
+    )
+    return rest
+
+
+def check_functions(config: Any) -> None:
+    """Refuse class paths of functions, which would be called; only makers of networks may be.
+
+    The list holds classes for what their constructors do, but functions stand beside them, such as
+    one that opens a connection to wherever its arguments say.
+
+    Args:
+        config: As it was parsed.
+
+    Raises:
+        UserError: It names one.
+    """
+    for path in _class_paths(config):
+        # What is not on the list is text that only looks like a class path; none is built of it.
+        if _within(path, trusted) or not _within(path, ALLOWED):
+            continue
+        value = _found(path)
+        if value is None or inspect.isclass(value):
+            continue
+        made = get_type_hints(value).get("return") if inspect.isfunction(value) else None
+        if not (inspect.isclass(made) and issubclass(made, nn.Module)):
+            raise UserError(
+                f"class_path={path}: must be a class, or a function that makes a network; "
+                f"--allow_imports={path} allows it, if you trust its code"
+            )
+
+
+def _within(path: str, packages: list[str]) -> bool:
+    return any(f"{path}.".startswith(f"{package}.") for package in packages)
+
+
+def _found(path: str) -> Any:
+    """What an import path names; None if there is no such thing."""
+    value: Any = None
+    done = ""
+    for part in path.split("."):
+        done += f".{part}" if done else part
+        value = getattr(value, part, None)
+        if value is None:
+            try:
+                value = import_module(done)
+            except ImportError:
+                return None
+    return value
+
+
+def _class_paths(node: Any) -> Iterator[str]:
+    if isinstance(node, Namespace | dict):
+        node = vars(node) if isinstance(node, Namespace) else node
+        if isinstance(node.get("class_path"), str):
+            yield node["class_path"]
+        node = list(node.values())
+    for value in node if isinstance(node, list | tuple) else ():
+        yield from _class_paths(value)
+
+
+def instantiate(cls: type[Module], settings: dict[str, Any]) -> Module:
+    """The class with its constructor's arguments as a config spells them.
+
+    Raises:
+        UserError: They do not fit, or name what may not be imported.
+    """
+    restrict_imports([])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "module", fail_untyped=False)
+    config = parser.parse_object({"module": settings})
+    check_functions(config)
+    return parser.instantiate_classes(config).module
+
 
 Module = TypeVar("Module", bound=nn.Module)
 

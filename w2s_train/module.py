@@ -14,20 +14,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from w2s_train.autoencoder import Autoencoder, PixelSpace
-from w2s_train.checks import check_label_dropout
 from w2s_train.clock import FitClock
+from w2s_train.command.config import check_label_dropout
 from w2s_train.errors import UserError
 from w2s_train.generation import Setting, all_settings, generate
-from w2s_train.gradients import clip, keep_fused, norm_of, step_only_if, unscale
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.loading import check_optimizer, load_module
+from w2s_train.log import RunningStatistics
 from w2s_train.models import DiT, WeightAverage, compile_networks
 from w2s_train.models.average import check_decay
 from w2s_train.objective import Losses, Objective
-from w2s_train.rows import spread
+from w2s_train.optim import clip, keep_fused, norm_of, step_only_if, unscale
 from w2s_train.sampler import Sampler
 from w2s_train.segment import Statistic
-from w2s_train.statistics import RunningStatistics
+from w2s_train.timesteps import spread
 from w2s_train.weak.base import Step
 
 

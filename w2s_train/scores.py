@@ -1,12 +1,21 @@
-"""What runs leave for other tools: ``scores.json`` (docs/scores.md), and the names of grids."""
+"""What runs leave for other tools: ``scores.json`` (docs/scores.md), and the names of grids.
 
+The run folder: what it holds, and that one run owns it.
+"""
+
+import functools
 import json
 import re
+import subprocess
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from w2s_train.errors import UserError
+from w2s_train.files import atomic_write
+from w2s_train.secrets import redacted
 
 SCHEMA = 1
 HIGHER = ("inception_score", "precision", "recall", "density", "coverage")
@@ -216,3 +225,36 @@ def grid_name(step: int, weights: str | None = None, guidance: str = "none") -> 
     setting = ", ".join(text for text in (weights, guidance) if text and text != "none")
     slug = re.sub(r"[^\w.]+", "-", setting).strip("-") if weights else ""
     return f"{'-'.join(filter(None, (f'step-{step:06d}', slug)))}.png"
+
+
+def append_scores(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Append to ``scores.json``, a JSON list; the file is replaced whole or not at all.
+
+    Raises:
+        ValueError: A number that is not finite.
+    """
+    path = folder / "scores.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".scores.lock"):  # a fit and a validate may score at the same time
+        earlier = json.loads(path.read_text()) if path.is_file() else []
+        scores = json.dumps(earlier + redacted(entries), indent=1, allow_nan=False)
+        with atomic_write(path) as file:
+            file.write(scores.encode() + b"\n")
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of the code, with "-dirty" if files differ from it; None outside a checkout.
+
+    A copy that ``launch/submit`` made says it in a file: git would speak of the checkout around it.
+    """
+    copied = Path(__file__).parent.parent / "COMMIT"
+    if copied.is_file():
+        return copied.read_text().strip()
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    command += ["--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

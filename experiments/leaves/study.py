@@ -21,14 +21,14 @@ import matplotlib
 import matplotlib.pyplot as plt
 import torch
 
-from w2s_train.callbacks.leaves import TIMES, sample_scores, velocity_errors
-from w2s_train.callbacks.run_record import git_commit
+from w2s_train.evaluation.leaves import TIMES, sample_scores, velocity_errors
 from w2s_train.guidance import Autoguidance, ClassifierFree, Guidance, Segmented, Unguided
 from w2s_train.interpolant import LinearInterpolant
 from w2s_train.leaves import Leaves
 from w2s_train.models import DiT, saved_network
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.sampler import Heun
+from w2s_train.scores import git_commit
 from w2s_train.timesteps import Uniform
 from w2s_train.weak import Checkpoint
 

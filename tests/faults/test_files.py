@@ -13,12 +13,13 @@ import torch
 from ranks import fork, wait
 from test_resume import assert_same, checkpoint
 
-from w2s_train import checkpoint_io, checkpointing
-from w2s_train.checkpoint_io import CheckpointFiles
-from w2s_train.checkpointing import damage, newest_first, point_to, read_file, write_checkpoint
+from w2s_train import checkpoint_file as checkpointing
+from w2s_train.checkpoint_file import damage, newest_first, point_to, read_file, write_checkpoint
 from w2s_train.errors import UserError
 from w2s_train.files import atomic_write
-from w2s_train.run_folder import find_checkpoint
+from w2s_train.running import checkpoint_io
+from w2s_train.running.checkpoint_io import CheckpointFiles
+from w2s_train.running.record import find_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
 

@@ -180,7 +180,7 @@ def test_the_time_limit_leaves_time_to_save(command, tmp_path: Path, tally):
     begun = time.monotonic()
 
     def work() -> None:
-        from w2s_train import checkpoint_io
+        from w2s_train.running import checkpoint_io
 
         real = checkpoint_io.write_checkpoint
         checkpoint_io.write_checkpoint = lambda *args: (time.sleep(2), real(*args))

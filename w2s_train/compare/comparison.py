@@ -1,4 +1,7 @@
-"""The comparison: arms against a baseline, at equal steps and at equal training time."""
+"""The comparison: arms against a baseline, at equal steps and at equal training time.
+
+One sample grid per arm: same step and setting and, where possible, same training seed.
+"""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -6,15 +9,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from w2s_train.compare import numbers
-from w2s_train.compare.arms import Arm, differences, find_baseline, group
-from w2s_train.compare.grids import Grid, choose
 from w2s_train.compare.numbers import Interval, Judgement
 from w2s_train.compare.protocol import (
+    Arm,
     Range,
     Scores,
     Selection,
     Series,
     admit,
+    differences,
+    find_baseline,
+    group,
     select,
     with_selection,
 )
@@ -23,6 +28,23 @@ from w2s_train.errors import UserError
 from w2s_train.scores import higher_is_better
 
 BASELINE = Judgement(1.0, None, 0.0, None, "baseline")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid of generated images.
+
+    Args:
+        arm: Name of the arm.
+        run: The run that wrote it.
+        step: Of the network.
+        png: The file.
+    """
+
+    arm: str
+    run: Run
+    step: int
+    png: bytes
 
 
 @dataclass(frozen=True)
@@ -281,3 +303,30 @@ def _row(arm: Arm, at_step: Result, at_seconds: Result | None) -> Row:
         )
     median = statistics.median(per_step) if per_step else None
     return Row(arm.name, arm.runs, at_step, at_seconds, median, None, curve)
+
+
+def choose(arms: Sequence[Arm], step: int, selection: Selection, notes: list[str]) -> list[Grid]:
+    """The grids of a step and setting; says in ``notes`` what is broken or not there."""
+    there: dict[str, dict[int, Grid]] = {arm.name: {} for arm in arms}
+    without = dict.fromkeys(there)
+    for arm in arms:
+        for run in arm.runs:
+            try:
+                png = run.grid(step, selection.weights, selection.guidance)
+            except (UserError, OSError) as error:
+                notes.append(str(error))
+                without.pop(arm.name, None)
+                continue
+            if png is not None:
+                there[arm.name][run.seed] = Grid(arm.name, run, step, png)
+                without.pop(arm.name, None)
+    there = {name: grids for name, grids in there.items() if grids}
+    if without and any((run.folder / "grids").is_dir() for arm in arms for run in arm.runs):
+        setting = f"weights {selection.weights}, guidance {selection.guidance}"
+        notes.append(f"sample grids: none of step {step}, {setting} in {', '.join(without)}")
+    if not there:
+        return []
+    shared = set.intersection(*(set(grids) for grids in there.values()))
+    if not shared:
+        notes.append("sample grids: no training seed has one in every arm; their seeds differ")
+    return [grids[min(shared or grids)] for grids in there.values()]

@@ -8,8 +8,7 @@ from string import Template
 
 from w2s_train.compare import report
 from w2s_train.compare.charts import Line, Style, chart, style, swatch
-from w2s_train.compare.comparison import Comparison, Point, Result, Row
-from w2s_train.compare.grids import Grid
+from w2s_train.compare.comparison import Comparison, Grid, Point, Result, Row
 from w2s_train.compare.numbers import percent
 from w2s_train.scores import higher_is_better
 

@@ -7,9 +7,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from w2s_train.compare.arms import short
 from w2s_train.compare.comparison import Comparison, Point, Result, Row
 from w2s_train.compare.numbers import CONFIDENCE, FLOOR, Interval, percent
+from w2s_train.compare.protocol import short
 
 SCHEMA = 1
 COLUMNS = ["arm", "seeds", "score", "ratio", "verdict", "time per step", "time ratio"]

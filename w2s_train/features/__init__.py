@@ -7,7 +7,7 @@ on the data set itself serves: its distances are *not* FID and are named differe
 """
 
 from w2s_train.features.adm import ADMFeatures
-from w2s_train.features.base import BLOCK, FeatureExtractor
+from w2s_train.features.base import BLOCK, KEEP, FeatureExtractor, fingerprint, shape_name
 from w2s_train.features.classifiers import (
     CIFAR10Classifier,
     Classifier,
@@ -17,7 +17,6 @@ from w2s_train.features.classifiers import (
 )
 from w2s_train.features.dinov2 import DINOv2Features
 from w2s_train.features.inception import InceptionFeatures
-from w2s_train.features.reference import KEEP, fingerprint, shape_name, write_reference
 from w2s_train.features.training import Regularization, train_classifier
 
 __all__ = [
@@ -36,5 +35,4 @@ __all__ = [
     "Regularization",
     "mnist_classifier",
     "train_classifier",
-    "write_reference",
 ]

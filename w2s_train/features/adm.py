@@ -11,8 +11,7 @@ from torch.hub import download_url_to_file
 from torch.nn import functional as F
 
 from w2s_train.errors import UserError
-from w2s_train.features.base import FeatureExtractor
-from w2s_train.features.files import digest, fetched, require_file
+from w2s_train.features.base import FeatureExtractor, digest, fetched, require_file
 
 
 class ADMFeatures(FeatureExtractor):

@@ -1,11 +1,22 @@
-"""What metrics ask of a feature extractor."""
+"""What metrics ask of a feature extractor.
+
+Weights on disk: found, fetched once, and named by their content.
+
+Reference statistics of a data set in the features of an extractor.
+"""
 
 import abc
+import importlib.metadata
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError
+from w2s_train.files import sha256_of
 
 # Convolutions of some libraries round differently for some batch sizes. Features are computed in
 # blocks of one size, so that they depend on the image alone.
@@ -66,3 +77,79 @@ class FeatureExtractor(nn.Module, abc.ABC):
             padded = torch.cat([block, block[:1].expand(BLOCK - len(block), -1, -1, -1)])
             parts.append(self.features(padded)[: len(block)])
         return torch.cat(parts)
+
+
+def require_file(weights: Path) -> None:
+    """Refuse a path that is no file.
+
+    Raises:
+        UserError: No such file.
+    """
+    if not weights.is_file():
+        raise UserError(f"weights={weights}: must be an existing file")
+
+
+def fetched(target: Path, download: Callable[[Path], object]) -> Path:
+    """``target``, downloaded first where it is missing; whole or not at all.
+
+    Args:
+        target: Where the file is kept.
+        download: Writes the file ``target.name`` into the folder that it is given.
+
+    Raises:
+        UserError: The download failed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):  # one process of several fetches
+        if not target.is_file():
+            folder = target.parent / "partial"
+            folder.mkdir(exist_ok=True)
+            (folder / target.name).unlink(missing_ok=True)
+            try:
+                download(folder)
+            except (OSError, RuntimeError) as error:  # of network or disk; a wrong hash
+                raise UserError(
+                    f"weights=None: must be a local {target.name} where it cannot be fetched "
+                    f"({error})"
+                ) from error
+            os.replace(folder / target.name, target)
+    return target
+
+
+def digest(weights: Path) -> str:
+    """The first 12 hexadecimal digits of the file's sha256."""
+    return sha256_of(weights)[:12]
+
+
+VERSIONS = ("torch", "torchvision", "clean-fid", "pillow")
+KEEP = 10_000  # features of single images in a reference, for metrics that need them
+
+
+def fingerprint(
+    extractor: FeatureExtractor, *, dataset: str, split: str, n: int, images: str, encoding: str
+) -> dict[str, str | int]:
+    """What a reference was made of; each score repeats it.
+
+    Args:
+        extractor: Where the features come from.
+        dataset: Name of the data set.
+        split: Name of its part.
+        n: Number of images.
+        images: Their shape, CxHxW.
+        encoding: How they were stored, such as png.
+    """
+    return {
+        "dataset": dataset,
+        "split": split,
+        "n": n,
+        "images": images,
+        "resize": f"none, {images.partition('x')[2]}",
+        "encoding": encoding,
+        "extractor": extractor.describe(),
+        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS),
+    }
+
+
+def shape_name(shape: Sequence[int]) -> str:
+    """CxHxW of a shape (C, H, W)."""
+    return "x".join(str(side) for side in shape)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2s_train.errors import UserError
-from w2s_train.features.base import FeatureExtractor
-from w2s_train.features.files import digest, require_file
+from w2s_train.features.base import FeatureExtractor, digest, require_file
 
 
 class Classifier(nn.Module, abc.ABC):

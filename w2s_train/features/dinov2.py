@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import normalize
 
 from w2s_train.errors import UserError
-from w2s_train.features.base import FeatureExtractor
-from w2s_train.features.files import require_file
+from w2s_train.features.base import FeatureExtractor, require_file
 
 SIZE = 224  # pixels that the network sees, on a side
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for values in [0, 1]

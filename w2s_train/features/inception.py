@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from w2s_train.errors import UserError
-from w2s_train.features.base import FeatureExtractor
-from w2s_train.features.files import digest, fetched, require_file
+from w2s_train.features.base import FeatureExtractor, digest, fetched, require_file
 from w2s_train.files import sha256_of
 
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"

@@ -3,10 +3,9 @@
 from w2s_train.guidance.angle_domain import AngleDomain
 from w2s_train.guidance.autoguidance import Autoguidance
 from w2s_train.guidance.base import Guidance, Unguided, VelocityField, evaluate
-from w2s_train.guidance.classifier_free import ClassifierFree
+from w2s_train.guidance.classifier_free import ClassifierFree, StageWise
 from w2s_train.guidance.learned import GuidanceObjective, Learned
 from w2s_train.guidance.segmented import Segmented
-from w2s_train.guidance.stage_wise import StageWise
 
 __all__ = [
     "AngleDomain",

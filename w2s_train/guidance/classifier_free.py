@@ -1,8 +1,20 @@
-"""Classifier-free guidance."""
+"""Classifier-free guidance.
+
+Classifier-free guidance whose scale varies over the steps.
+"""
+
+import itertools
 
 from torch import Tensor
 
-from w2s_train.guidance.base import Guidance, VelocityField, check_scale, evaluate, evaluate_both
+from w2s_train.errors import UserError
+from w2s_train.guidance.base import (
+    Guidance,
+    VelocityField,
+    check_scale,
+    evaluate,
+    evaluate_both,
+)
 from w2s_train.models import DiT
 
 
@@ -34,3 +46,42 @@ class ClassifierFree(Guidance):
 
     def describe(self) -> str:
         return f"cfg({self.scale:g}, [{self.low:g}, {self.high:g}])"
+
+
+class StageWise(Guidance):
+    """Stage-wise, time-varying CFG: a triangle over the steps, from 1 up to 2 scale - 1 in the
+    middle and back, rescaled so that its mean over time is ``scale``.
+
+    Args:
+        scale: Mean guidance scale over time, at least 1.
+
+    Raises:
+        UserError: A scale below 1, infinite or not a number.
+    """
+
+    def __init__(self, scale: float) -> None:
+        check_scale(scale)
+        if scale < 1:
+            raise UserError(f"scale={scale}: must be at least 1")
+        self.scale = scale
+
+    def scales(self, times: list[float]) -> list[float]:
+        """The guidance scale of each step of a grid."""
+        n = len(times) - 1
+        low, high = 1.0, 2 * self.scale - 1
+        triangle = [low + (high - low) * (1 - abs(2 * (i + 0.5) / n - 1)) for i in range(n)]
+        lengths = [t - s for t, s in itertools.pairwise(times)]
+        mean = sum(s * d for s, d in zip(triangle, lengths, strict=True)) / sum(lengths)
+        return [s * self.scale / mean for s in triangle]
+
+    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+        scale_at = dict(zip(times, self.scales(times), strict=False))
+
+        def velocity(x_t: Tensor, t: float, start: float) -> Tensor:
+            v_class, v_null = evaluate_both(network, x_t, t, y)
+            return v_null + scale_at[start] * (v_class - v_null)
+
+        return velocity
+
+    def describe(self) -> str:
+        return f"tv_cfg({self.scale:g})"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2s_train.checkpointing import read_file
+from w2s_train.checkpoint_file import read_file
 from w2s_train.errors import UserError
 from w2s_train.interpolant import Interpolant
 from w2s_train.models.dit import DiT

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from w2s_train.checkpointing import read_file
+from w2s_train.checkpoint_file import read_file
 from w2s_train.errors import UserError
 from w2s_train.models.dit import DiT
 

@@ -1,9 +1,8 @@
 """Shards: written, indexed, fetched, put in an order, and streamed."""
 
-from w2s_train.shards.storage import Storage
-from w2s_train.shards.stream import ShardImages, ShardStream
-from w2s_train.shards.urls import expand_urls, local_shards
-from w2s_train.shards.writer import ShardWriter, is_written, write_index
+from w2s_train.shards.dataset import ShardImages, ShardStream
+from w2s_train.shards.format import ShardWriter, is_written, write_index
+from w2s_train.shards.storage import Storage, expand_urls, local_shards
 
 __all__ = [
     "ShardImages",

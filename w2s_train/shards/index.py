@@ -11,10 +11,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from w2s_train.errors import UserError
-from w2s_train.shards.storage import Storage
-from w2s_train.shards.table import ShardTable
-from w2s_train.shards.urls import is_pipe, is_remote, parse_index, split_url
-from w2s_train.shards.writer import INDEX, table_name, table_path
+from w2s_train.shards.format import INDEX, ShardTable, table_name, table_path
+from w2s_train.shards.storage import Storage, is_pipe, is_remote, parse_index, split_url
 
 
 @dataclasses.dataclass(frozen=True)

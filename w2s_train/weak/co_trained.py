@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError
-from w2s_train.gradients import keep_fused, step_only_if
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput
-from w2s_train.readback import Readback
+from w2s_train.optim import Readback, keep_fused, step_only_if
 from w2s_train.weak.base import Step, WeakSource, check_partner
 
 

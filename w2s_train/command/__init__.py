@@ -1,0 +1,1 @@
+"""What the ``lightning`` command does."""

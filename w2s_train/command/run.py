@@ -1,0 +1,298 @@
+"""What the C library does with freed memory.
+
+glibc gives large blocks back to the system when they are freed, and faults them in again, page by
+page, when the same step allocates them anew: on a CPU, thousands of page faults per step.
+
+What the ``lightning`` command does once it knows that it has work to do.
+"""
+
+import argparse
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from w2s_train.autoencoder import latents_beside
+from w2s_train.command.config import check_files, check_numbers, check_pipe, explain, locate
+from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
+from w2s_train.datamodule import ShardDataModule
+from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError, one_line
+from w2s_train.evaluation.fid import FID
+from w2s_train.evaluation.images import ImageWriter
+from w2s_train.evaluation.leaves import LeavesScores
+from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer
+from w2s_train.files import OF_THE_DISK
+from w2s_train.loading import check_functions, restrict_imports
+from w2s_train.module import DiffusionModule
+from w2s_train.running.agreement import Agreement
+from w2s_train.running.checkpoint_io import CheckpointFiles
+from w2s_train.running.checkpoints import Checkpoints
+from w2s_train.running.guard import Guard
+from w2s_train.running.loggers import Events, MetricsCSV
+from w2s_train.running.profile import Profile
+from w2s_train.running.progress import Progress
+from w2s_train.running.record import RunRecord, SaveFitConfig, find_checkpoint, run_folder
+from w2s_train.running.samples import SkippedSamples, StepSeed
+from w2s_train.running.stop import GracefulStop
+from w2s_train.running.watch import Watch
+from w2s_train.running.watched_ddp import Position, watched_strategies
+from w2s_train.secrets import redacted, show_no_secrets
+
+# Parameters of mallopt(3), of which glibc alone has these.
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
+
+
+def keep_freed_memory() -> bool:
+    """Keep what is freed for the next step; whether the C library can."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    wanted = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**28, MMAP_THRESHOLD: 2**30}
+    return all([mallopt(name, value) for name, value in wanted.items()])
+
+
+PROFILE = "--profile"  # a switch and no key: it belongs to no experiment, and into no config
+COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference")
+PARTS = {
+    "trainer": DiffusionTrainer,
+    "model": DiffusionModule,
+    "data": ShardDataModule,
+    "checkpoint": Checkpoints,
+    "guard": Guard,
+    "watch": Watch,
+}
+
+
+class Command(LightningCLI):
+    """All that a trainer does, with a run folder derived from the names of the configs."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Methods of the trainer, and which of their arguments are no options."""
+        ours = {name: {"model", "datamodule"} for name in ("sample", "reference")}
+        return {**LightningCLI.subcommands(), **ours}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Callbacks that every run has, and one seed for everything."""
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Guard, "guard")
+        parser.add_class_arguments(Watch, "watch")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse them, and keep what the command line itself says."""
+        self.given = list[str](args)
+        super().parse_arguments(parser, [arg for arg in args if arg != PROFILE])
+        subcommand = self.config.subcommand
+        self.profile = PROFILE in args
+        if self.profile and subcommand != "fit":
+            raise UserError(f"{PROFILE}: must stand with fit; {subcommand} takes no training step")
+        check_numbers(self.config[subcommand])
+        check_functions(self.config)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let the checkpoint's settings override the command line's."""
+
+    def before_instantiate_classes(self) -> None:
+        """Derive the run folder, find the checkpoint, and check what constructors do not see."""
+        subcommand = str(self.subcommand)
+        config = self.config[subcommand]
+        check_pipe(config.data.allow_pipe, self.given)
+        folder = run_folder(config)
+        config.trainer.default_root_dir = str(folder)
+        self.goes_on = False
+        if subcommand != "reference":
+            self.goes_on = config.ckpt_path == "last"
+            config.ckpt_path = find_checkpoint(config.ckpt_path, folder, subcommand)
+            config.weights_only = True  # of a checkpoint only tensors and plain values are read
+        if config.trainer.precision in ("bf16-true", "16-true", "transformer-engine"):
+            raise UserError(
+                f"trainer.precision={config.trainer.precision}: must keep float32 weights, such as "
+                "bf16-mixed; averages of half-precision weights stand still"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with loggers and callbacks that every run has."""
+        config = self.config_init[self.subcommand]
+        folder = config.trainer.default_root_dir
+        if self.subcommand in ("predict", "sample", "reference"):
+            kwargs["logger"] = False
+        elif config.trainer.logger in (None, True):
+            loggers = [Events(folder, name="", version=""), MetricsCSV(folder)]
+            kwargs["logger"] = loggers
+        # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
+        # job that was stopped before its first checkpoint keeps its folder.
+        start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
+        self.record = RunRecord(resumed=self.goes_on or start == Path(folder).resolve())
+        agreement = config.checkpoint.agreement = config.guard.agreement = Agreement()
+        # Lightning's own limit does not leave time to save.
+        self.stop, kwargs["max_time"] = GracefulStop(agreement, config.trainer.max_time), None
+        kwargs["plugins"] = _plugins(config.trainer.plugins)
+        seed = int(config.seed_everything or 0)
+        ours = [self.record, StepSeed(seed), Progress()]
+        if self.subcommand == "fit":
+            ours += [SkippedSamples()] + [Profile()] * self.profile
+        given = self._callbacks()
+        resumable = [callback for callback in given if isinstance(callback, ResumableEvaluation)]
+        given = [callback for callback in given if callback not in resumable]
+        if self.subcommand == "predict":
+            ours.append(ImageWriter(Path(folder) / "samples"))
+        watched_strategies(config.watch)
+        last = [*(resumable or [ResumableEvaluation()]), self.stop]
+        kwargs["callbacks"] = [Position(config.watch), *given, *ours, *last]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def instantiate_classes(self) -> None:
+        """Instantiate, compare data and network, and let checkpoints carry the model's config."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UserError(locate(str(error), self.config[str(self.subcommand)])) from error
+        data, network = self.datamodule, self.model.network
+        if data.num_classes != network.num_classes:
+            raise UserError(
+                f"data.num_classes={data.num_classes}: must equal the network's num_classes, "
+                f"{network.num_classes}"
+            )
+        self._dump_config()
+        self.model.save_hyperparameters(redacted(self.config_dump["model"]), logger=False)
+
+    def _callbacks(self) -> list[Any]:
+        """Those of the config: none, one or a list."""
+        given = self.config_init[str(self.subcommand)].trainer.callbacks or []
+        return given if isinstance(given, list) else [given]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; a checkpoint of another network is a user's error."""
+        made_later = self.datamodule.script is not None or subcommand == "reference"
+        for callback in self._callbacks():
+            if isinstance(callback, LeavesScores):
+                callback.check_model(self.model, self.datamodule.num_generated)
+            if isinstance(callback, FID):
+                if not made_later:
+                    callback.check_files()
+                if subcommand in ("fit", "validate", "test") and callback.files_exist():
+                    callback.load(self.model, self.datamodule)
+        self._check_autoencoder(subcommand)
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            if "loading state_dict" not in reason:
+                raise
+            path = self.config[subcommand].get("ckpt_path")
+            raise UserError(f"ckpt_path={path}: must fit the config; {reason}") from error
+
+    def _check_autoencoder(self, subcommand: str) -> None:
+        """What decodes must be there before the first step, and must be what made the latents."""
+        if subcommand == "reference":
+            return
+        autoencoder, data = self.model.autoencoder, self.datamodule
+        if subcommand != "fit" or any(isinstance(each, Scorer) for each in self._callbacks()):
+            autoencoder.load()
+        urls = data.expand(data.train_urls) if data.script is None else []
+        for where, made in latents_beside(urls, data.storage).items():
+            autoencoder.check(made, where)
+
+    def before_fit(self) -> None:
+        """Check steps and batch, and own the run folder before a logger writes into it."""
+        if self.profile:
+            Profile.check(self.trainer.max_steps)
+        try:
+            self.model.plan(self.trainer.max_steps)
+            self.datamodule.check_global_batch(self.trainer)
+        except UserError as error:
+            raise UserError(locate(str(error), self.config["fit"])) from error
+        folder, start = Path(self.trainer.default_root_dir), self.config["fit"].ckpt_path
+        self.record.check_progress(folder, start)
+        if self.trainer.is_global_zero:
+            self.record.claim(folder)
+
+
+def _plugins(given: Any) -> list[Any]:
+    """Those of the config, our checkpoint files, and no requeueing by Lightning."""
+    ours: list[Any] = [CheckpointFiles()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning would save inside the signal handler, on each process at another step.
+        ours.append(SLURMEnvironment(auto_requeue=False))
+    return [*(given if isinstance(given, list) else [given] if given else []), *ours]
+
+
+class Composition(Command):
+    """Everything up to the trainer's start."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+def compose(args: list[str] | None, run: bool = True) -> Command:
+    """Parse, check and instantiate; with ``run``, do what the command says.
+
+    Args:
+        args: Command and options; None for those of this process.
+        run: False stops before the trainer starts.
+
+    Raises:
+        UserError: A value that cannot be used.
+        argparse.ArgumentError: An unknown key or a wrong type.
+    """
+    args = restrict_imports(sys.argv[1:] if args is None else args)
+    check_files(args)
+    quiet = {"exit_on_error": False, "allow_abbrev": False}
+    return (Command if run else Composition)(
+        DiffusionModule,
+        ShardDataModule,
+        args=args,
+        trainer_class=DiffusionTrainer,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveFitConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        parser_kwargs={name: quiet for name in COMMANDS} | quiet,
+        trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+    )
+
+
+def run(args: list[str] | None) -> None:
+    """Run one command; a user's error ends it with one line and status 1."""
+    quiet_lightning()
+    keep_freed_memory()
+    sys.excepthook = show_no_secrets
+    try:
+        command = compose(args)
+    except argparse.ArgumentError as error:
+        sys.exit(f"error: {redacted(explain(str(error), PARTS))}")
+    except (UserError, MisconfigurationException, ProcessRaisedException) as error:
+        # From another process the message is a traceback with the reason last.
+        reason, ours = str(error).strip().splitlines()[-1], "w2s_train.errors.UserError: "
+        if isinstance(error, ProcessRaisedException) and not reason.startswith(ours):
+            raise
+        sys.exit(f"error: {redacted(reason.removeprefix(ours))}")
+    except ProcessExitedException as error:  # a forked one
+        rank, status = error.error_index, error.exit_code
+        print(
+            f"stopped: rank {rank} (pid {error.error_pid}) ended with status {status}",
+            file=sys.stderr,
+        )
+        sys.exit(status if status > 0 else PEER_LOST)
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        sys.exit(f"error: {one_line(error)}")
+    except Stopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(stop.status)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except SystemExit as end:  # the trainer makes 1 of a second Ctrl-C
+        sys.exit(INTERRUPTED if isinstance(end.__context__, KeyboardInterrupt) else end.code)
+    if command.stop.status:
+        sys.exit(command.stop.status)

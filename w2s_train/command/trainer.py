@@ -1,0 +1,196 @@
+"""Lightning's trainer, with the two commands that it does not have."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import LightningModule
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+
+from w2s_train.autoencoder import Vectors
+from w2s_train.datamodule import ReferenceImages, ShardDataModule
+from w2s_train.errors import UserError
+from w2s_train.evaluation.fid import FID
+from w2s_train.evaluation.images import (
+    GridWriter,
+    ImageWriter,
+    NpzWriter,
+    SampleWriter,
+    ShardWriter,
+)
+from w2s_train.evaluation.reference import ReferenceWriter
+from w2s_train.evaluation.scorer import ResumableEvaluation, callbacks_of
+from w2s_train.features import KEEP
+from w2s_train.module import DiffusionModule
+from w2s_train.secrets import redacted
+from w2s_train.shards.order import GenerationPlan
+
+Format = Literal["png", "grid", "npz", "shards"]
+SUFFIXES: dict[Format, str] = {"png": "", "grid": ".png", "npz": ".npz", "shards": ""}
+
+
+class PassThrough(LightningModule):
+    """Predicts what it is given."""
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
+        """The images themselves."""
+        return batch["image"]
+
+
+class NoSignals(_SignalConnector):
+    """Leaves signals alone: Lightning's handlers talk to other processes, or save, inside."""
+
+    def register_signal_handlers(self) -> None:
+        """Nothing: the callback that stops a run has its own."""
+
+
+class DiffusionTrainer(Trainer):
+    """Fits, validates, tests, predicts, samples, and makes references."""
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the command says."""
+        self._signal_connector = NoSignals(self)
+        return super()._run(*args, **kwargs)
+
+    def _run_stage(self) -> Any:
+        """The same; then finish an evaluation of the last step, while all is still set up."""
+        results = super()._run_stage()
+        if self.state.fn == TrainerFn.FITTING:
+            for callback in callbacks_of(self, ResumableEvaluation):
+                callback.look(self, self.lightning_module)
+        return results
+
+    def reference(
+        self,
+        model: DiffusionModule,
+        datamodule: ShardDataModule,
+        urls: str | None = None,
+        dataset: str | None = None,
+        split: str | None = None,
+        output: str | None = None,
+        keep_features: int = KEEP,
+    ) -> None:
+        """Write the statistics of a data set that the FID callbacks of the config compare with.
+
+        Args:
+            model: Not used: references are made of stored images.
+            datamodule: Names the data set.
+            urls: Shards of images; those of training if not given.
+            dataset: Name of the data set; if not given, the run's, or the folder of ``urls``.
+            split: Name of this part of it; the first word of the shards' names if not given.
+            output: File to write; what the callback reads if not given.
+            keep_features: Images whose features are kept one by one, for KID, precision and recall.
+
+        Raises:
+            UserError: No callback to make a reference for, or shards that are missing.
+        """
+        scorers = callbacks_of(self, FID)
+        if not scorers or (output and len(scorers) > 1):
+            rule = (
+                "exactly one FID, for the output" if scorers else "a FID, which needs a reference"
+            )
+            raise UserError(f"trainer.callbacks: must hold {rule}; these are {len(scorers)}")
+        if keep_features < 0:
+            raise UserError(f"keep_features={keep_features}: must be at least 0")
+        source = redacted(urls or datamodule.train_urls)
+        name = Path(source).resolve().parent.name if urls else datamodule.dataset
+        writers = [
+            ReferenceWriter(
+                scorer,
+                Path(output) if output else scorer.reference_path,
+                dataset=dataset or name,
+                split=split or Path(source.partition("?")[0]).name.partition("-")[0],
+                keep=keep_features,
+            )
+            for scorer in scorers
+        ]
+        for each in writers:
+            each.check()
+        self.callbacks += writers  # type: ignore[attr-defined]
+        images = ReferenceImages(urls or datamodule.train_urls, datamodule)
+        self.predict(PassThrough(), datamodule=images, return_predictions=False)
+
+    def sample(
+        self,
+        model: DiffusionModule,
+        datamodule: ShardDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        output: str | None = None,
+        format: Format = "png",
+        seeds: str = "0:64",
+        classes: list[int] | None = None,
+        columns: int = 8,
+        scale: int = 1,
+    ) -> None:
+        """Write images of a checkpoint.
+
+        Args:
+            model: The module.
+            datamodule: The data module.
+            ckpt_path: The checkpoint, or last.
+            weights_only: Set by the command.
+            output: Folder (png, shards) or file (grid, npz) to write; "samples", with the suffix of
+                the format, if not given.
+            format: A folder of PNGs, one PNG with a grid, ADM's .npz, or webdataset shards.
+            seeds: FIRST:LAST, the last one not included. An image depends on seed and class alone.
+            classes: Taken in turn; all of them if not given.
+            columns: Of a grid.
+            scale: Of a grid: each pixel becomes a square of this side.
+
+        Raises:
+            UserError: Seeds or classes that cannot be, or an output that is there already.
+        """
+        known = model.network.num_classes
+        for label in classes or []:
+            if not 0 <= label < known:
+                raise UserError(f"classes={classes}: must be in [0, {known - 1}]")
+        datamodule.plan = GenerationPlan(parse_seeds(seeds), classes or range(known))
+        if isinstance(model.autoencoder, Vectors):
+            raise UserError("autoencoder=Vectors: must make images; these are points")
+        path = Path(output or f"samples{SUFFIXES[format]}")
+        writer: SampleWriter
+        if format == "grid":
+            writer = GridWriter(path, columns, scale)
+        else:
+            writer = {"png": ImageWriter, "npz": NpzWriter, "shards": ShardWriter}[format](path)
+        writer.check()
+        self.callbacks.append(writer)  # type: ignore[attr-defined]
+        self.predict(
+            model,
+            datamodule=datamodule,
+            ckpt_path=ckpt_path,
+            weights_only=weights_only,
+            return_predictions=False,
+        )
+
+
+def parse_seeds(seeds: str) -> range:
+    """FIRST:LAST as a range.
+
+    Raises:
+        UserError: It is not that, or empty.
+    """
+    first, _, last = seeds.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise UserError(f"seeds={seeds}: must be FIRST:LAST with FIRST < LAST, such as 0:64")
+    return range(int(first), int(last))
+
+
+def quiet_lightning() -> None:
+    """Drop advertisements and warnings that say nothing about this project."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+    # Averages are in eval mode while the network trains; the other two are Lightning's own affair.
+    # The parser gets this process's arguments, less a switch that it does not know.
+    for message in (
+        ".*in eval mode at the start of training",
+        ".*LeafSpec",
+        ".*val_dataloader.*",
+        "LightningCLI's args parameter",
+    ):
+        warnings.filterwarnings("ignore", message)

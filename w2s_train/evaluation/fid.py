@@ -1,0 +1,236 @@
+"""The Fréchet distance between generated images and a reference, with its protocol."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics import Metric
+
+from w2s_train.autoencoder import PixelSpace
+from w2s_train.errors import UserError
+from w2s_train.evaluation.scorer import Scorer, gather
+from w2s_train.features import FeatureExtractor, shape_name
+from w2s_train.features.frechet import Moments, Reference, frechet_distance
+from w2s_train.metrics import FeatureMetric
+from w2s_train.scores import append_scores
+
+
+class FeatureSums(Metric):
+    """Sums of features and of their outer products, float64, added over processes.
+
+    Args:
+        num_features: Length F of a feature vector.
+    """
+
+    total: Tensor
+    outer: Tensor
+    count: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        zeros = torch.zeros(num_features, dtype=torch.float64)
+        self.add_state("total", zeros, dist_reduce_fx="sum")
+        self.add_state("outer", torch.outer(zeros, zeros), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor) -> None:
+        """Take in features (B, F)."""
+        features = features.double()
+        self.total += features.sum(0)
+        self.outer += features.T @ features
+        self.count += len(features)
+
+    def add(self, total: Tensor, outer: Tensor, count: Tensor) -> None:
+        """Take in the sums of features that were seen elsewhere."""
+        # As an update, so that the metric knows that it has seen something.
+        self.total += total.to(self.total)
+        self.outer += outer.to(self.outer)
+        self.count += count.to(self.count)
+        self._update_count += 1
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three sums over everything seen by all processes."""
+        return self.total, self.outer, self.count
+
+
+class FID(Scorer):
+    """Scores the images of every validation and appends the scores to ``scores.json``.
+
+    The Fréchet distance is named by the extractor: "fid" for Inception, "fd_..." for others; with
+    fewer images than its protocol asks for, "fid@5k" and the like. It is logged as ``val/<name>``.
+
+    Args:
+        reference: Statistics file (``.npz``) made with the same extractor.
+        features: The feature extractor.
+        metrics: Further scores of the same features, such as `w2s_train.metrics.KernelDistance`.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        features: FeatureExtractor,
+        metrics: list[FeatureMetric] | None = None,
+    ) -> None:
+        self.reference_path, self.extractor = Path(reference), features
+        self.metrics = metrics or []
+        self.reference: Reference | None = None  # from `load`
+
+    def check_files(self) -> None:
+        """Refuse files that are not there, without reading them.
+
+        Raises:
+            UserError: The reference or the extractor's weights are missing.
+        """
+        if not self.reference_path.is_file():
+            raise UserError(f"reference={self.reference_path}: must be an existing file")
+        self.extractor.check_files()
+
+    def files_exist(self) -> bool:
+        """Whether `check_files` has nothing to refuse."""
+        try:
+            self.check_files()
+        except UserError:
+            return False
+        return True
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Load extractor and reference, unless the command did so already."""
+        if stage != "predict" and self.reference is None:
+            self.load(pl_module, getattr(trainer, "datamodule", None))
+
+    def load(self, module: Any, data: Any) -> None:
+        """Load extractor and reference, and refuse what does not belong together.
+
+        Args:
+            module: The Lightning module, or None.
+            data: The data module, or None.
+
+        Raises:
+            UserError: A reference that cannot be read, or of another extractor, data set or image
+                shape; a metric that cannot be computed of so few images or with this extractor.
+        """
+        self.extractor.load()
+        reference = Reference.load(self.reference_path)
+        pairs = [("extractor", self.extractor.describe())]
+        if data is not None:
+            pairs.append(("dataset", data.dataset))
+        if module is not None and isinstance(module.autoencoder, PixelSpace):
+            pairs.append(("images", shape_name(module.input_shape)))
+        for key, ours in pairs:
+            if (made := reference.fingerprint.get(key, ours)) != ours:
+                raise UserError(
+                    f"reference={self.reference_path}: was made with {key} {made}, must be {ours}"
+                )
+        n = data.num_generated if data is not None else None
+        if n is not None and n < 2:
+            raise UserError(f"num_generated={n}: must be at least 2 for a covariance")
+        for metric in self.metrics:
+            if metric.needs_reference and not len(reference.features):
+                raise UserError(
+                    f"reference={self.reference_path}: holds no features of single images, which "
+                    f"{type(metric).__name__} needs; make it with lightning reference"
+                )
+            metric.check(n, len(reference.features), self.extractor)
+        self.reference = reference
+
+    def describe(self) -> str:
+        """What is computed from the images."""
+        return ", ".join([self.extractor.describe(), *(m.describe() for m in self.metrics)])
+
+    @property
+    def _loaded(self) -> Reference:
+        assert self.reference is not None
+        return self.reference
+
+    def begin(self, trainer: Trainer, module: Any) -> None:
+        """Start with empty sums, on the device of the module."""
+        self.extractor.to(module.device)
+        size = self.extractor.num_features
+        self.sums = [FeatureSums(size).to(module.device) for _ in self.plans]
+        self.kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.plans]
+        self.settings: dict[str, FeatureMetric] = {}  # by the name of a score
+        self.began = time.perf_counter()
+
+    def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
+        """Take in the features of one batch."""
+        shape = shape_name(images.shape[1:])
+        made_of = self._loaded.fingerprint.get("images", shape)
+        if made_of != shape:
+            raise UserError(
+                f"reference={self.reference_path}: was made with images {made_of}, must be {shape}"
+            )
+        features = self.extractor(images)
+        self.sums[group].update(features)
+        if self.metrics:
+            self.kept[group].append((batch["index"].cpu(), features.cpu()))
+
+    def state(self) -> Any:
+        """Sums and features of every group."""
+        sums = [{"total": s.total, "outer": s.outer, "count": s.count} for s in self.sums]
+        return {"sums": sums, "kept": [[list(part) for part in parts] for parts in self.kept]}
+
+    def merge(self, state: Any) -> None:
+        """Add those of another process."""
+        for mine, other in zip(self.sums, state["sums"], strict=True):
+            mine.add(**other)
+        for kept, parts in zip(self.kept, state["kept"], strict=True):
+            kept += [(index, features) for index, features in parts]
+
+    def score(self, trainer: Trainer, module: Any) -> None:
+        """Compute, log and append the scores of every group."""
+        entries = []
+        for group in range(len(self.plans)):
+            scores, n = self._scores(group, trainer)
+            about = {
+                "extractor": self.extractor.describe(),
+                "reference": self._loaded.fingerprint,
+                "evaluation_seconds": round(time.perf_counter() - self.began, 3),
+            }
+            found = self.record(group, scores, n, module, about)
+            for entry in found:
+                if metric := self.settings.get(entry["metric"]):
+                    entry["protocol"]["metric_settings"] = metric.describe()
+                    entry["protocol"]["reference_features"] = len(self._loaded.features)
+            entries += found
+        if trainer.is_global_zero:
+            append_scores(Path(trainer.default_root_dir), entries)
+
+    def _scores(self, group: int, trainer: Trainer) -> tuple[dict[str, float], int]:
+        """The scores of a group by name, and the number of images behind them."""
+        total, outer, count = (state.cpu() for state in self.sums[group].compute())
+        n, suffix = int(count), self._suffix(int(count))
+        if n <= self.extractor.num_features:
+            rank_zero_warn(
+                f"{n:,} images are too few for a covariance of {self.extractor.num_features:,} "
+                "features: the distance is far too large, and comparable at equal numbers only"
+            )
+        moments = Moments.from_sums(total, outer, n)
+        scores = {self.extractor.metric: frechet_distance(moments, self._loaded.moments)}
+        if self.metrics:
+            parts = [part for share in gather(self.kept[group], trainer) for part in share]
+            order = torch.cat([index for index, _ in parts]).argsort()
+            features = torch.cat([features for _, features in parts])[order]
+            device = next(self.extractor.parameters()).device
+            generated, reference = features.to(device), self._loaded.features.to(device)
+            for metric in self.metrics:
+                found = metric.compute(generated, reference, self.extractor)
+                scores |= {self._name(name): value for name, value in found.items()}
+                self.settings |= {f"{self._name(name)}{suffix}": metric for name in found}
+        # Float64 sums over another grouping of the same features differ in their last bits, and the
+        # root in the distance magnifies that to about 1e-9: keep the digits that are always equal.
+        return {f"{name}{suffix}": float(f"{v:.6g}") for name, v in scores.items()}, n
+
+    def _name(self, metric: str) -> str:
+        """Of another metric: plain for FID's Inception, else with the features it is made of."""
+        features = self.extractor.metric.removeprefix("fd_").removeprefix("fid").strip("_")
+        return f"{metric}_{features}" if features else metric
+
+    def _suffix(self, n: int) -> str:
+        """What sets a score of fewer images than its protocol's apart."""
+        if n >= (self.extractor.protocol_images or 0):
+            return ""
+        return f"@{n // 1000}k" if n % 1000 == 0 else f"@{n}"

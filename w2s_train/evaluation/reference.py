@@ -1,0 +1,142 @@
+"""Reference statistics of a data set in the features of an extractor.
+
+Reference statistics of a data set, for `lightning reference`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from w2s_train.errors import UserError
+from w2s_train.evaluation.fid import FID, FeatureSums
+from w2s_train.evaluation.scorer import gather
+from w2s_train.features import fingerprint, shape_name
+from w2s_train.features.base import KEEP, FeatureExtractor
+from w2s_train.features.frechet import Moments, Reference
+
+
+def write_reference(
+    path: Path,
+    extractor: FeatureExtractor,
+    images: Tensor,
+    *,
+    dataset: str,
+    split: str,
+    encoding: str = "png",
+) -> None:
+    """Write the statistics of images (N, C, H, W) uint8, with their fingerprint."""
+    features = extractor(images)
+    double = features.double()
+    moments = Moments.from_sums(double.sum(0), double.T @ double, len(double))
+    about = fingerprint(
+        extractor,
+        dataset=dataset,
+        split=split,
+        n=len(images),
+        images=shape_name(images.shape[1:]),
+        encoding=encoding,
+    )
+    Reference(moments, about, features[:KEEP]).save(path)
+
+
+class ReferenceWriter(Callback):
+    """Takes in every image of a data set once and writes its statistics.
+
+    Args:
+        fid: Whose extractor is used.
+        output: File to write.
+        dataset: Name of the data set.
+        split: Name of its part.
+        keep: Features of at most so many images are kept one by one, for metrics that compare
+            single images. Which ones depends on the data set alone.
+    """
+
+    def __init__(self, fid: FID, output: Path, *, dataset: str, split: str, keep: int) -> None:
+        self.extractor, self.output = fid.extractor, output
+        self.dataset, self.split, self.keep = dataset, split, keep
+
+    def check(self) -> None:
+        """Refuse to write over the statistics of something else.
+
+        Raises:
+            UserError: There are some.
+        """
+        if not self.output.is_file():
+            return
+        try:
+            there = Reference.load(self.output).fingerprint
+        except UserError:
+            return  # a broken file, which is to be made anew
+        if (there["dataset"], there["split"]) != (self.dataset, self.split):
+            raise UserError(
+                f"output={self.output}: holds {there['dataset']} {there['split']}, must be new for "
+                f"{self.dataset} {self.split}"
+            )
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the extractor."""
+        self.extractor.load()
+        self.extractor.to(pl_module.device)
+        self.sums = FeatureSums(self.extractor.num_features).to(pl_module.device)
+        self.kept = (torch.zeros(0, dtype=torch.float64), torch.zeros(0, self.sums.total.numel()))
+        self.shapes: set[str] = set()
+        self.encodings: set[str] = set()
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take in one batch."""
+        images: Tensor = outputs
+        features = self.extractor(images)
+        self.sums.update(features)
+        self.shapes.add(shape_name(images.shape[1:]))
+        self.encodings |= set(batch["encoding"])
+        # A random subset: the smallest of one random number an image, fixed by its place.
+        numbers = torch.tensor(
+            [np.random.default_rng((0, *place)).random() for place in batch["place"]],
+            dtype=torch.float64,
+        )
+        self.kept = self._smallest([self.kept, (numbers, features.cpu())])
+
+    def _smallest(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        numbers = torch.cat([numbers for numbers, _ in parts])
+        features = torch.cat([features for _, features in parts])
+        order = numbers.argsort()[: self.keep]
+        return numbers[order], features[order]
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the processes' shares together and write the file."""
+        total, outer, count = (state.cpu() for state in self.sums.compute())
+        shares = gather((self.kept, self.shapes, self.encodings), trainer)
+        if not trainer.is_global_zero:
+            return
+        shapes = {shape for share in shares for shape in share[1]}
+        if len(shapes) != 1 or count < 2:
+            raise UserError(
+                f"images={sorted(shapes)}: must be two images or more of one shape "
+                f"(channels, height, width); these are {int(count)}"
+            )
+        encodings = {encoding for share in shares for encoding in share[2]}
+        about = fingerprint(
+            self.extractor,
+            dataset=self.dataset,
+            split=self.split,
+            n=int(count),
+            images=shapes.pop(),
+            encoding=", ".join(sorted(encodings)),
+        )
+        _, features = self._smallest([share[0] for share in shares])
+        moments = Moments.from_sums(total, outer, int(count))
+        Reference(moments, about, features).save(self.output)
+        rank_zero_info(f"{self.output}: {int(count):,} images, {self.extractor.describe()}")

@@ -1,0 +1,280 @@
+"""Callbacks that turn the generated images of a validation into scores.
+
+An evaluation that was stopped goes on where it was.
+"""
+
+import abc
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from w2s_train.checkpoint_file import read_file
+from w2s_train.errors import UserError
+from w2s_train.guidance import Guidance
+from w2s_train.scores import SCHEMA, git_commit
+from w2s_train.shards.order import GenerationPlan
+
+Kind = TypeVar("Kind", bound=Callback)
+
+
+def callbacks_of(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
+    """The callbacks of a trainer that are of one kind, in their order."""
+    return [each for each in trainer.callbacks if isinstance(each, kind)]  # type: ignore[attr-defined]
+
+
+def validation_loaders(trainer: Trainer) -> list[Any]:
+    """The loaders of the plans that are validated or tested, one a group."""
+    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
+
+
+def gather(shares: Any, trainer: Trainer) -> list[Any]:
+    """What every process has, in the order of ranks."""
+    if trainer.world_size == 1:
+        return [shares]
+    everything: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everything, shares)
+    return everything
+
+
+class Scorer(Callback, abc.ABC):
+    """Takes in images group by group (a setting and a range of seeds), then scores each group."""
+
+    plans: list[GenerationPlan]  # one a group
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """What is done with the images; states are shared between equal ones only."""
+
+    @abc.abstractmethod
+    def begin(self, trainer: Trainer, module: Any) -> None:
+        """Start with nothing."""
+
+    @abc.abstractmethod
+    def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
+        """Take in images (B, C, H, W) uint8 and the batch of the plan that they come from."""
+
+    @abc.abstractmethod
+    def state(self) -> Any:
+        """What this process has taken in: tensors, numbers, lists and dicts."""
+
+    @abc.abstractmethod
+    def merge(self, state: Any) -> None:
+        """Add the state that another process had, or this one before it was stopped."""
+
+    @abc.abstractmethod
+    def score(self, trainer: Trainer, module: Any) -> None:
+        """Put the processes' shares together and record the scores."""
+
+    def record(
+        self, group: int, scores: dict[str, float], n: int, module: Any, about: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Log the scores of a group of ``n`` images, and return their elements of ``scores.json``.
+
+        Args:
+            group: Of the plans; the first one's names are plain.
+            scores: By name.
+            n: Number of images behind them.
+            module: What generated them.
+            about: What the protocol holds beside how images were generated.
+        """
+        plan = self.plans[group]
+        tag = "" if group == 0 else f" ({module.settings[plan.setting].name}, {plan.seeds[0]})"
+        module.record({f"val/{name}{tag}": value for name, value in scores.items()})
+        made = {"n": n, "seeds": [plan.seeds[0], plan.seeds[-1]], "git_commit": git_commit()}
+        protocol = module.protocol(plan.setting) | about | made
+        shared = {key: protocol[key] for key in ("step", "weights", "guidance")}
+        return [
+            {"schema": SCHEMA, "metric": name, "value": value, **shared, "protocol": {**protocol}}
+            for name, value in scores.items()
+        ]
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look up the plans."""
+        self.plans = [loader.dataset for loader in validation_loaders(trainer)]
+        self.begin(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take in one batch."""
+        self.take(dataloader_idx, outputs, batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score."""
+        if not trainer.sanity_checking:
+            self.score(trainer, pl_module)
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_end = on_validation_end
+
+
+class ResumableEvaluation(Callback):
+    """Keeps what the scorers have so far, in ``evaluation/KEY`` of the run folder.
+
+    The key stands for weights and protocol, so that nothing of another evaluation is ever used.
+    Each process writes a file of its own, whole or not at all. The next start, on any number of
+    processes, generates what is missing. It stands after the scorers: the command sees to that.
+
+    Args:
+        every: Seconds between two saves; 0 saves after each batch.
+
+    Raises:
+        UserError: ``every`` below 0.
+    """
+
+    def __init__(self, every: float = 60.0) -> None:
+        if every < 0:
+            raise UserError(f"every={every}: must be at least 0 seconds")
+        self.every = every
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing is looked for yet."""
+        self.looked = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the evaluation of a fit that was stopped in the middle of it."""
+        self.looked = True
+        if trainer.global_step == 0 or not _scorers(trainer):
+            return
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.setup_data()
+        if trainer.val_dataloaders is None or not self._folder(trainer, pl_module).is_dir():
+            return
+        rank_zero_info("finishing the evaluation that was under way")
+        trainer.validating = True
+        loop.restarting = False  # its counters are those of the evaluation before
+        loop.run()
+        trainer.training = True
+
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same after the last step, where Lightning does not start to train."""
+        if not self.looked:
+            self.on_train_start(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave out what earlier starts have generated."""
+        self.folder = self._folder(trainer, pl_module)
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        trainer.strategy.barrier("evaluation folder")
+        self.earlier = sorted(self.folder.glob("*.pt"))
+        attempt = 1 + max((int(path.stem.split("-")[0]) for path in self.earlier), default=0)
+        self.path = self.folder / f"{attempt:06d}-{trainer.global_rank}.pt"
+        trainer.strategy.barrier("evaluation files")  # before anyone writes a new one
+        loaders = validation_loaders(trainer)
+        for loader in loaders:
+            loader.sampler.done = set()
+        for path in self.earlier:
+            for loader, done in zip(loaders, read_file(str(path))["done"], strict=True):
+                loader.sampler.done |= set(done)
+        known = sum(len(loader.sampler.done) for loader in loaders)
+        if known:
+            total = sum(len(loader.dataset) for loader in loaders)
+            rank_zero_info(f"{known:,} of {total:,} images were taken in before")
+        self.done: list[list[int]] = [[] for _ in loaders]
+        self.saved = time.monotonic()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Save now and then."""
+        self.done[dataloader_idx] += batch["index"].tolist()
+        if time.monotonic() - self.saved >= self.every:
+            self.save(trainer)
+            self.saved = time.monotonic()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the scorers what was taken in before."""
+        if self.path.exists():
+            self.save(trainer)
+        if trainer.is_global_zero:
+            for path in self.earlier:
+                for scorer, state in zip(
+                    _scorers(trainer), read_file(str(path))["scorers"], strict=True
+                ):
+                    scorer.merge(state)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The scores are recorded: nothing is to be kept."""
+        trainer.strategy.barrier("evaluation done")
+        if trainer.is_global_zero:
+            shutil.rmtree(self.folder)
+            if not any(self.folder.parent.iterdir()):
+                self.folder.parent.rmdir()
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end
+
+    def save(self, trainer: Trainer) -> None:
+        """Write what this process has taken in so far."""
+        partial = self.path.with_suffix(".partial")
+        content = {"done": self.done, "scorers": [s.state() for s in _scorers(trainer)]}
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+    def _folder(self, trainer: Trainer, module: Any) -> Path:
+        key = evaluation_key(trainer, module) if trainer.is_global_zero else None
+        key = trainer.strategy.broadcast(key)
+        return Path(trainer.default_root_dir) / "evaluation" / str(key)
+
+
+def evaluation_key(trainer: Trainer, module: Any) -> str:
+    """A digest of everything that the images and their scores depend on."""
+    digest = hashlib.sha256()
+    for part in [module, *_parts(module.guidances)]:
+        for tensor in part.state_dict().values():
+            if isinstance(tensor, Tensor):
+                digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+    loaders = validation_loaders(trainer)
+    about = {
+        "config": str(module.hparams),
+        "settings": [setting.describe() for setting in module.settings],
+        "where": [module.steps_taken, str(trainer.precision), module.device.type],
+        "plans": [[*loader.dataset.seeds[:1], len(loader.dataset)] for loader in loaders],
+        "scorers": [scorer.describe() for scorer in _scorers(trainer)],
+    }
+    digest.update(json.dumps(about).encode())
+    return digest.hexdigest()[:16]
+
+
+def _parts(guidances: list[Guidance]) -> Iterator[nn.Module]:
+    """Networks that guidances hold, such as those of files."""
+    for guidance in guidances:
+        for value in vars(guidance).values():
+            if isinstance(value, nn.Module):
+                yield value
+            elif isinstance(value, Guidance):
+                yield from _parts([value])
+
+
+def _scorers(trainer: Trainer) -> list[Scorer]:
+    return callbacks_of(trainer, Scorer)  # type: ignore[type-abstract]

@@ -1,1 +1,0 @@
-"""Weights of a checkpoint for programs without Lightning."""

@@ -1,1 +1,0 @@
-"""Latents of images: made by an autoencoder, written as shards, and described beside them."""

@@ -1,0 +1,246 @@
+"""Whether processes hold the same tensors, bit for bit, and whether all numbers are finite.
+
+When checkpoints are written, what they are compared with before, and which are kept.
+"""
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from w2s_train.checkpoint_file import newest_first, point_to, remove, step_of
+from w2s_train.errors import DIVERGED, PEER_LOST, Stopped, UserError, one_line
+from w2s_train.evaluation.scorer import gather
+from w2s_train.running.agreement import Agreement
+from w2s_train.running.checkpoint_io import CheckpointFiles
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+PERIOD = 65_521  # the largest prime below 2^16
+
+
+class Fingerprint(NamedTuple):
+    """Of a state dict: one row per tensor.
+
+    Args:
+        names: Of the tensors.
+        sums: (tensors, 3) int64: the sum of the bits read as integers, the same with weights that
+            depend on the place, and 1 where every number is finite.
+    """
+
+    names: list[str]
+    sums: Tensor
+
+    def not_finite(self) -> list[str]:
+        """Names of tensors with numbers that are not finite."""
+        return [name for name, row in zip(self.names, self.sums, strict=True) if not row[2]]
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """Names of tensors that are not those of ``other``."""
+        pairs = zip(self.names, self.sums, other.sums, strict=True)
+        return [name for name, mine, theirs in pairs if not torch.equal(mine, theirs)]
+
+
+@torch.no_grad()
+def fingerprint(state: dict[str, object]) -> Fingerprint:
+    """The fingerprint of the tensors of a state dict, made where they are and read once."""
+    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
+    sums = [_sums(x) for x in tensors.values()]
+    return Fingerprint(list(tensors), torch.stack(sums).cpu())
+
+
+def _sums(x: Tensor) -> Tensor:
+    bits = x.contiguous().flatten().view(BITS[x.element_size()]).long()
+    weights = torch.arange(len(bits), device=x.device) % PERIOD + 1
+    return torch.stack([bits.sum(), (bits * weights).sum(), torch.isfinite(x).all().long()])
+
+
+LEAST = 2  # files that are always kept: one of them may turn out to be damaged
+BYTES_PER_SECOND = 200e6  # of writing, as long as nothing has been written
+
+
+class Checkpoints(Checkpoint):
+    """Writes ``checkpoints/step-NNNNNN.ckpt``, after batches that complete an optimizer step only.
+
+    (The gradients of half a step are in no checkpoint: what went on from there would lose a batch.)
+    ``last.ckpt`` names the newest. Before each, all processes compare weights, averages and weak
+    networks bit for bit, and none is written that holds a number that is not finite.
+
+    A write that fails is warned about, and training goes on; if it is the last one, it ends with
+    an error.
+
+    Args:
+        every_n_train_steps: Optimizer steps between two checkpoints that stay.
+        every_minutes: At most so long after the last one, another is written; of these, and of
+            those before an evaluation and at a stop, the newest two files stay. None is never.
+        keep: Of the first kind, only the newest so many stay, at least 2; None is all of them.
+
+    Raises:
+        UserError: A number out of its range.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int = 1000,
+        every_minutes: float | None = 15.0,
+        keep: int | None = None,
+    ) -> None:
+        super().__init__()
+        if every_n_train_steps < 1:
+            raise UserError(f"every_n_train_steps={every_n_train_steps}: must be at least 1")
+        if every_minutes is not None and not every_minutes > 0:
+            raise UserError(f"every_minutes={every_minutes}: must be above 0")
+        if keep is not None and keep < LEAST:
+            raise UserError(f"keep={keep}: must be at least {LEAST}")
+        self.every_n_train_steps, self.keep = every_n_train_steps, keep
+        self.every_minutes = every_minutes
+        self.agreement = Agreement()  # shared with the guard: `Command` sets it
+        self.step = 0  # the last one that was looked at
+        self.seconds = 0.0  # that a save takes from its beginning until it is on the disk
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Clear away what kills have left half written."""
+        self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        if stage == "fit" and trainer.is_global_zero:
+            for path in self.folder.glob("*.partial"):
+                path.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where the run stands, also in the folder: it may have gone back in it.
+
+        Raises:
+            Stopped: Processes go on from different files, as where a file system is slow to tell.
+        """
+        self.step, self.when = trainer.global_step, time.monotonic()
+        self.saved = -1  # the step of the last save, unless something has changed since
+        start = Path(trainer.ckpt_path or "").resolve()
+        starts = set(gather((self.step, start.name), trainer))
+        if len(starts) > 1:
+            raise Stopped(f"processes go on from different steps, {sorted(starts)}", PEER_LOST)
+        ours = start.parent == self.folder.resolve() and step_of(start) >= 0
+        if ours and trainer.is_global_zero:
+            point_to(self.folder / "last.ckpt", start)
+        tensors = itertools.chain(pl_module.parameters(), pl_module.buffers())
+        self.seconds = 3 * sum(x.numel() * x.element_size() for x in tensors) / BYTES_PER_SECOND
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Say whether it is time; the first process has the clock."""
+        due = self.every_minutes is not None and (
+            time.monotonic() - self.when > 60 * self.every_minutes
+        )
+        self.agreement.wishes["save"] = due and trainer.is_global_zero
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, where that is due."""
+        self._report(trainer, wait=False)
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        stays = self.step % self.every_n_train_steps == 0
+        due = self.agreement.decided["save"] or validation_follows(trainer, batch_idx)
+        if stays or due:
+            self.save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where training ended, stopped or not: the last step is rarely a round one.
+
+        Raises:
+            UserError: It could not be written.
+        """
+        if self.saved != trainer.global_step:
+            self.save(trainer, pl_module)
+        self.finish(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What it has cost stands in the next checkpoint, also of the same step."""
+        self.saved = -1
+
+    def save(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write a checkpoint of this step; on all processes together.
+
+        Raises:
+            Stopped: Processes differ, or numbers are not finite; nothing is written then.
+        """
+        compare(fingerprint(module.state_dict()), trainer)
+        self._report(trainer, wait=True)
+        path, begun = self.folder / f"step-{trainer.global_step:06d}.ckpt", time.monotonic()
+
+        def written() -> None:
+            point_to(self.folder / "last.ckpt", path)
+            self._tidy()
+            self.seconds = time.monotonic() - begun
+
+        trainer.save_checkpoint(path, weights_only=False, storage_options=written)
+        self.when, self.saved = time.monotonic(), trainer.global_step
+        # What was wished for before is done, also where the host has only now heard of it.
+        self.agreement.decided["save"] = False
+
+    def finish(self, trainer: Trainer) -> None:
+        """Wait until everything is on the disk; on all processes together.
+
+        Raises:
+            UserError: The last checkpoint could not be written.
+        """
+        error = self._files(trainer).finished(wait=True)
+        message = trainer.strategy.broadcast(one_line(error) if error else "")
+        if message:
+            raise UserError(f"checkpoint: cannot be written; {message}; the one before is whole")
+
+    def _report(self, trainer: Trainer, *, wait: bool) -> None:
+        if error := self._files(trainer).finished(wait=wait):
+            self.saved = -1
+            rank_zero_warn(f"a checkpoint was not written; training goes on ({one_line(error)})")
+
+    def _files(self, trainer: Trainer) -> CheckpointFiles:
+        files = trainer.strategy.checkpoint_io
+        assert isinstance(files, CheckpointFiles), "the command sets it"
+        return files
+
+    def _tidy(self) -> None:
+        """Delete what does not stay."""
+        files = newest_first(self.folder)
+        steps = [path for path in files if step_of(path) >= 0]
+        round_ones = [path for path in steps if not step_of(path) % self.every_n_train_steps]
+        for path in set(steps) - set(files[:LEAST]) - set(round_ones[: self.keep]):
+            remove(path)
+
+
+def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether Lightning validates after this training batch."""
+    by_epoch = trainer.check_val_every_n_epoch is not None
+    index = batch_idx if by_epoch else trainer.fit_loop.total_batch_idx
+    interval = trainer.val_check_batch
+    if not interval or (index + 1) % interval:
+        return False
+    return trainer.enable_validation  # last: it looks for the module's methods at each call
+
+
+def compare(mine: Fingerprint, trainer: Trainer) -> None:
+    """Stop all processes if they differ, or if any number is not finite.
+
+    Raises:
+        Stopped: With the names of tensors and processes.
+    """
+    everyone: list[Fingerprint] = gather(mine, trainer)
+    for rank, other in enumerate(everyone):
+        if bad := other.not_finite():
+            raise Stopped(
+                f"step {trainer.global_step}: {bad[0]} and {len(bad) - 1} more tensors of rank "
+                f"{rank} are not finite; no checkpoint was written",
+                DIVERGED,
+            )
+        if different := everyone[0].differences(other):
+            raise Stopped(
+                f"step {trainer.global_step}: {different[0]} and {len(different) - 1} more tensors "
+                f"of rank {rank} are not those of rank 0; no checkpoint was written",
+                DIVERGED,
+            )

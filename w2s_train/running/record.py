@@ -1,0 +1,269 @@
+"""Where a run lives, and what it goes on from.
+
+The run folder: what it holds, and that one run owns it.
+
+``config.yaml``: the complete config of a run.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from rich.console import Console
+from rich.table import Table
+
+from w2s_train import __version__
+from w2s_train.checkpoint_file import check_local, damage, newest_first
+from w2s_train.errors import NO_PROGRESS, PEER_LOST, Stopped, UserError
+from w2s_train.files import atomic_write
+from w2s_train.scores import git_commit
+from w2s_train.secrets import redacted
+
+
+def run_folder(config: Any) -> Path:
+    """Where a run lives: as configured, or with its checkpoint, or ``runs/CONFIG+OVERLAY``."""
+    if config.trainer.default_root_dir:
+        return Path(config.trainer.default_root_dir)
+    checkpoint = Path(getattr(config, "ckpt_path", None) or "")
+    if checkpoint.parent.name == "checkpoints":
+        return checkpoint.parent.parent
+    names = [Path(str(path)).stem for path in config.config or []]
+    return Path("runs") / ("+".join(names) or "unnamed")
+
+
+def find_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> str | None:
+    """The checkpoint to start from; says which it is when asked for the last one.
+
+    A damaged last one is passed over, with a warning, for the newest that is whole.
+
+    Raises:
+        UserError: No such file, or a damaged one; or nothing to score.
+    """
+    if ckpt_path is None:
+        if subcommand != "fit":
+            raise UserError(f"ckpt_path=null: {subcommand} needs a checkpoint file, or last")
+        return None
+    check_local(ckpt_path, "ckpt_path")
+    if ckpt_path == "last":
+        return _last(folder / "checkpoints", subcommand)
+    if not Path(ckpt_path).is_file():
+        raise UserError(f"ckpt_path={ckpt_path}: must be an existing file, or last")
+    if problem := damage(Path(ckpt_path)):
+        other = next((p for p in newest_first(Path(ckpt_path).parent) if not damage(p)), None)
+        whole = f"; {other} is whole" if other else ""
+        raise UserError(f"ckpt_path={ckpt_path}: must be a whole checkpoint; {problem}{whole}")
+    return ckpt_path
+
+
+def _last(folder: Path, subcommand: str) -> str | None:
+    """The newest checkpoint that is whole."""
+    newest = folder / "last.ckpt"
+    problems = []
+    for path in newest_first(folder):
+        if problem := damage(path):
+            problems.append(f"{path}: {problem}")
+            continue
+        name = newest if newest.exists() and newest.resolve() == path.resolve() else path
+        if problems:
+            rank_zero_warn(f"{'; '.join(problems)}; an earlier one is used: {name}")
+        rank_zero_info(f"going on from {name} ({path.name})")
+        return str(path)
+    if problems:
+        # To begin anew would overwrite what may still be of use.
+        raise UserError(f"ckpt_path=last: none is whole; {'; '.join(problems)}")
+    if subcommand != "fit":
+        raise UserError(f"ckpt_path=last: there is no {newest}")
+    rank_zero_info(f"no {newest} yet: starting from the beginning")
+    return None
+
+
+STARTS = "starts.json"
+# What a folder that holds a run has some of.
+OURS = "config.yaml environment.json metrics.csv scores.json checkpoints samples code logs".split()
+RESTARTS = 3  # without progress, before another one is refused
+PACKAGES = ("torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
+
+
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    """The scores of a run, oldest first; none if there is no ``scores.json``."""
+    path = folder / "scores.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def environment(trainer: Trainer) -> dict[str, Any]:
+    """Command, versions, machine and devices of this process."""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": redacted(sys.argv),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {"w2s_train": __version__}  # also where it runs without being installed
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else [],
+        "processes": trainer.world_size,
+        "precision": str(trainer.precision),
+    }
+
+
+class RunRecord(Callback):
+    """Keeps the run folder (``trainer.default_root_dir``).
+
+    Starts that come no further are counted in ``starts.json`` until one ends in good order.
+
+    A fresh fit never writes into an earlier run: it moves that run aside, to ``FOLDER.1``,
+    ``FOLDER.2`` and so on. A lock keeps two fits out of one folder. ``environment.json`` gets one
+    element per start; at the end a table of the scores is printed.
+
+    Args:
+        resumed: The fit goes on from a checkpoint of this folder.
+    """
+
+    def __init__(self, resumed: bool = False) -> None:
+        self.resumed = resumed
+        self.lock: Any = None
+        self.starts: dict[str, Any] = {}
+
+    def check_progress(self, folder: Path, start: str | None) -> None:
+        """Refuse one more restart where several have come no further; on all processes alike.
+
+        Args:
+            folder: Of the run.
+            start: The checkpoint to start from.
+
+        Raises:
+            Stopped: Too many restarts.
+        """
+        path, name = folder / STARTS, Path(start).name if start else "the beginning"
+        if not self.resumed:
+            return
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        number = found["number"] if found.get("from") == name else 0
+        if number > RESTARTS:
+            raise Stopped(
+                f"{RESTARTS} restarts from {name} have come no further; see what went wrong, then "
+                f"remove {path} to try again",
+                NO_PROGRESS,
+            )
+        self.starts = {"from": name, "number": number + 1}
+
+    def claim(self, folder: Path) -> None:
+        """Make the folder this run's own; called on the first process, before loggers write there.
+
+        Raises:
+            UserError: Another fit is writing there, or something else is kept there.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(folder.parent / f".{folder.name}.lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"trainer.default_root_dir={folder}: another fit is writing there; "
+                "choose another folder"
+            ) from None
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if held and held.isdisjoint(OURS):
+            raise UserError(
+                f"trainer.default_root_dir={folder}: must be the folder of a run, or empty; it "
+                f"holds {sorted(held)[0]}"
+            )
+        if held and not self.resumed:
+            aside = next(
+                path
+                for i in range(1, sys.maxsize)
+                if not (path := folder.with_name(f"{folder.name}.{i}")).exists()
+            )
+            folder.rename(aside)
+            print(f"{folder} held an earlier run; it is now {aside}")
+        folder.mkdir(exist_ok=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the environment."""
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        if self.starts:
+            with atomic_write(folder / STARTS) as file:
+                file.write(json.dumps(self.starts).encode())
+        path = folder / "environment.json"
+        earlier = json.loads(path.read_text()) if path.is_file() else []
+        entries = json.dumps([*earlier, environment(trainer)], indent=1)
+        with atomic_write(path) as file:
+            file.write(entries.encode() + b"\n")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """It came to its end, or was stopped and saved."""
+        if trainer.is_global_zero:
+            (Path(trainer.default_root_dir) / STARTS).unlink(missing_ok=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print the table of scores and give the folder up."""
+        if stage == "fit" and trainer.is_global_zero:
+            print_scores(Path(trainer.default_root_dir))
+        self._release()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the folder up."""
+        if isinstance(exception, Stopped) and exception.status != PEER_LOST:
+            self.on_fit_end(trainer, pl_module)
+        self._release()
+
+    def _release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+
+@rank_zero_only
+def print_scores(folder: Path) -> None:
+    """Print the scores of a run, oldest first, and where the run is."""
+    table = Table(title="scores")
+    for column in ("step", "metric", "value", "weights", "guidance", "n", "wall-clock"):
+        table.add_column(column, justify="right")
+    for score in read_scores(folder):
+        protocol = score["protocol"]
+        table.add_row(
+            str(score["step"]),
+            score["metric"],
+            f"{score['value']:.4f}",
+            score["weights"],
+            score["guidance"],
+            str(protocol["n"]),
+            f"{protocol['wall_clock_seconds']:.0f} s",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    if table.row_count:
+        console.print(table)
+    print(f"run folder: {folder}")
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Writes ``config.yaml``, without secrets, when fitting; scoring leaves the run's alone."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Write it."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """On one process."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        with atomic_write(Path(trainer.default_root_dir) / "config.yaml") as file:
+            file.write(yaml.safe_dump(redacted(config), sort_keys=False).encode())

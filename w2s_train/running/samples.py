@@ -1,0 +1,145 @@
+"""Draws that depend on (seed, rank, batch) alone.
+
+Counts and reports samples that could not be read.
+"""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from w2s_train.errors import UserError
+from w2s_train.evaluation.scorer import gather
+from w2s_train.secrets import redacted
+from w2s_train.shards.dataset import Skipped
+
+
+class StepSeed(Callback):
+    """Reseeds before every training batch, so that a resumed run draws what it would have drawn.
+
+    Different ranks get independent streams (the idea is EDM2's).
+
+    Args:
+        seed: Of the run.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seed the generators of the host and of the module's device."""
+        entropy = (self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx)
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        # `torch.manual_seed` would format a stack trace for each kind of device that is not in use.
+        torch.default_generator.manual_seed(seed)
+        if pl_module.device.type != "cpu":
+            torch.get_device_module(pl_module.device).manual_seed(seed)
+
+
+SHOWN = 5  # shards named in a report
+
+
+class SkippedSamples(Callback):
+    """Reports, at the end of each epoch of the data, how many samples of which shard were skipped.
+
+    All processes count together, every ``log_every_n_steps`` steps, and stop together when the
+    samples skipped in an epoch exceed the share ``data.max_skipped`` of it. The error comes when
+    training has ended, so that the last step is saved.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.new: list[Skipped] = []  # of this process, since the last `_merge`
+        self.counts: Counter[tuple[int, str]] = Counter()  # of all processes, by epoch and shard
+        self.reasons: dict[str, str] = {}  # the first one, by shard
+        self.error = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is counted of epochs that have not ended."""
+        counts = [[epoch, shard, n] for (epoch, shard), n in self.counts.items()]
+        return {"counts": counts, "reasons": dict(self.reasons)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting; every process has the same counts."""
+        self.counts = Counter({(epoch, shard): n for epoch, shard, n in state_dict["counts"]})
+        self.reasons = dict(state_dict["reasons"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the epoch where the run stands."""
+        self.epoch = self._epoch(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count; now and then, compare."""
+        self.new += batch["skipped"]
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # gradients of half a step would be lost by a stop
+        epoch = self._epoch(trainer, pl_module)
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if epoch != self.epoch or trainer.global_step % interval == 0:
+            self._merge(trainer)
+        if self.error:
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # Lightning would validate before it stops
+            return
+        for done in range(self.epoch, epoch):
+            self._report(done, f"epoch {done} of the data")
+        self.epoch = epoch
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report what the last, unfinished epoch has had."""
+        self._merge(trainer)
+        if not self.error:
+            self._report(self.epoch, f"epoch {self.epoch} of the data, so far")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End with an error, now that the last step is saved.
+
+        Raises:
+            UserError: More samples were skipped than ``data.max_skipped`` allows.
+        """
+        if self.error:
+            raise UserError(self.error)
+
+    def _epoch(self, trainer: Trainer, pl_module: Any) -> int:
+        return int(pl_module.images_seen // trainer.datamodule.order.samples)  # type: ignore[attr-defined]
+
+    def _merge(self, trainer: Trainer) -> None:
+        for share in gather(self.new, trainer):
+            for each in share:
+                shard = redacted(each.shard)  # goes into checkpoints
+                self.counts[each.epoch, shard] += 1
+                self.reasons.setdefault(shard, redacted(f"{each.key}: {each.reason}"))
+        self.new = []
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        samples = data.order.samples
+        for epoch in sorted({epoch for epoch, _ in self.counts}):
+            found = self._of(epoch)
+            if found.total() > data.max_skipped * samples:
+                self.error = (
+                    f"data.max_skipped={data.max_skipped}: {found.total():,} of {samples:,} "
+                    f"samples cannot be read ({self._text(found)})"
+                )
+
+    def _of(self, epoch: int) -> Counter[str]:
+        """Skipped samples of an epoch by shard."""
+        return Counter({shard: n for (e, shard), n in self.counts.items() if e == epoch})
+
+    def _report(self, epoch: int, when: str) -> None:
+        found = self._of(epoch)
+        if found:
+            rank_zero_info(f"{when}: {found.total():,} samples skipped ({self._text(found)})")
+        for shard in found:
+            del self.counts[epoch, shard]
+
+    def _text(self, found: Counter[str]) -> str:
+        worst = found.most_common(SHOWN)
+        parts = [f"{n:,} of {shard}, such as {self.reasons[shard]}" for shard, n in worst]
+        rest = len(found) - len(worst)
+        return "; ".join(parts) + (f"; and {rest} more shards" if rest else "")

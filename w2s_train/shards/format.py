@@ -1,0 +1,328 @@
+"""Where each sample of a shard lies, so that any of them can be read without the ones before it.
+
+A shard is a plain webdataset tar: members ``KEY.FIELD``, those of one sample one after another,
+``KEY.cls`` its label as text. Its table, ``NAME.table.npz`` beside ``NAME.tar``, is written with
+the shard by `ShardWriter`; other people's shards are scanned once.
+
+Writes shards, their tables and the index of a folder.
+
+Whether a shard is whole, which reading it from its start to its end does not tell.
+"""
+
+import dataclasses
+import json
+import lzma
+import os
+import re
+import tarfile
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import webdataset as wds
+
+from w2s_train.errors import UserError, one_line
+from w2s_train.files import atomic_write, naming, sha256_of
+
+LABEL = "cls"
+META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members, which are no samples
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """Of N samples with F fields each.
+
+    Args:
+        keys: (N,) names of the samples.
+        labels: (N,) int64.
+        fields: Names of the fields, such as "png" or "npy"; the label is none of them.
+        offsets: (N, F) int64, bytes from the start of the file; -1 where a sample lacks the field.
+        sizes: (N, F) int64, in bytes.
+        bytes: Size of the whole file.
+        sha256: Of the whole file; empty if it was only scanned.
+        damage: What is wrong with the file; empty if nothing is. Samples before it are listed.
+        sums: Whatever else the writer keeps, by name, such as channel sums of latents.
+    """
+
+    keys: np.ndarray
+    labels: np.ndarray
+    fields: list[str]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    bytes: int
+    sha256: str = ""
+    damage: str = ""
+    sums: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def within(self, size: int) -> np.ndarray:
+        """(N,) bool: which samples lie in a file's first ``size`` bytes."""
+        return (self.offsets + self.sizes).max(axis=1, initial=0) <= size
+
+    def save(self, path: Path) -> None:
+        """Write it; it appears under its name when whole."""
+        about = dict(keys=self.keys, labels=self.labels, fields=np.array(self.fields))
+        about |= dict(offsets=self.offsets, sizes=self.sizes, bytes=np.array(self.bytes))
+        about |= dict(sha256=np.array(self.sha256), damage=np.array(self.damage))
+        about |= {f"sum_{name}": value for name, value in self.sums.items()}
+        with atomic_write(path) as file:
+            np.savez(file, **about)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> "ShardTable":
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: It cannot be read, or is something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                sums = {k.removeprefix("sum_"): stored[k] for k in stored if k.startswith("sum_")}
+                return cls(
+                    stored["keys"],
+                    stored["labels"],
+                    stored["fields"].tolist(),
+                    stored["offsets"],
+                    stored["sizes"],
+                    int(stored["bytes"]),
+                    str(stored["sha256"]),
+                    str(stored["damage"]),
+                    sums,
+                )
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise OSError(f"{path}: is no table of a shard ({error})") from error
+
+    @classmethod
+    def scan(cls, path: Path, *, name: str | None = None) -> "ShardTable":
+        """Read the headers and the labels of an uncompressed tar, not the images.
+
+        Args:
+            path: The file.
+            name: What to call it in messages; the path if not given.
+
+        Raises:
+            UserError: It is compressed or no tar, or a sample has no label; names shard and key.
+        """
+        name = name or str(path)
+        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        with open(path, "rb", buffering=0) as file:  # headers and labels, and nothing beside
+            damage = scan_members(file, samples, name)
+            size = file.seek(0, 2)
+            whole = {
+                key: fields
+                for key, fields in samples.items()
+                if all(offset + length <= size for offset, length in fields.values())
+            }
+            if damage and whole:
+                first, last = next(iter(whole)), list(whole)[-1]
+                if whole[last].keys() != whole[first].keys() or LABEL not in whole[last]:
+                    del whole[last]  # its other members may have followed
+            labels = [_label(file, key, fields, name) for key, fields in whole.items()]
+        fields = sorted({each for members in whole.values() for each in members} - {LABEL})
+        places = np.array(
+            [[members.get(f, (-1, 0)) for f in fields] for members in whole.values()], np.int64
+        ).reshape(len(whole), len(fields), 2)
+        keys = np.array(list(whole), dtype=np.str_)
+        offsets, sizes = places[..., 0], places[..., 1]
+        return cls(keys, np.array(labels, np.int64), fields, offsets, sizes, size, "", damage)
+
+
+def scan_members(
+    file: IO[bytes],
+    samples: dict[str, dict[str, tuple[int, int]]],
+    name: str,
+    *,
+    compressed: bool = False,
+) -> str:
+    """Add the members of a tar to ``samples``.
+
+    Args:
+        file: The tar.
+        samples: Gets offset and size in bytes of each field, by key and name of the field.
+        name: What to call it in messages.
+        compressed: Accept compressed ones, too; offsets are then of what they hold.
+
+    Returns:
+        What is wrong with it; empty if nothing is.
+
+    Raises:
+        UserError: It is no such tar, or a sample has a field twice.
+    """
+    last = "its start"
+    try:
+        with tarfile.open(fileobj=file, mode="r:*" if compressed else "r:") as tar:
+            for member in tar:
+                match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", member.name)
+                if member.isreg() and match and not META.match(member.name):
+                    key, kind = match.group(1), match.group(2).lower()
+                    members = samples.setdefault(key, {})
+                    if kind in members:
+                        raise UserError(f"shard={name}: holds two members {member.name}")
+                    members[kind] = (member.offset_data, member.size)
+                last = member.name
+            end, content = tar.offset, tar.fileobj
+            assert content is not None
+            content.seek(end)
+            block = content.read(512)
+        if len(block) < 512:  # a whole tar ends with blocks of zeros
+            return f"cut off after {last}"
+        if any(block):
+            return f"unreadable at byte {end:,}, after {last}"
+    except tarfile.ReadError as error:
+        if not samples:
+            kind = "a whole tar" if compressed else "an uncompressed tar"
+            reason = " ".join(str(error).split())
+            raise UserError(f"shard={name}: must be {kind} ({reason})") from None
+        return f"cut off after {last} ({error})"
+    return ""
+
+
+def _label(file: IO[bytes], key: str, members: dict[str, tuple[int, int]], name: str) -> int:
+    if LABEL not in members:
+        raise UserError(f"label: sample {key} of {name} must have one, in {key}.{LABEL}")
+    offset, size = members[LABEL]
+    file.seek(offset)
+    text = file.read(size).decode(errors="replace").strip()
+    try:
+        return int(np.int64(int(text)))
+    except (ValueError, OverflowError) as error:
+        kind = "a whole number" if isinstance(error, ValueError) else "below 2**63 in size"
+        raise UserError(f"label={text[:20]}: must be {kind} (sample {key} of {name})") from None
+
+
+INDEX = "index.json"
+CLASSES = "classes.txt"  # names of the classes, one a line
+TABLE = ".table.npz"
+
+
+def table_path(shard: Path) -> Path:
+    """Where the table of a shard lies: ``train-000000.table.npz`` beside ``train-000000.tar``."""
+    return shard.with_name(table_name(shard.name))
+
+
+def table_name(shard: str) -> str:
+    """The name of a shard's table, for that of the shard."""
+    return shard.removesuffix(".tar") + TABLE
+
+
+def is_written(shard: Path) -> bool:
+    """Whether a `ShardWriter` has finished this shard, and nothing has cut it since."""
+    if not shard.is_file():
+        return False
+    try:
+        return ShardTable.load(table_path(shard)).bytes == shard.stat().st_size
+    except OSError:  # no table, or a broken one: it is to be written again
+        return False
+
+
+class ShardWriter:
+    """Writes one shard; it and its table appear under their names when they are whole.
+
+    A context manager. The same samples give the same bytes, whoever writes them and when.
+
+    Args:
+        path: The shard, ``NAME.tar``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self.sums: dict[str, np.ndarray] = {}
+
+    def __enter__(self) -> "ShardWriter":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        table_path(self.path).unlink(missing_ok=True)
+        self.file = open(self.partial, "wb")
+        self.tar = wds.TarWriter(self.file, user="", group="", encoder=False, mtime=0)
+        return self
+
+    def write(self, key: str, label: int, **fields: bytes) -> None:
+        """Append a sample.
+
+        Args:
+            key: Its name, without dots.
+            label: Its class.
+            fields: Their contents, by name; a name with dots goes in as ``**{"flip.npy": ...}``.
+        """
+        with naming(self.path):
+            self.tar.write({"__key__": key, "cls": b"%d" % label, **fields})
+
+    def add(self, name: str, value: np.ndarray) -> None:
+        """Add to a sum that the table keeps beside the samples."""
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            with naming(self.path):
+                self.tar.close()
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.file.close()
+            if kind is None:
+                self._finish()
+        finally:
+            self.partial.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        """Give shard and table their names."""
+        with naming(self.path):
+            table = ShardTable.scan(self.partial, name=str(self.path))
+            table = dataclasses.replace(table, sha256=sha256_of(self.partial), sums=self.sums)
+        os.replace(self.partial, self.path)
+        table.save(table_path(self.path))
+
+
+def write_index(folder: Path) -> dict[str, Any]:
+    """Write ``index.json``: samples, bytes, sha256 and range of labels of each shard of a folder.
+
+    Returns:
+        What was written.
+
+    """
+    shards = {}
+    for path in sorted(folder.glob(f"*{TABLE}")):
+        table, shard = ShardTable.load(path), path.name.removesuffix(TABLE) + ".tar"
+        if (folder / shard).is_file():
+            shards[shard] = {
+                "samples": len(table),
+                "bytes": table.bytes,
+                "sha256": table.sha256,
+                "labels": [int(table.labels.min()), int(table.labels.max())] if len(table) else [],
+            }
+    index = {"version": 1, "shards": shards}
+    with atomic_write(folder / INDEX) as file:
+        file.write(json.dumps(index, indent=1).encode() + b"\n")
+    return index
+
+
+def check_whole(shard: Path) -> None:
+    """Refuse a shard that has been cut off, or has a member twice.
+
+    Where it is cut between two samples, reading it would end early and say nothing.
+
+    Args:
+        shard: A local tar, compressed or not.
+
+    Raises:
+        UserError: It has.
+    """
+    if table_path(shard).is_file() and not is_written(shard):
+        raise UserError(f"shard={shard}: must be as long as when it was written, it is not")
+    with open(shard, "rb") as file:
+        try:
+            damage = scan_members(file, {}, str(shard), compressed=True)
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            damage = one_line(error)
+    if damage:
+        raise UserError(f"shard={shard}: must be a whole tar ({damage})")
