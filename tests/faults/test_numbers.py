@@ -29,8 +29,7 @@ def bad_loss(at: dict[int, float], rank: int | None = None) -> None:
     def training_step(self, batch, batch_idx):
         loss = real(self, batch, batch_idx)
         factor = at.get(self.global_step, 1.0) if rank in (None, self.global_rank) else 1.0
-        for part in self.parts[-1:]:
-            part.total.mul_(factor)
+        self.losses[-1].mul_(factor)
         return loss * factor
 
     DiffusionModule.training_step = training_step
@@ -38,29 +37,25 @@ def bad_loss(at: dict[int, float], rank: int | None = None) -> None:
 
 def bad_gradient(step: int, rank: int) -> None:
     """Have one process's gradient infinite, and its loss as it should be."""
-    real = WeakToStrongObjective.evaluate
+    real = WeakToStrongObjective.forward
 
-    def evaluate(self, network, noisy, y, rows=None, at=None):
-        losses = real(self, network, noisy, y, rows, at)
+    def forward(self, network, x, y, at, log):
+        losses = real(self, network, x, y, at, log)
         if at.number == step and torch.distributed.get_rank() == rank:
-            losses.total.register_hook(lambda gradient: gradient * math.inf)
+            losses.register_hook(lambda gradient: gradient * math.inf)
         return losses
 
-    WeakToStrongObjective.evaluate = evaluate
+    WeakToStrongObjective.forward = forward
 
 
 def skipped_on_purpose(steps: set[int]) -> None:
     """Have steps skipped by other means: the guard says no, whatever the numbers are."""
-    real = DiffusionModule.configure_gradient_clipping
+    real = DiffusionModule.accept
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
-        judge = self.judge
-        if self.global_step in steps:
-            self.judge = lambda loss, norm: False
-        real(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self.judge = judge
+    def accept(self, good, optimizer):
+        real(self, good if self.global_step not in steps else False, optimizer)
 
-    DiffusionModule.configure_gradient_clipping = configure_gradient_clipping
+    DiffusionModule.accept = accept
 
 
 def all_finite(folder: Path) -> bool:
