@@ -1,4 +1,4 @@
-"""Copies of a network: frozen ones, and an exponential moving average of its weights.
+"""Copies of a network: frozen ones, and an exponential moving average of its weights; partners.
 
     average <- decay * average + (1 - decay) * weights,      once per optimizer step
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from w2s_train.errors import require
+from w2s_train.errors import UserError, require
 from w2s_train.models.dit import DiT
 
 Dtype = Literal["float32", "bfloat16"]  # of the matrices of frozen copies
@@ -74,3 +74,25 @@ class WeightAverage(nn.Module):
     def train(self, mode: bool = True) -> "WeightAverage":
         """An average is never in training mode."""
         return super().train(False)
+
+
+def check_partner(weak: DiT, network: DiT, where: str) -> None:
+    """Refuse a weak network that does not see the data of ``network``, or is larger.
+
+    Args:
+        weak: The weak network.
+        network: The network being trained.
+        where: ``name=value`` of the config, for the message.
+
+    Raises:
+        UserError: Another input, other classes, or more parameters.
+    """
+    for name in ("input_size", "in_channels", "num_classes"):
+        theirs, ours = getattr(weak, name), getattr(network, name)
+        if theirs != ours:
+            raise UserError(f"{where}: has {name} {theirs}, must have {ours} as the network")
+    theirs, ours = (sum(p.numel() for p in n.parameters()) for n in (weak, network))
+    if theirs > 1.02 * ours:  # a little more is another last layer or normalization
+        raise UserError(
+            f"{where}: has {theirs:,} parameters, must have at most the network's {ours:,}"
+        )

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput
 
@@ -87,25 +86,3 @@ class WeakSource(nn.Module, abc.ABC):
             step: Where training stands.
             fresh: Draws timesteps and noise anew for the last batch; gives it with its labels.
         """
-
-
-def check_partner(weak: DiT, network: DiT, where: str) -> None:
-    """Refuse a weak network that does not see the data of ``network``, or is larger.
-
-    Args:
-        weak: The weak network.
-        network: The network being trained.
-        where: ``name=value`` of the config, for the message.
-
-    Raises:
-        UserError: Another input, other classes, or more parameters.
-    """
-    for name in ("input_size", "in_channels", "num_classes"):
-        theirs, ours = getattr(weak, name), getattr(network, name)
-        if theirs != ours:
-            raise UserError(f"{where}: has {name} {theirs}, must have {ours} as the network")
-    theirs, ours = (sum(p.numel() for p in n.parameters()) for n in (weak, network))
-    if theirs > 1.02 * ours:  # a little more is another last layer or normalization
-        raise UserError(
-            f"{where}: has {theirs:,} parameters, must have at most the network's {ours:,}"
-        )

@@ -11,9 +11,9 @@ from torch import Tensor
 from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput, saved_network
-from w2s_train.models.average import Dtype, as_kept, frozen_copy
+from w2s_train.models.average import Dtype, as_kept, check_partner, frozen_copy
 from w2s_train.schedule import Steps, check_reached, whole_steps
-from w2s_train.weak.base import Fresh, Step, WeakSource, check_partner
+from w2s_train.weak.base import Fresh, Step, WeakSource
 
 
 class Checkpoint(WeakSource):

@@ -10,8 +10,9 @@ from torch import Tensor
 from w2s_train.errors import require
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput
+from w2s_train.models.average import check_partner
 from w2s_train.optim import Readback, keep_fused, step_only_if
-from w2s_train.weak.base import Fresh, Step, WeakSource, check_partner
+from w2s_train.weak.base import Fresh, Step, WeakSource
 
 
 class CoTrained(WeakSource):
