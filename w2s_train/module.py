@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -101,7 +100,7 @@ class DiffusionModule(LightningModule):
         self.statistics, self.last_metrics = RunningStatistics(), dict[str, float]()
         # Of the optimizer step under way; whether it is good may be known on the device only.
         self.parts, self.good = list[Losses](), cast(bool | Tensor, True)
-        self.judge: Callable[[Tensor, Tensor], bool | Tensor] = lambda loss, norm: True  # `Guard`
+        self.judged = False
         self.gradient_norm = torch.tensor(math.nan)
         self.images_seen, self.loaded_step = 0, 0
         self.clock, self.scored_weights = FitClock(), scored_weights or ["ema"]
@@ -174,20 +173,34 @@ class DiffusionModule(LightningModule):
         with contextlib.nullcontext() if scaled else plugin.forward_context():
             self.objective.after_step(self.network, step)
 
+    def measure(self, optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
+        """Loss () of the step at hand and norm () of its gradient, before clipping."""
+        unscale(optimizer, getattr(self.trainer.precision_plugin, "scaler", None))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.gradient_norm = norm_of(parameters)
+        return torch.stack([part.total for part in self.parts]).mean(), self.gradient_norm
+
+    def accept(self, good: bool | Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Have the optimizer pass over the step at hand unless it is good."""
+        self.good, self.judged = step_only_if(good, optimizer), True
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Without anyone who judges steps, all are good."""
+        if not self.judged:
+            self.measure(optimizer)
+            self.accept(True, optimizer)
+        self.judged = False
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, keep the norm before clipping, and drop a bad step."""
-        unscale(optimizer, getattr(self.trainer.precision_plugin, "scaler", None))
+        """Clip as the trainer says, by the norm that was measured."""
         groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        norm, loss = norm_of(parameters), torch.stack([part.total for part in self.parts]).mean()
-        clip(parameters, norm, gradient_clip_val, gradient_clip_algorithm)
-        self.good = step_only_if(self.judge(loss, norm), optimizer)
-        self.gradient_norm = norm
+        clip(parameters, self.gradient_norm, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Every ``log_every_n_steps`` optimizer steps, read the statistics and log them."""
