@@ -2,7 +2,6 @@
 
 from w2s_train.evaluation.fid import FID
 from w2s_train.evaluation.images import SampleGrid
-from w2s_train.evaluation.leaves import LeavesScores
 from w2s_train.evaluation.scorer import ResumableEvaluation
 
-__all__ = ["FID", "LeavesScores", "ResumableEvaluation", "SampleGrid"]
+__all__ = ["FID", "ResumableEvaluation", "SampleGrid"]

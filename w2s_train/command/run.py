@@ -24,9 +24,7 @@ from w2s_train.command.config import check_files, check_numbers, check_pipe, exp
 from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError, one_line
-from w2s_train.evaluation.fid import FID
 from w2s_train.evaluation.images import ImageWriter
-from w2s_train.evaluation.leaves import LeavesScores
 from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer
 from w2s_train.files import OF_THE_DISK
 from w2s_train.loading import check_functions, restrict_imports
@@ -190,15 +188,10 @@ class Command(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; a checkpoint of another network is a user's error."""
-        made_later = self.datamodule.script is not None or subcommand == "reference"
-        for callback in self._callbacks():
-            if isinstance(callback, LeavesScores):
-                callback.check_model(self.model, self.datamodule.num_generated)
-            if isinstance(callback, FID):
-                if not made_later:
-                    callback.check_files()
-                if subcommand in ("fit", "validate", "test") and callback.files_exist():
-                    callback.load(self.model, self.datamodule)
+        for callback in self._callbacks() if subcommand in ("fit", "validate", "test") else ():
+            if isinstance(callback, Scorer):
+                made_later = self.datamodule.script is not None
+                callback.check(self.model, self.datamodule, made_later=made_later)
         self._check_autoencoder(subcommand)
         try:
             super()._run_subcommand(subcommand)

@@ -19,7 +19,7 @@ from w2s_train.evaluation.images import (
     ImageWriter,
     NpzWriter,
     SampleWriter,
-    ShardWriter,
+    TarWriter,
 )
 from w2s_train.evaluation.reference import ReferenceWriter
 from w2s_train.features import KEEP
@@ -159,7 +159,7 @@ class DiffusionTrainer(Trainer):
         if format == "grid":
             writer = GridWriter(path, columns, scale)
         else:
-            writer = {"png": ImageWriter, "npz": NpzWriter, "shards": ShardWriter}[format](path)
+            writer = {"png": ImageWriter, "npz": NpzWriter, "shards": TarWriter}[format](path)
         writer.check()
         self.callbacks.append(writer)  # type: ignore[attr-defined]
         self.predict(

@@ -42,6 +42,18 @@ class Scorer(Callback, abc.ABC):
 
     plans: list[GenerationPlan]  # one a group
 
+    def check(self, module: Any, data: Any, *, made_later: bool) -> None:  # noqa: B027
+        """Refuse what cannot be scored, before any work.
+
+        Args:
+            module: What generates.
+            data: The data module, which says how much.
+            made_later: Files that are missing are no error yet: a script may make them.
+
+        Raises:
+            UserError: It cannot.
+        """
+
     @abc.abstractmethod
     def describe(self) -> str:
         """What is done with the images; states are shared between equal ones only."""
