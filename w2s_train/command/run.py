@@ -134,6 +134,7 @@ class Command(LightningCLI):
         # Lightning's own limit does not leave time to save.
         self.stop, kwargs["max_time"] = GracefulStop(agreement, config.trainer.max_time), None
         kwargs["plugins"] = _plugins(config.trainer.plugins)
+        kwargs["use_distributed_sampler"] = False  # our samplers know of all processes
         seed = int(config.seed_everything or 0)
         ours = [self.record, StepSeed(seed), Progress()]
         if self.subcommand == "fit":
