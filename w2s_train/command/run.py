@@ -127,6 +127,7 @@ class Command(LightningCLI):
         # Lightning's own limit does not leave time to save.
         self.stop, kwargs["max_time"] = Stop(config.trainer.max_time), None
         kwargs["plugins"] = _plugins(config.trainer.plugins)
+        kwargs["use_distributed_sampler"] = False  # our samplers know of all processes
         watched_strategies(config.watch)
         kwargs["callbacks"] = self._all_callbacks(Path(folder))
         try:
