@@ -7,7 +7,7 @@ decision whether to save. "raw" is a loop over the same module and the same stre
 backward, optimizer, averages, weak networks. Between two blocks of steps of the fit, the raw loop
 takes as many. "cpu" is the time that the main thread had a processor, which other programs of a
 shared machine do not lengthen; so is "inside", the milliseconds in the code of each callback, of
-the loggers and of the module's own hooks.
+the parts of `Run`, of the loggers and of the module's own hooks.
 """
 
 import argparse
@@ -26,12 +26,21 @@ from lightning import Callback, Trainer
 from w2s_train.command.run import compose
 from w2s_train.command.trainer import quiet_lightning
 from w2s_train.errors import UserError
+from w2s_train.running.run import Run
 
 HOOKS = (
     "on_train_batch_start on_before_zero_grad on_before_backward on_after_backward "
     "on_before_optimizer_step on_train_batch_end"
 ).split()
-MODULE_HOOKS = ("configure_gradient_clipping", "on_train_batch_end")
+MODULE_HOOKS = ("measure", "accept", "configure_gradient_clipping", "on_train_batch_end")
+PARTS_OF_RUN = {
+    "guard": ("note", "judge", "out_of_patience"),
+    "checkpoints": ("wish", "report", "save"),
+    "samples": ("note", "after_step"),
+    "stop": ("take_time", "wishes"),
+    "watch": ("begin", "at"),
+    "blow_up": ("look",),
+}
 PARTS = ("fit", "raw", "difference")
 WARM = 3  # blocks that are not counted
 
@@ -71,6 +80,8 @@ class Alternation(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         places: list[tuple[Any, tuple[str, ...]]] = [(pl_module, MODULE_HOOKS)]
         places += [(each, tuple(HOOKS)) for each in callbacks if each is not self]
+        (run,) = (each for each in callbacks if isinstance(each, Run))
+        places += [(getattr(run, part), names) for part, names in PARTS_OF_RUN.items()]
         places += [(each, ("log_metrics",)) for each in trainer.loggers]
         for place, hooks in places:
             for hook in hooks:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_resume import checkpoint
+from test_resume import assert_same, checkpoint
 
 from w2s_train.checkpoint_file import (
     damage,
@@ -170,6 +170,27 @@ def test_a_run_stops_after_whole_steps(command, monkeypatch):
     REQUESTS.reset()
     assert end.value.code == PREEMPTED
     assert steps == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_states_of_what_were_callbacks_of_their_own(command, recwarn):
+    """Checkpoints of before `Run`: the guard and the skipped samples go on counting."""
+    options = [*LONG, "--trainer.callbacks=null"]
+    whole = checkpoint(command("fit", *options, folder="whole"))
+    part = command("fit", *options, "--trainer.max_steps=3", folder="part")
+    content, skipped = checkpoint(part), {"counts": [[0, "a.tar", 2]], "reasons": {"a.tar": "b"}}
+    assert content["callbacks"].keys() == {"Run"}
+    assert content["callbacks"]["Run"]["samples"] == {"counts": [], "reasons": {}}
+    guard = content["callbacks"].pop("Run")["guard"]
+    content["callbacks"] = {"SkippedSamples": skipped, "Guard": guard}
+    write_checkpoint(content, part / "checkpoints/step-000003.ckpt")
+    recwarn.clear()
+    command(
+        "fit", *options, "--ckpt_path=last", "--checkpoint.every_n_train_steps=1", folder="part"
+    )
+    assert not any("callbacks used to create" in str(each.message) for each in recwarn)
+    assert_same(whole, checkpoint(part))
+    assert checkpoint(part)["callbacks"]["Run"]["guard"] == whole["callbacks"]["Run"]["guard"]
+    assert checkpoint(part, "step-000004")["callbacks"]["Run"]["samples"] == skipped
 
 
 @pytest.mark.parametrize(

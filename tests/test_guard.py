@@ -2,6 +2,7 @@
 
 import errno
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,9 @@ from test_resume import assert_same, checkpoint
 from torch.utils.tensorboard.writer import FileWriter as EventFileWriter
 
 from w2s_train.checkpoint_file import point_to, write_checkpoint
+from w2s_train.errors import DIVERGED, Stopped
 from w2s_train.module import DiffusionModule
+from w2s_train.running.blow_up import BlowUp
 from w2s_train.running.guard import WINDOW, Guard
 from w2s_train.running.loggers import MetricsCSV
 
@@ -47,6 +50,27 @@ def test_losses_on_both_sides_of_zero_are_no_spikes():
 
 def test_nothing_is_a_spike_where_everything_was_zero():
     assert all(judged(Recorded(), [0.0] * (WINDOW + 2) + [1.0]))
+
+
+def test_the_alarm_looks_once_at_what_was_logged():
+    """A warning above 1.2 times what the scale explains, the end at twice that."""
+
+    def logged(strong: float, guides: float = 2.0) -> dict[str, float]:
+        numbers = dict(strong_rms=strong, velocity_rms=0.5, effective_scale=guides)
+        return {f"train/0-1/{name}": value for name, value in numbers.items()}
+
+    alarm, metrics = BlowUp(), logged(1.21)
+    alarm.look(logged(1.19) | {"train/1-2/effective_scale": 2.0}, step=1)  # no velocity yet
+    with pytest.warns(UserWarning, match="step 2: train/0-1/strong_rms is 1.21, which is 2.42 tim"):
+        alarm.look(metrics, step=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alarm.look(metrics, step=3)
+    with pytest.raises(Stopped, match="guidance by 2 explains 2 times; a smaller scale") as end:
+        alarm.look(logged(2.41), step=4)
+    assert end.value.status == DIVERGED
+    with pytest.raises(Stopped, match="guidance by 10 explains 10 times"):
+        alarm.look(logged(12.1, guides=math.inf), step=5)
 
 
 @pytest.mark.parametrize("in_a_row, expected", [(2, "step-000007"), (4, "step-000005"), (6, "")])

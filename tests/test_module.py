@@ -10,6 +10,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader, Dataset
 
 from w2s_train.autoencoder import PixelSpace, StableDiffusionVAE, to_uint8
+from w2s_train.errors import UserError
+from w2s_train.evaluation.scorer import ResumableEvaluation
 from w2s_train.guidance import ClassifierFree
 from w2s_train.interpolant import LinearInterpolant
 from w2s_train.models import DiT, WeightAverage
@@ -112,6 +114,12 @@ def test_it_learns_two_classes():
     dark, bright = images[0::2].mean(), images[1::2].mean()
     assert dark < 70
     assert bright > 185
+
+
+def test_what_a_run_keeps_does_nothing_without_it():
+    """It has the type of a callback for the sake of configs only, and says so."""
+    with pytest.raises(UserError, match="ResumableEvaluation: must be handed to Run"):
+        fit(module(), 1, ResumableEvaluation())
 
 
 def test_images_depend_on_seed_and_label_alone():

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from w2s_train.running.profile import NEEDED, RECORDED, ROWS, Profile
+from w2s_train.running.run import Run
 
 TINY = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml"]
 
@@ -19,6 +21,7 @@ def test_the_switch_stands_anywhere(place: int, digits: None):
         composed = compose(["fit", *TINY[:place], *switch, *TINY[place:]], run=False)
         found = [type(each) for each in composed.trainer.callbacks]
         assert found.count(Profile) == len(switch)
+        assert found[-1] is Run and ModelCheckpoint not in found
         assert "profile" not in composed.config.fit
 
 

@@ -18,6 +18,10 @@ from w2s_train.optim import Readback
 from w2s_train.running.agreement import Agreement
 
 WINDOW = 100  # good steps that the averages look back; before so many, nothing is a spike
+OVERFLOWS = 30  # of float16 in a row, after which the scale cannot be the reason
+SHOWN = 3  # samples named on the terminal
+NAMES = ("loss", "gradient")
+SAVED = ("good", "skipped", "in_a_row", "backs", "good_before")
 
 
 class Spikes:
@@ -55,12 +59,6 @@ class Spikes:
         moved = averages + (torch.minimum(sizes, limits) - averages) / (good + 1).clamp(max=WINDOW)
         self.state = torch.where(fine, torch.cat([moved, good + 1]), state)
         return fine, spikes
-
-
-OVERFLOWS = 30  # of float16 in a row, after which the scale cannot be the reason
-SHOWN = 3  # samples named on the terminal
-NAMES = ("loss", "gradient")
-SAVED = ("good", "skipped", "in_a_row", "backs", "good_before")
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,10 @@ class Run(Checkpoint):
         return {"guard": self.guard.state_dict(), "samples": self.samples.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, state in state_dict.items():
-            {"guard": self.guard, "samples": self.samples}[name].load_state_dict(state)
+        if "guard" in state_dict:
+            self.guard.load_state_dict(state_dict["guard"])
+        if "samples" in state_dict:
+            self.samples.load_state_dict(state_dict["samples"])
 
     # ---- the beginning ---------------------------------------------------------------------
 

@@ -25,6 +25,12 @@ import torch.distributed
 from w2s_train.errors import PEER_LOST, Stopped, UserError, one_line
 from w2s_train.signals import REQUESTS
 
+BEAT = 1.0  # seconds between two signs of life
+LOOK = 5.0  # seconds without one, after a collective has failed, that tell a dead process
+GRACE = 30.0  # seconds that a process whose error ends it has for its own clean-up
+# Of collectives that failed; errors of other back ends have a type.
+MESSAGES = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "monitoredBarrier")
+
 
 class Stage(enum.IntEnum):
     """What the main thread does, in the order in which it does it."""
@@ -116,13 +122,6 @@ def identity(pid: int) -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')} {pid} {start}"
     except OSError:
         return ""
-
-
-BEAT = 1.0  # seconds between two signs of life
-LOOK = 5.0  # seconds without one, after a collective has failed, that tell a dead process
-GRACE = 30.0  # seconds that a process whose error ends it has for its own clean-up
-# Of collectives that failed; errors of other back ends have a type.
-MESSAGES = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "monitoredBarrier")
 
 
 def is_of_peers(error: BaseException) -> bool:
