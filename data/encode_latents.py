@@ -148,12 +148,10 @@ def encode(encoder: Encoder, devices: list[str], tasks: list[Task]) -> None:
     todo = [task for task in tasks if not is_encoded(task)]
     print(f"{len(tasks) - len(todo)} of {len(tasks)} shards are written already", flush=True)
     seconds_between = 0.5 if sys.stderr.isatty() else 30  # a log keeps every line
-    if len(devices) == 1:
-        writing = here(encoder, todo)
-    else:
-        writing = on_devices(functools.partial(Encoder, encoder.settings), devices, todo)
+    encoder_on = functools.partial(Encoder, encoder.settings)
+    one = len(devices) == 1
     with (
-        writing as written,
+        here(encoder, todo) if one else on_devices(encoder_on, devices, todo) as written,
         tqdm(total=count_images(todo), unit=" images", mininterval=seconds_between) as bar,
     ):
         began, images = time.monotonic(), 0

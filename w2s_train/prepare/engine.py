@@ -16,7 +16,7 @@ import signal
 import threading
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
@@ -124,11 +124,9 @@ Written = contextlib.AbstractContextManager[Iterator[Progress]]
 # ---- by whom: context managers that give the progress
 
 
-@contextlib.contextmanager
-def here(work: Work, tasks: list[Task]) -> Iterator[Iterator[Progress]]:
+def here(work: Work, tasks: list[Task]) -> Written:
     """Write shards in this process, one after another."""
-    with contextlib.closing(_written(work, tasks)) as written:
-        yield written
+    return contextlib.closing(_written(work, tasks))
 
 
 def in_processes(work: Work, processes: int, tasks: list[Task]) -> Written:
@@ -162,7 +160,7 @@ def on_devices(begin: Callable[[str], Work], devices: list[str], tasks: list[Tas
     return _processes(starts[: len(tasks)], multiprocessing.get_context("spawn"), tasks)
 
 
-def _written(work: Work, tasks: list[Task]) -> Iterator[Progress]:
+def _written(work: Work, tasks: list[Task]) -> Generator[Progress, None, None]:
     for task in tasks:
         with task.claimed(), ShardWriter(task.target) as writer:
             for images in work.write(task.source, writer):
