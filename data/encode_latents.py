@@ -20,31 +20,36 @@ last writes the statistics and the index, and so does the command without ``--pa
 
 import argparse
 import contextlib
-import hashlib
+import functools
 import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from w2s_train.errors import UserError
-from w2s_train.prepare.engine import Recipe, Summary, begin, claim_summary, complete
+from w2s_train.prepare.engine import LOCKS, Task, here, locked, on_devices, remove_partials
 from w2s_train.prepare.latents import (
     FIELDS,
     PRECISIONS,
     Encoder,
-    Facts,
     Settings,
-    Task,
-    Workers,
+    Summary,
+    begin,
+    complete,
     first_size,
     is_encoded,
+    recipe_of,
 )
 from w2s_train.shards import local_shards, write_index
 from w2s_train.shards.format import CLASSES, ShardTable, table_path
+
+SECONDS = 60  # more than writing the files that describe the whole takes
 
 
 def arguments() -> argparse.Namespace:
@@ -107,15 +112,15 @@ def all_tasks(source: str, output: Path) -> list[Task]:
         UserError: There are none, or two would become one.
     """
     shards = local_shards(source, "source")
-    tasks = [Task(shard, output / f"{shard.name.partition('.')[0]}.tar") for shard in shards]
+    targets = [output / f"{shard.name.partition('.')[0]}.tar" for shard in shards]
     seen: dict[Path, Path] = {}
-    for shard, target in tasks:
+    for shard, target in zip(shards, targets, strict=True):
         if target in seen:
             raise UserError(f"source={source}: must have different names; {seen[target]}, {shard}")
         if target.resolve() == shard.resolve():
             raise UserError(f"output={output}: must not be the folder of the images")
         seen[target] = shard
-    return tasks
+    return [Task(shard, target, shared=True) for target, shard in seen.items()]
 
 
 def part_of(tasks: list[Task], part: str) -> list[Task]:
@@ -130,25 +135,6 @@ def part_of(tasks: list[Task], part: str) -> list[Task]:
     return tasks[int(match[1]) - 1 :: int(match[2])]
 
 
-def recipe_of(given: argparse.Namespace, facts: Facts, tasks: list[Task]) -> Recipe:
-    """What decides about the latents."""
-    names = "".join(f"{task.source.name}\n" for task in tasks)
-    return Recipe(
-        given.autoencoder,
-        given.revision,
-        facts.weights,
-        given.dtype,
-        not given.no_flip,
-        given.precision,
-        given.batch_size,
-        facts.image_shape,
-        facts.latent_shape,
-        given.source,
-        len(tasks),
-        hashlib.sha256(names.encode()).hexdigest(),
-    )
-
-
 def count_images(tasks: list[Task]) -> int | None:
     """Images in the sources, if the tables beside all of them say so."""
     tables = [table_path(task.source) for task in tasks]
@@ -157,28 +143,41 @@ def count_images(tasks: list[Task]) -> int | None:
     return sum(len(ShardTable.load(table)) for table in tables)
 
 
-def encode(workers: Encoder | Workers, tasks: list[Task]) -> None:
+def encode(encoder: Encoder, devices: list[str], tasks: list[Task]) -> None:
     """Encode what is not written yet, under a progress bar."""
     todo = [task for task in tasks if not is_encoded(task)]
     print(f"{len(tasks) - len(todo)} of {len(tasks)} shards are written already", flush=True)
-    began, images = time.monotonic(), 0
     seconds_between = 0.5 if sys.stderr.isatty() else 30  # a log keeps every line
-    with tqdm(total=count_images(todo), unit=" images", mininterval=seconds_between) as bar:
-        for number in workers.run(todo):
-            images += number
-            bar.update(number)
+    encoder_on = functools.partial(Encoder, encoder.settings)
+    one = len(devices) == 1
+    with (
+        here(encoder, todo) if one else on_devices(encoder_on, devices, todo) as written,
+        tqdm(total=count_images(todo), unit=" images", mininterval=seconds_between) as bar,
+    ):
+        began, images = time.monotonic(), 0
+        for progress in written:
+            images += progress.images
+            bar.update(progress.images)
     seconds = time.monotonic() - began
     print(f"encoded {len(todo)} shards, {images} images, {images / seconds:.4g} images/s")
 
 
-def finish(output: Path, tasks: list[Task], recipe: Recipe) -> None:
+@contextlib.contextmanager
+def claim_summary(folder: Path) -> Iterator[None]:
+    """Keep other parts from writing the files beside the shards; wait for one that does."""
+    with locked(folder, "summary", f"{LOCKS}/summary.lock", SECONDS):
+        remove_partials(folder, "*.json")
+        yield
+
+
+def finish(output: Path, tasks: list[Task], recipe: dict[str, Any]) -> None:
     """Write what describes the whole, if it is whole."""
     missing = [task.target.name for task in tasks if not is_encoded(task)]
     if missing:
         print(f"{len(missing)} of {len(tasks)} shards are missing, such as {missing[0]}: another "
               "part, or this command without --part, ends with the statistics")  # fmt: skip
         return
-    summary = complete(output, [task.target.name.removesuffix(".tar") for task in tasks], recipe)
+    summary = complete(output, [task.target for task in tasks], recipe)
     classes = tasks[0].source.with_name(CLASSES)
     if classes.is_file():
         shutil.copyfile(classes, output / classes.name)
@@ -186,13 +185,13 @@ def finish(output: Path, tasks: list[Task], recipe: Recipe) -> None:
     report(output, len(tasks), recipe, summary)
 
 
-def report(output: Path, shards: int, recipe: Recipe, summary: Summary) -> None:
+def report(output: Path, shards: int, recipe: dict[str, Any], summary: Summary) -> None:
     """Print the summary of a complete folder."""
-    shape = "x".join(map(str, recipe.latent_shape))
-    flips = ", each also mirrored" if recipe.flip else ""
+    shape = "x".join(map(str, recipe["latent_shape"]))
+    flips = ", each also mirrored" if recipe["flip"] else ""
     print(
         f"{output}: {shards} shards, {summary.images} images{flips}, latents {shape} in "
-        f"{recipe.dtype}, {summary.bytes:,} bytes"
+        f"{recipe['dtype']}, {summary.bytes:,} bytes"
     )
     if summary.broken:
         print(f"left out: {summary.broken} images that cannot be decoded")
@@ -217,16 +216,14 @@ def main() -> None:
         given.max_broken,
         first_size([task.source for task in tasks], given.max_broken),
     )
-    # One process needs no further one.
-    one = len(devices) == 1
-    with (
-        contextlib.nullcontext(Encoder(settings, devices[0])) if one else Workers(settings, devices)
-    ) as workers:
-        recipe = recipe_of(given, workers.facts, tasks)
-        given.output.mkdir(parents=True, exist_ok=True)
-        with claim_summary(given.output):
-            begin(given.output, recipe)
-        encode(workers, mine)
+    # One device is used here. Processes of several load the autoencoder themselves: this one only
+    # names it.
+    encoder = Encoder(settings, devices[0] if len(devices) == 1 else "cpu")
+    recipe = recipe_of(settings, encoder.facts, given.source, [task.source for task in tasks])
+    given.output.mkdir(parents=True, exist_ok=True)
+    with claim_summary(given.output):
+        begin(given.output, recipe)
+    encode(encoder, devices, mine)
     with claim_summary(given.output):
         finish(given.output, tasks, recipe)
 

@@ -152,8 +152,7 @@ def main() -> None:
     """Read the command line, write the shards, then the statistics."""
     given = parser().parse_args()
     check(given)
-    from w2s_train.prepare.engine import Preparation, first_mode
-    from w2s_train.prepare.images import Conversion
+    from w2s_train.prepare.images import Conversion, Preparation, first_mode
 
     source = open_source(given)
     mode = mode_of(given)

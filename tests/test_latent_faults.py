@@ -1,18 +1,20 @@
 """data/encode_latents.py beside another run of it, on full disks, and on labels that are none."""
 
+import functools
 import gzip
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from image_folders import limited_files
 from shard_files import add
 from vae import contents, encode, encode_latents, encoded_image, save_vae, write_images
 
 from w2s_train.errors import UserError
-from w2s_train.prepare.engine import claim, remove_leftovers
-from w2s_train.prepare.latents import Settings, Task, Workers
+from w2s_train.prepare.engine import Task, on_devices
+from w2s_train.prepare.latents import Encoder, Settings
 
 
 @pytest.fixture(scope="module")
@@ -29,34 +31,44 @@ def fails(place: Path, output: Path, message: str) -> None:
         encode(place, output)
 
 
+def lock(target: Path) -> FileLock:
+    """That of a run which writes this shard."""
+    (target.parent / ".locks").mkdir(exist_ok=True)
+    return FileLock(target.parent / ".locks" / f"{target.name}.lock")
+
+
 def test_two_runs_do_not_write_one_shard(place: Path, tmp_path: Path):
     """Neither is the open file of the first deleted, nor does the second go on without it."""
     target = tmp_path / "train-000001.tar"
     partial = tmp_path / "train-000001.tar.1.partial"
-    with claim(target):
+    with lock(target):
         partial.touch()
         fails(place, tmp_path, f"output={tmp_path}: another run is writing {target.name}")
-        remove_leftovers(target)
         assert partial.exists()
-    remove_leftovers(target)
-    assert not partial.exists()
     encode(place, tmp_path)
+    assert not partial.exists()
     encode(place, tmp_path / "whole")
     assert contents(tmp_path) == contents(tmp_path / "whole")
+
+
+def in_a_process(place: Path, output: Path) -> None:
+    """Encode as one of several devices does."""
+    settings = Settings(str(place / "vae"), None, "float16", True, "float32", 4, 0.0, (16, 16))
+    images = sorted((place / "images").glob("*.tar"))
+    tasks = [Task(path, output / path.name, shared=True) for path in images]
+    with on_devices(functools.partial(Encoder, settings), ["cpu"], tasks) as written:
+        list(written)
 
 
 @pytest.mark.slow
 def test_ending_processes_leaves_the_shards_of_others(place: Path, tmp_path: Path):
     """A process that cannot have its shard is ended; what another run writes stays."""
-    settings = Settings(str(place / "vae"), None, "float16", True, "float32", 4, 0.0, (16, 16))
-    images = sorted((place / "images").glob("*.tar"))
-    tasks = [Task(path, tmp_path / path.name) for path in images]
-    partial = tmp_path / f"{images[0].name}.1.partial"
-    with claim(tasks[0].target):
+    target = tmp_path / "train-000000.tar"
+    partial = tmp_path / f"{target.name}.1.partial"
+    with lock(target):
         partial.touch()
-        with pytest.raises(UserError, match="another run is writing train-000000.tar"):
-            with Workers(settings, ["cpu"]) as workers:
-                list(workers.run(tasks))
+        with pytest.raises(UserError, match=f"another run is writing {target.name}"):
+            in_a_process(place, tmp_path)
         assert partial.exists()
 
 
@@ -69,12 +81,9 @@ def test_a_full_disk_names_the_shard(place: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_full_disk_under_a_process_names_the_shard(place: Path, tmp_path: Path):
-    settings = Settings(str(place / "vae"), None, "float16", True, "float32", 4, 0.0, (16, 16))
-    source = place / "images" / "train-000000.tar"
-    task = Task(source, tmp_path / source.name)
-    with limited_files(20_000), pytest.raises(OSError, match=f"File too large: '{task.target}'"):
-        with Workers(settings, ["cpu"]) as workers:
-            list(workers.run([task]))
+    shard = tmp_path / "train-000000.tar"
+    with limited_files(20_000), pytest.raises(OSError, match=f"File too large: '{shard}'"):
+        in_a_process(place, tmp_path)
     assert list(tmp_path.glob("*.tar*")) == []
 
 

@@ -1,5 +1,7 @@
 """data/encode_latents.py killed, interrupted, and on several devices."""
 
+import functools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,7 +14,8 @@ import torch
 from conftest import ROOT
 from vae import arguments, contents, encode, read_samples, write_images
 
-from w2s_train.prepare.latents import Settings, Task, Workers
+from w2s_train.prepare.engine import Task, on_devices
+from w2s_train.prepare.latents import Encoder, Settings
 
 
 def start(place: Path, output: Path, *options: object) -> subprocess.Popen:
@@ -86,12 +89,15 @@ def test_a_dead_process_is_an_error(long: Path, tmp_path: Path):
     """As the kernel kills one when memory runs out; its neighbour is ended, too."""
     settings = Settings(str(long / "vae"), None, "float16", True, "float32", 1, 0.0, (32, 32))
     images = sorted((long / "images").glob("*.tar"))
-    tasks = [Task(path, tmp_path / path.name) for path in images]
-    with pytest.raises(ValueError, match="its process must live, but ended with code -9 at .*tar"):
-        with Workers(settings, ["cpu", "cpu"]) as workers:
-            for _ in workers.run(tasks):
-                workers.workers[1].process.kill()
-    assert not any(worker.process.is_alive() for worker in workers.workers)
+    tasks = [Task(path, tmp_path / path.name, shared=True) for path in images]
+    with (
+        pytest.raises(ValueError, match="its process must live, but ended with code -9 at .*tar"),
+        on_devices(functools.partial(Encoder, settings), ["cpu", "cpu"], tasks) as written,
+    ):
+        next(written)
+        multiprocessing.active_children()[0].kill()
+        list(written)
+    assert not multiprocessing.active_children()
     assert list(tmp_path.glob("*.partial")) == []
 
 

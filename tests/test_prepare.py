@@ -30,6 +30,7 @@ from image_folders import (
 from PIL import Image
 
 import w2s_train.prepare.engine
+import w2s_train.prepare.images
 from w2s_train.errors import UserError
 from w2s_train.prepare.sources import ImageFolder
 from w2s_train.shards.samples import read_shard
@@ -186,7 +187,7 @@ def test_odd_names(prepare, tmp_path: Path):
 
 def test_one_run_at_a_time(prepare, messy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of a split; another split of the same folder may be written meanwhile."""
-    monkeypatch.setattr(w2s_train.prepare.engine, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(w2s_train.prepare.images, "LOCK_SECONDS", 0.1)
     options = ("folder", messy, "--max-broken", 1, "--output", tmp_path / "out")
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out/.train.lock"):

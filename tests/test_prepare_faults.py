@@ -16,7 +16,7 @@ from image_folders import encode, limited_files, noise, pixels, preparer, sample
 from shard_files import add
 
 from w2s_train.errors import UserError
-from w2s_train.prepare.engine import write_shards
+from w2s_train.prepare.engine import Progress, Task, Work, in_processes
 from w2s_train.prepare.sources import ImageFolder
 from w2s_train.shards import ShardWriter
 from w2s_train.shards.format import check_whole
@@ -164,8 +164,22 @@ def at_fork() -> Iterator[list[int]]:
     numbers.clear()
 
 
+def write(work: Work, folder: Path) -> list[Progress]:
+    """Three shards in two processes."""
+    tasks = [Task(k, folder / f"{k}.tar", shared=False) for k in range(3)]
+    with in_processes(work, 2, tasks) as written:
+        return list(written)
+
+
+class Nothing(Work):
+    """Shards without a sample."""
+
+    def write(self, source: int, writer: ShardWriter) -> Iterator[int]:
+        yield 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_a_fork(at_fork: list[int], number: int):
+def test_a_signal_during_a_fork(tmp_path: Path, at_fork: list[int], number: int):
     """Python swallows an exception that a handler raises there; the run must not go on."""
 
     def stop(number: int, frame: object) -> None:
@@ -176,7 +190,7 @@ def test_a_signal_during_a_fork(at_fork: list[int], number: int):
     at_fork.append(number)
     try:
         with pytest.raises(KeyboardInterrupt) as caught:
-            write_shards(lambda shard: 1, [0, 1, 2], finished=0, processes=2)
+            write(Nothing(), tmp_path)
     finally:
         signal.signal(number, before)
         ended.set()
@@ -185,18 +199,38 @@ def test_a_signal_during_a_fork(at_fork: list[int], number: int):
     assert not multiprocessing.active_children()
 
 
-def handled(shard: int) -> int:
-    """Fails in a worker that would not end when it is told to."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    wrong = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    wrong |= signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    if blocked or wrong:
-        raise UserError(f"blocked={blocked}")
-    return 1
+class Handled(Nothing):
+    """Fails in a process that would not end when it is told to."""
+
+    def write(self, source: int, writer: ShardWriter) -> Iterator[int]:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        wrong = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        wrong |= signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        if blocked or wrong:
+            raise UserError(f"blocked={blocked}")
+        yield 1
 
 
-def test_workers_let_signals_through():
-    write_shards(handled, [0, 1, 2], finished=0, processes=2)
+def test_processes_let_signals_through(tmp_path: Path):
+    written = write(Handled(), tmp_path)
+    assert sum(progress.images for progress in written) == 3
+    assert len(list(tmp_path.glob("*.tar"))) == sum(progress.shards for progress in written) == 3
+
+
+class Mistaken(Nothing):
+    """Has an error that nobody foresaw."""
+
+    def write(self, source: int, writer: ShardWriter) -> Iterator[int]:
+        yield 1 // source
+
+
+def test_errors_of_processes_arrive(tmp_path: Path):
+    """As they are, with the place where they were raised; nothing half done is left."""
+    with pytest.raises(ZeroDivisionError) as caught:
+        write(Mistaken(), tmp_path)
+    assert "yield 1 // source" in "".join(caught.value.__notes__)
+    assert not list(tmp_path.glob("*.partial")) and not (tmp_path / "0.tar").exists()
+    assert not multiprocessing.active_children()
 
 
 # ---- large folders

@@ -1,10 +1,8 @@
-"""``latents.json`` beside the shards: what made them, and their statistics.
-
-An ``AutoencoderKL`` of diffusers: loaded, named by its weights, and its posterior.
-
-From what the shards hold to what the network sees, and back to images.
+"""From what the shards hold to what the network sees, and back to images.
 
 Training calls `Autoencoder.encode`, validation `Autoencoder.decode`. Both see the whole batch.
+Beside shards of latents lies a ``latents.json``, which ``data/encode_latents.py`` writes: what made
+them, and their mean and std per channel.
 """
 
 import abc
@@ -14,7 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,155 +22,7 @@ from w2s_train.shards.samples import to_float
 from w2s_train.shards.storage import Storage, is_pipe, is_remote, split_url
 
 LATENTS = "latents.json"
-
-
-class Statistics(NamedTuple):
-    """Of latents: mean and standard deviation (C,) per channel."""
-
-    mean: Tensor
-    std: Tensor
-
-
-def read_latents(path: Path, name: str) -> dict[str, Any]:
-    """What data/encode_latents.py wrote beside its shards when it had encoded all of them.
-
-    Args:
-        path: The ``latents.json``.
-        name: What the user calls it.
-
-    Raises:
-        UserError: No such file, another file, or that of an encoding that has not ended.
-    """
-    if not path.is_file():
-        raise UserError(f"{name}={path}: must be an existing file")
-    return parse_latents(path.read_text(), str(path), name)
-
-
-def parse_latents(text: str, path: str, name: str) -> dict[str, Any]:
-    """As `read_latents`, for the contents of a file that is somewhere."""
-    try:
-        made = json.loads(text)
-        about = made["autoencoder"], made["weights"], made["latent_shape"][0]
-        complete = "statistics" in made
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(
-            f"{name}={path}: must be a latents.json of data/encode_latents.py ({error!r})"
-        ) from error
-    if not complete:
-        raise UserError(f"{name}={path}: must be of shards that are all encoded ({about[0]})")
-    return made
-
-
-def latents_beside(urls: Sequence[str], storage: Storage) -> dict[str, dict[str, Any]]:
-    """Every ``latents.json`` beside some shards, by its place.
-
-    Raises:
-        UserError: One cannot be read, or is that of an encoding that has not ended.
-    """
-    found = {}
-    for folder in sorted({split_url(url)[0] for url in urls if not is_pipe(url)}):
-        place = f"{folder}/{LATENTS}" if folder else LATENTS
-        if is_remote(place):
-            text = storage.text(place)
-        else:
-            text = Path(place).read_text() if Path(place).is_file() else None
-        if text is not None:
-            found[place] = parse_latents(text, place, "train_urls")
-    return found
-
-
-def read_statistics(path: str, channels: int) -> Statistics:
-    """Those of a ``latents.json``.
-
-    Raises:
-        UserError: It cannot be used, or is of another number of channels.
-    """
-    stored = read_latents(Path(path), "statistics")["statistics"]
-    try:
-        mean, std = [[float(value) for value in stored[key]] for key in ("mean", "std")]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"statistics={path}: must hold numbers, mean and std of each channel ({error!r})"
-        ) from error
-    if not len(mean) == len(std) == channels:
-        raise UserError(f"statistics={path}: must be of {channels} channels, are of {len(mean)}")
-    if not all(math.isfinite(value) for value in mean + std) or min(std) <= 0:
-        raise UserError(f"statistics={path}: must be finite, and std above 0")
-    return Statistics(torch.tensor(mean), torch.tensor(std))
-
-
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w./-]+)?")
-
-
-def load_autoencoder(path: str, name: str, revision: str | None = None) -> Any:
-    """A diffusers ``AutoencoderKL`` in float32, frozen, from a folder or else from the hub.
-
-    Args:
-        path: The folder, or ``OWNER/NAME`` or ``OWNER/NAME/SUBFOLDER`` of the hub.
-        name: What the user calls it.
-        revision: Of the hub: a branch, a tag or a commit.
-
-    Raises:
-        UserError: diffusers or the weights are missing, or they do not fit.
-    """
-    local = Path(path).expanduser().is_dir()
-    if not local and not HUB_NAME.fullmatch(path):
-        raise UserError(f"{name}={path}: must be an existing folder, or OWNER/NAME of the hub")
-    try:
-        from diffusers import AutoencoderKL  # optional, and takes seconds to import
-        from diffusers.utils import logging
-    except (ImportError, RuntimeError) as error:  # it wraps errors of what it imports
-        raise UserError(
-            f"{name}={path}: needs diffusers, which cannot be imported ({one_line(error)}); "
-            "pip install diffusers"
-        ) from error
-    folder = str(Path(path).expanduser()) if local else "/".join(path.split("/")[:2])
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it would log is in the error
-    try:
-        vae, report = AutoencoderKL.from_pretrained(
-            folder,
-            subfolder=None if local else "/".join(path.split("/")[2:]) or None,
-            revision=revision,
-            local_files_only=local,
-            use_safetensors=True,  # and no pickle
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,  # the other way needs accelerate
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        where = "folder" if local else "folder, or a name on the hub that can be reached,"
-        raise UserError(
-            f"{name}={path}: must be a {where} with an AutoencoderKL ({one_line(error)})"
-        ) from error
-    finally:
-        logging.set_verbosity(before)
-    if missing := sorted(report["missing_keys"]):  # they would stay random
-        raise UserError(
-            f"{name}={path}: must hold all weights of its AutoencoderKL; "
-            f"{len(missing)} are missing, such as {missing[0]}"
-        )
-    return vae.requires_grad_(False).eval()
-
-
-def weights_digest(vae: nn.Module) -> str:
-    """Hexadecimal sha256 of the state dict: names, in order, each with its values as float32."""
-    sha256 = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        sha256.update(f"{name} {tuple(value.shape)}\n".encode())
-        sha256.update(value.float().cpu().contiguous().numpy().tobytes())
-    return sha256.hexdigest()
-
-
-def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std (B, C, h, w) of the posterior, from its mean and log-variance (B, 2C, h, w).
-
-    The limits are those of diffusers' ``DiagonalGaussianDistribution``.
-    """
-    mean, log_variance = moments.chunk(2, dim=1)
-    return mean, (log_variance.clamp(-30, 20) / 2).exp()
-
-
 STABLE_DIFFUSION = 0.18215  # 1 / std of its latents (Rombach et al., 2022)
 
 
@@ -193,20 +43,18 @@ class Autoencoder(nn.Module, abc.ABC):
         Raises:
             UserError: They are missing, or the library that reads them is.
         """
-        return None
 
     def check(self, made: dict[str, Any], where: str) -> None:
         """Refuse shards of latents that are not this autoencoder's.
 
         Args:
-            made: The ``latents.json`` beside the shards, as data/encode_latents.py writes it.
+            made: The ``latents.json`` beside the shards.
             where: Its place, for the message.
 
         Raises:
             UserError: Of another number of channels or other statistics; or, once the weights are
                 loaded, of other weights.
         """
-        return None
 
     def describe(self) -> str:
         """What the images of a score were decoded with."""
@@ -249,13 +97,12 @@ class StableDiffusionVAE(Autoencoder):
     (z - mean) / std. Needs ``pip install w2s_train[latents]`` to decode; training does not load it.
 
     Args:
-        path: Local folder of the autoencoder, or its hub name, ``OWNER/NAME`` or
-            ``OWNER/NAME/SUBFOLDER``.
+        path: Local folder of the autoencoder, or ``OWNER/NAME`` or ``OWNER/NAME/SUBFOLDER`` of the
+            hub.
         scale: Latents are multiplied by it, so that they have about unit variance; 0.18215, that of
             Stable Diffusion, if neither it nor ``statistics`` is given.
         channels: Channels C of a latent.
-        statistics: The ``latents.json`` beside the shards, to use its mean and std per channel
-            instead of ``scale``.
+        statistics: The ``latents.json`` beside the shards, whose mean and std are used instead.
         decode_batch: Images decoded at a time, cut or padded to it, so that they do not depend on
             how many are asked for, and fit in memory.
 
@@ -274,7 +121,7 @@ class StableDiffusionVAE(Autoencoder):
         super().__init__()
         if scale is not None and statistics is not None:
             raise UserError(f"scale={scale}: must be left out where statistics={statistics} are")
-        if scale is not None and not 0 < scale < float("inf"):
+        if scale is not None and not 0 < scale < math.inf:
             raise UserError(f"scale={scale}: must be a finite number above 0")
         for name, value in dict(channels=channels, decode_batch=decode_batch).items():
             if value < 1:
@@ -292,15 +139,13 @@ class StableDiffusionVAE(Autoencoder):
         self._loaded: list[Any] = []
 
     def encode(self, stored: Tensor) -> Tensor:
+        wanted = f"channels={self.channels}: the shards hold"
         if stored.dtype == torch.uint8:
-            raise UserError(
-                f"channels={self.channels}: the shards hold images, must be latents; "
-                "data/encode_latents.py makes them"
-            )
+            raise UserError(f"{wanted} images, must be latents; data/encode_latents.py makes them")
         if stored.shape[1] not in (self.channels, 2 * self.channels):
             raise UserError(
-                f"channels={self.channels}: the shards hold {stored.shape[1]} channels, "
-                f"must be {self.channels} (latents) or {2 * self.channels} (moments)"
+                f"{wanted} {stored.shape[1]} channels, must be {self.channels} (latents) or "
+                f"{2 * self.channels} (moments)"
             )
         z = to_float(stored)
         if stored.shape[1] == 2 * self.channels:
@@ -311,20 +156,17 @@ class StableDiffusionVAE(Autoencoder):
         return (z - self._mean) * self._factor
 
     def load(self) -> None:
-        if not self._loaded:
-            vae = load_autoencoder(self.path, "autoencoder.path")
-            if vae.config.latent_channels != self.channels:
-                raise UserError(
-                    f"channels={self.channels}: must be {vae.config.latent_channels}, as "
-                    f"{self.path} has"
-                )
-            self._loaded.append(vae)
+        if self._loaded:
+            return
+        vae = load_autoencoder(self.path, "autoencoder.path")
+        if (theirs := vae.config.latent_channels) != self.channels:
+            raise UserError(f"channels={self.channels}: must be {theirs}, as {self.path} has")
+        self._loaded.append(vae)
 
     def check(self, made: dict[str, Any], where: str) -> None:
-        if made["latent_shape"][0] != self.channels:
+        if (channels := made["latent_shape"][0]) != self.channels:
             raise UserError(
-                f"channels={self.channels}: must be {made['latent_shape'][0]}, as {where} "
-                "says of the shards"
+                f"channels={self.channels}: must be {channels}, as {where} says of the shards"
             )
         theirs = [torch.tensor(made["statistics"][name]) for name in ("mean", "std")]
         if not all(map(torch.equal, self.statistics, theirs)):
@@ -353,3 +195,128 @@ class StableDiffusionVAE(Autoencoder):
                 image = vae.decode(torch.cat([part, padding])).sample
                 images.append(to_uint8(image[: len(part)]))
         return torch.cat(images)
+
+
+def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std (B, C, h, w) of the posterior, from its mean and log-variance (B, 2C, h, w).
+
+    The limits are those of diffusers' ``DiagonalGaussianDistribution``.
+    """
+    mean, log_variance = moments.chunk(2, dim=1)
+    return mean, (log_variance.clamp(-30, 20) / 2).exp()
+
+
+def load_autoencoder(path: str, name: str, revision: str | None = None) -> Any:
+    """A diffusers ``AutoencoderKL`` in float32, frozen, from a folder or else from the hub.
+
+    Args:
+        path: The folder, or ``OWNER/NAME`` or ``OWNER/NAME/SUBFOLDER`` of the hub.
+        name: What the user calls it.
+        revision: Of the hub: a branch, a tag or a commit.
+
+    Raises:
+        UserError: diffusers or the weights are missing, or they do not fit.
+    """
+    folder = Path(path).expanduser()
+    local = folder.is_dir()
+    if not local and not HUB_NAME.fullmatch(path):
+        raise UserError(f"{name}={path}: must be an existing folder, or OWNER/NAME of the hub")
+    try:
+        from diffusers import AutoencoderKL  # optional, and takes seconds to import
+        from diffusers.utils import logging
+    except (ImportError, RuntimeError) as error:  # it wraps errors of what it imports
+        raise UserError(
+            f"{name}={path}: needs diffusers, which cannot be imported ({one_line(error)}); "
+            "pip install diffusers"
+        ) from error
+    parts = path.split("/")
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what it would log is in the error
+    try:
+        vae, report = AutoencoderKL.from_pretrained(
+            str(folder) if local else "/".join(parts[:2]),
+            subfolder=None if local else "/".join(parts[2:]) or None,
+            revision=revision,
+            local_files_only=local,
+            use_safetensors=True,  # and no pickle
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,  # the other way needs accelerate
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        where = "folder" if local else "folder, or a name on the hub that can be reached,"
+        raise UserError(
+            f"{name}={path}: must be a {where} with an AutoencoderKL ({one_line(error)})"
+        ) from error
+    finally:
+        logging.set_verbosity(before)
+    if missing := sorted(report["missing_keys"]):  # they would stay random
+        raise UserError(
+            f"{name}={path}: must hold all weights of its AutoencoderKL; "
+            f"{len(missing)} are missing, such as {missing[0]}"
+        )
+    return vae.requires_grad_(False).eval()
+
+
+def weights_digest(vae: nn.Module) -> str:
+    """Hexadecimal sha256 of the state dict: names, in order, each with its values as float32."""
+    sha256 = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        sha256.update(f"{name} {tuple(value.shape)}\n".encode())
+        sha256.update(value.float().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def latents_beside(urls: Sequence[str], storage: Storage) -> dict[str, dict[str, Any]]:
+    """Every ``latents.json`` beside some shards, by its place.
+
+    Raises:
+        UserError: One cannot be read, or is that of an encoding that has not ended.
+    """
+    found = {}
+    for folder in sorted({split_url(url)[0] for url in urls if not is_pipe(url)}):
+        place = f"{folder}/{LATENTS}" if folder else LATENTS
+        if is_remote(place):
+            text = storage.text(place)
+        else:
+            text = Path(place).read_text() if Path(place).is_file() else None
+        if text is not None:
+            found[place] = _parse(text, place, "train_urls")
+    return found
+
+
+def read_statistics(path: str, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) per channel, of a ``latents.json``.
+
+    Raises:
+        UserError: It cannot be used, or is of another number of channels.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"statistics={path}: must be an existing file")
+    stored = _parse(Path(path).read_text(), path, "statistics")["statistics"]
+    try:
+        mean, std = [[float(value) for value in stored[key]] for key in ("mean", "std")]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"statistics={path}: must hold numbers, mean and std of each channel ({error!r})"
+        ) from error
+    if not len(mean) == len(std) == channels:
+        raise UserError(f"statistics={path}: must be of {channels} channels, are of {len(mean)}")
+    if not all(math.isfinite(value) for value in mean + std) or min(std) <= 0:
+        raise UserError(f"statistics={path}: must be finite, and std above 0")
+    return torch.tensor(mean), torch.tensor(std)
+
+
+def _parse(text: str, path: str, name: str) -> dict[str, Any]:
+    """A ``latents.json``; refuses other files, and that of an encoding that has not ended."""
+    try:
+        made = json.loads(text)
+        autoencoder, _, _ = made["autoencoder"], made["weights"], made["latent_shape"][0]
+        complete = "statistics" in made
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{name}={path}: must be a latents.json of data/encode_latents.py ({error!r})"
+        ) from error
+    if not complete:
+        raise UserError(f"{name}={path}: must be of shards that are all encoded ({autoencoder})")
+    return made

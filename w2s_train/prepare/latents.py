@@ -1,34 +1,34 @@
-"""The images of one shard, in their order, whole or with an error that names what is wrong.
+"""Shards of images to shards of latents: the moments of an autoencoder's posterior.
 
-Shards of images to shards of posterior moments, one at a time on one device.
-
-One process per device; each takes the next shard of a common list when it has done one.
+Images are decoded by threads while the batch before theirs is encoded on one device. Beside the
+shards lies ``latents.json``: their recipe and, once all of them are there, mean and std of the
+latents. `w2s_train.autoencoder` reads it.
 """
 
+import hashlib
 import io
-import signal
+import itertools
+import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from w2s_train.autoencoder import load_autoencoder, split_moments, weights_digest
+from w2s_train.autoencoder import LATENTS, load_autoencoder, split_moments, weights_digest
 from w2s_train.errors import UserError
-from w2s_train.prepare.engine import claim, remove_leftovers
+from w2s_train.prepare.engine import Task, Work, changed, write_json
 from w2s_train.shards.format import ShardTable, ShardWriter, check_whole, is_written, table_path
 from w2s_train.shards.samples import FLIPPED, decode_image, encoded_image, read_shard, to_float
 
-DECODERS = 2  # threads; a batch is decoded while the one before it is encoded
+# ---- the images of a shard
+
+DECODERS = 2  # threads
+AHEAD = 64  # images that are decoded before they are asked for
 
 
 class Image(NamedTuple):
@@ -39,16 +39,8 @@ class Image(NamedTuple):
     pixels: Tensor
 
 
-class Waiting(NamedTuple):
-    """A sample whose image is being decoded."""
-
-    key: str
-    label: int
-    pixels: Future[Tensor]
-
-
-class ShardImages:
-    """Iterates once over the images of a shard.
+class DecodedShard:
+    """Iterates once over the images of a shard, in their order.
 
     Args:
         shard: A local file.
@@ -69,18 +61,17 @@ class ShardImages:
 
     def __iter__(self) -> Iterator[Image]:
         samples = 0
+        waiting: deque[tuple[str, int, Future[Tensor]]] = deque()
         pool = ThreadPoolExecutor(DECODERS)
-        waiting: deque[Waiting] = deque()
         try:
             for sample in read_shard(self.shard):
                 samples += 1
                 content, label = encoded_image(sample, self.shard)
-                pixels = pool.submit(decode_image, content)
-                waiting.append(Waiting(sample["__key__"], label, pixels))
-                if len(waiting) > 64:
-                    yield from self._image(waiting.popleft())
+                waiting.append((sample["__key__"], label, pool.submit(decode_image, content)))
+                if len(waiting) > AHEAD:
+                    yield from self._image(*waiting.popleft())
             while waiting:
-                yield from self._image(waiting.popleft())
+                yield from self._image(*waiting.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
         if len(self.broken) > self.max_broken * samples:
@@ -89,11 +80,10 @@ class ShardImages:
                 f"{self.shard} cannot be decoded, the first is {self.broken[0]}"
             )
 
-    def _image(self, waiting: Waiting) -> list[Image]:
+    def _image(self, key: str, label: int, pixels: Future[Tensor]) -> list[Image]:
         """None or one."""
-        key = waiting.key
         try:
-            pixels = waiting.pixels.result()
+            decoded = pixels.result()
         except Exception as error:  # decoders raise almost anything on damaged bytes
             self.broken.append(key)
             if self.max_broken == 0:
@@ -102,7 +92,7 @@ class ShardImages:
                     "a share above 0 leaves such images out"
                 ) from error
             return []
-        return [Image(key, waiting.label, self._checked(key, pixels))]
+        return [Image(key, label, self._checked(key, decoded))]
 
     def _checked(self, key: str, pixels: Tensor) -> Tensor:
         channels, *size = pixels.shape
@@ -130,86 +120,47 @@ def first_size(shards: list[Path], max_broken: float) -> tuple[int, int]:
     """
     for shard in shards:
         check_whole(shard)
-        for image in ShardImages(shard, None, None, max_broken):
+        for image in DecodedShard(shard, None, None, max_broken):
             return image.pixels.shape[1], image.pixels.shape[2]
     raise UserError(f"source={shards[0]}: must hold images, there are none")
 
 
-def batched(images: ShardImages, size: int) -> Iterator[tuple[list[Image], Tensor]]:
-    """Up to ``size`` images at a time, and their pixels (B, C, H, W) uint8."""
-    batch: list[Image] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == size:
-            yield batch, torch.stack([each.pixels for each in batch])
-            batch = []
-    if batch:
-        yield batch, torch.stack([each.pixels for each in batch])
+def batched(images: DecodedShard, size: int) -> Iterator[list[Image]]:
+    """Up to ``size`` images at a time."""
+    found = iter(images)
+    while batch := list(itertools.islice(found, size)):
+        yield batch
 
+
+# ---- their latents
 
 FIELDS = {"float16": "npy", "bfloat16": "bf16.npy"}  # by type of the stored numbers
 PRECISIONS = ("float32", "bfloat16")
 MADE_OF = "source_bytes"  # in the table of a shard of latents: size of that of the images
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How images are encoded.
+class Settings(NamedTuple):
+    """How images are encoded."""
 
-    Args:
-        autoencoder: Folder or hub name.
-        revision: Of the hub; None is its main branch.
-        dtype: Of the stored moments, a key of `FIELDS`.
-        flip: Store the moments of the mirrored image, too.
-        precision: Of the computation, one of `PRECISIONS`.
-        batch_size: Images at a time.
-        max_broken: Share of a shard's images that may be undecodable.
-        size: (H, W) of the images.
-    """
-
-    autoencoder: str
-    revision: str | None
-    dtype: str
-    flip: bool
-    precision: str
-    batch_size: int
-    max_broken: float
-    size: tuple[int, int]
-
-
-class Task(NamedTuple):
-    """A shard to read, and the one to write."""
-
-    source: Path
-    target: Path
+    autoencoder: str  # folder or hub name
+    revision: str | None  # of the hub; None is its main branch
+    dtype: str  # of the stored moments, a key of `FIELDS`
+    flip: bool  # store the moments of the mirrored image, too
+    precision: str  # of the computation, one of `PRECISIONS`
+    batch_size: int  # images at a time
+    max_broken: float  # share of a shard's images that may be undecodable
+    size: tuple[int, int]  # (H, W) of the images
 
 
 class Facts(NamedTuple):
     """What is known once the autoencoder is loaded."""
 
     weights: str  # digest
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]  # (C, H, W)
     latent_shape: tuple[int, int, int]  # (C, h, w)
 
 
-def is_encoded(task: Task) -> bool:
-    """Whether the task is done.
-
-    Raises:
-        UserError: It is, but for another file of the source's name.
-    """
-    if not is_written(task.target):
-        return False
-    size, made_of = task.source.stat().st_size, ShardTable.load(table_path(task.target)).sums
-    if made_of.get(MADE_OF) != size:
-        raise UserError(
-            f"output={task.target}: must be of {task.source} with its {size:,} bytes, it is of "
-            f"another file of {made_of.get(MADE_OF, 0):,}; delete it to encode it again"
-        )
-    return True
-
-
-class Encoder:
+class Encoder(Work):
     """Encodes on one device, in this process, which it sets up for equal results everywhere.
 
     Raises:
@@ -236,26 +187,20 @@ class Encoder:
         self.facts = Facts(weights_digest(vae), (config.in_channels, height, width), latent)
         self.vae = vae.to(self.device)
 
-    def run(self, tasks: list[Task]) -> Iterator[int]:
-        """Encode shards; yields the number of images of each batch that is done."""
-        for task in tasks:
-            yield from self.encode_shard(task)
-
-    def encode_shard(self, task: Task) -> Iterator[int]:
-        """As `run`, for one."""
-        check_whole(task.source)
+    def write(self, source: Path, writer: ShardWriter) -> Iterator[int]:
+        """Write the latents of a shard of images."""
+        check_whole(source)
         channels, *_ = self.facts.image_shape
         settings = self.settings
-        images = ShardImages(task.source, channels, settings.size, settings.max_broken)
-        with claim(task.target), ShardWriter(task.target) as writer:
-            for batch, pixels in batched(images, settings.batch_size):
-                self._write(writer, batch, pixels, task.source)
-                yield len(batch)
-            writer.add("broken", np.array(len(images.broken)))
-            writer.add(MADE_OF, np.array(task.source.stat().st_size))
+        images = DecodedShard(source, channels, settings.size, settings.max_broken)
+        for batch in batched(images, settings.batch_size):
+            self._write(writer, batch, source)
+            yield len(batch)
+        writer.add("broken", np.array(len(images.broken)))
+        writer.add(MADE_OF, np.array(source.stat().st_size))
 
-    def _write(self, writer: ShardWriter, batch: list[Image], pixels: Tensor, source: Path) -> None:
-        x = to_float(pixels.to(self.device))
+    def _write(self, writer: ShardWriter, batch: list[Image], source: Path) -> None:
+        x = to_float(torch.stack([image.pixels for image in batch]).to(self.device))
         kind = FIELDS[self.settings.dtype]
         fields = {kind: self.moments(x)}
         if self.settings.flip:
@@ -315,158 +260,115 @@ def array_bytes(values: Tensor) -> bytes:
     return file.getvalue()
 
 
-class Progress(NamedTuple):
-    """Images done since the last message, and whether the shard is."""
-
-    images: int
-    finished: bool
-
-
-def work(connection: Connection, settings: Settings, device: str) -> None:
-    """What a process does: load, then encode the shards that it is sent.
-
-    It sends `Facts` first, then `Progress`; a `UserError` or an OSError instead of either ends it.
-    """
-    try:
-        encoder = Encoder(settings, device)
-        connection.send(encoder.facts)
-        while True:
-            for images in encoder.encode_shard(connection.recv()):
-                connection.send(Progress(images, finished=False))
-            connection.send(Progress(0, finished=True))
-    except (EOFError, ConnectionError):  # the command has ended
-        return
-    except (UserError, OSError) as error:
-        connection.send(error)
-
-
-class Worker:
-    """A process, seen from the command."""
-
-    def __init__(self, settings: Settings, device: str) -> None:
-        context = get_context("spawn")  # CUDA cannot be used after a fork
-        self.device = device
-        self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(
-            target=work, args=(theirs, settings, device), daemon=True
-        )
-        self.process.start()
-        theirs.close()  # so that the end of the process is the end of the stream
-        self.task: Task | None = None
-
-    def give(self, task: Task) -> None:
-        """Send it a shard to encode."""
-        self.task = task
-        try:
-            self.connection.send(task)
-        except BrokenPipeError:
-            raise self._death() from None
-
-    def facts(self) -> Facts:
-        """Wait until it has loaded the autoencoder."""
-        facts = self._receive()
-        assert isinstance(facts, Facts)
-        return facts
-
-    def progress(self) -> Progress:
-        """Wait for its next batch, or the end of its shard."""
-        progress = self._receive()
-        assert isinstance(progress, Progress)
-        return progress
-
-    def _receive(self) -> Facts | Progress:
-        """Wait for its next message.
-
-        Raises:
-            UserError: Its own, or it has died.
-            OSError: Its own.
-        """
-        try:
-            message = self.connection.recv()
-        except (EOFError, OSError):
-            raise self._death() from None
-        if isinstance(message, (UserError, OSError)):
-            raise message
-        return message
-
-    def _death(self) -> UserError:
-        self.process.join()
-        doing = self.task.source if self.task else "loading the autoencoder"
-        return UserError(
-            f"device={self.device}: its process must live, but ended with code "
-            f"{self.process.exitcode} at {doing}; finished shards are kept"
-        )
-
-    def end(self) -> None:
-        """End the process, and delete what it was writing."""
-        self.process.terminate()
-        self.process.join(10)
-        if self.process.is_alive():  # a driver may hold it
-            self.process.kill()
-            self.process.join()
-        self.connection.close()
-        if self.task is not None:
-            remove_leftovers(self.task.target)
-
-
-class Workers:
-    """A context manager: processes that encode, one per device, with `Encoder`'s ``run``.
-
-    Args:
-        settings: For each of them.
-        devices: One name per process.
+def is_encoded(task: Task) -> bool:
+    """Whether a shard is done.
 
     Raises:
-        UserError: Of any process, also that it has died.
-        OSError: Of any process.
+        UserError: It is, but for another file of the source's name.
     """
+    if not is_written(task.target):
+        return False
+    size, made_of = task.source.stat().st_size, ShardTable.load(table_path(task.target)).sums
+    if made_of.get(MADE_OF) != size:
+        raise UserError(
+            f"output={task.target}: must be of {task.source} with its {size:,} bytes, it is of "
+            f"another file of {made_of.get(MADE_OF, 0):,}; delete it to encode it again"
+        )
+    return True
 
-    def __init__(self, settings: Settings, devices: list[str]) -> None:
-        self.settings, self.devices = settings, devices
-        self.workers: list[Worker] = []
 
-    def __enter__(self) -> "Workers":
-        # Ctrl-C reaches the processes as well; the command ends them, so they ignore it from birth.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            self.workers = [Worker(self.settings, device) for device in self.devices]
-        finally:
-            signal.signal(signal.SIGINT, before)
-        try:
-            self.facts = [worker.facts() for worker in self.workers][0]
-        except BaseException:
-            self.end()
-            raise
-        return self
+# ---- latents.json
 
-    def run(self, tasks: list[Task]) -> Iterator[int]:
-        """Encode shards; yields the number of images of each batch that is done."""
-        waiting = list(reversed(tasks))
-        busy: dict[Connection, Worker] = {}
-        for worker in self.workers[: len(tasks)]:
-            worker.give(waiting.pop())
-            busy[worker.connection] = worker
-        while busy:
-            for connection in wait(list(busy)):
-                worker = busy[connection]  # type: ignore[index]
-                progress = worker.progress()
-                yield progress.images
-                if progress.finished:
-                    worker.task = None
-                    if waiting:
-                        worker.give(waiting.pop())
-                    else:
-                        del busy[connection]  # type: ignore[arg-type]
+# The same weights may be found under two names, and the same shards by two patterns.
+NAMES = ("autoencoder", "revision", "source")
 
-    def end(self) -> None:
-        """End all processes."""
-        for worker in self.workers:
-            worker.end()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.end()
+def recipe_of(settings: Settings, facts: Facts, source: str, shards: list[Path]) -> dict[str, Any]:
+    """What latents are made of and how.
+
+    Args:
+        settings: How they are encoded.
+        facts: Of the autoencoder.
+        source: How the user has named the shards.
+        shards: All of them, whichever this run encodes.
+    """
+    names = "".join(f"{shard.name}\n" for shard in shards)
+    return {
+        "autoencoder": settings.autoencoder,
+        "revision": settings.revision,
+        "weights": facts.weights,
+        "dtype": settings.dtype,
+        "flip": settings.flip,
+        "precision": settings.precision,
+        "batch_size": settings.batch_size,  # it decides about the last bits
+        "image_shape": list(facts.image_shape),
+        "latent_shape": list(facts.latent_shape),
+        "source": source,
+        "source_shards": len(shards),
+        "source_digest": hashlib.sha256(names.encode()).hexdigest(),
+    }
+
+
+def begin(folder: Path, recipe: dict[str, Any]) -> None:
+    """Write ``latents.json``, still without statistics, or agree with the one that is there.
+
+    Raises:
+        UserError: It is of another recipe, or shards are there without it.
+    """
+    path = folder / LATENTS
+    if not path.is_file():
+        if any(folder.glob("*.tar")):
+            raise UserError(
+                f"output={folder}: must be empty or hold a {LATENTS}; it holds other shards"
+            )
+        write_json(path, recipe)
+        return
+    try:
+        stored = json.loads(path.read_text())
+        before = {name: stored[name] for name in recipe}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"output={folder}: must hold a {LATENTS} of this command ({error!r})"
+        ) from error
+    names = [name for name in changed(before, recipe) if name not in NAMES]
+    if names:
+        differ = "; ".join(f"{name} {before[name]}, now {recipe[name]}" for name in names)
+        raise UserError(
+            f"output={folder}: must be a folder of its own, it holds latents of {differ} "
+            f"(made by {before['autoencoder']} of {before['source']})"
+        )
+
+
+class Summary(NamedTuple):
+    """Of all shards of a folder."""
+
+    images: int
+    broken: int
+    bytes: int
+    mean: list[float]  # per channel
+    std: list[float]
+    std_of_all: float  # over all channels; 1 over it is the one scale for all of them
+
+
+def complete(folder: Path, shards: list[Path], recipe: dict[str, Any]) -> Summary:
+    """Add the statistics to ``latents.json`` when all shards are written.
+
+    Over images (mirrored ones, too), height and width, exact for a posterior N(m, s^2):
+
+        E[z] = E[m],    Var[z] = E[m^2] + E[s^2] - E[z]^2.
+    """
+    tables = [ShardTable.load(table_path(shard)) for shard in shards]
+    first, second, count, broken = (
+        np.sum([table.sums[name] for table in tables if name in table.sums], axis=0)
+        for name in ("first", "second", "count", "broken")
+    )
+    mean, square = first / count, second / count
+    std = np.sqrt(square - mean**2)
+    std_of_all = float(np.sqrt(square.mean() - mean.mean() ** 2))
+    images, size = sum(map(len, tables)), sum(table.bytes for table in tables)
+    summary = Summary(images, int(broken), size, mean.tolist(), std.tolist(), std_of_all)
+    statistics = {name: getattr(summary, name) for name in ("mean", "std", "std_of_all")}
+    statistics["count"] = int(count)
+    counts = {"images": images, "broken": summary.broken}
+    write_json(folder / LATENTS, recipe | counts | {"statistics": statistics})
+    return summary

@@ -1,15 +1,11 @@
 """Where images come from: in shards, or one by one and dealt out to shards.
 
-A folder of images with one sub-folder per class.
-
-Parquet files, and folders that ``datasets.save_to_disk`` wrote.
-
-The ``datasets`` library reads them. Of parquet files it makes a copy that can be read in any order,
-as large as they are, in its cache (``HF_DATASETS_CACHE``).
-
-The data sets of torchvision, as it downloads and reads them.
-
-Webdataset shards: other people's, compressed ones, or our own in another size.
+- `ImageFolder`: a folder with one sub-folder per class.
+- `torchvision_images`: the data sets of torchvision, as it downloads and reads them.
+- `HuggingFaceImages`: parquet files, and folders that ``datasets.save_to_disk`` wrote. Of parquet
+  files, ``datasets`` makes a copy that can be read in any order, as large as they are, in its cache
+  (``HF_DATASETS_CACHE``).
+- `ShardSource`: webdataset shards: other people's, compressed ones, or our own in another size.
 """
 
 import functools
@@ -19,12 +15,11 @@ import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torchvision.datasets
 from PIL import Image
 from tqdm import tqdm
 
@@ -37,33 +32,35 @@ Identity = dict[str, str | int]
 
 
 class Item(NamedTuple):
-    """One image that is to go into a shard.
+    """One image that is to go into a shard."""
 
-    Args:
-        key: Name of the sample.
-        label: Its class.
-        name: What the user knows it by: a file, a row.
-        load: Gives the encoded image; raises OSError if it cannot be read.
-    """
-
-    key: str
+    key: str  # of the sample
     label: int
-    name: str
-    load: Callable[[], bytes]
+    name: str  # what the user knows it by: a file, a row
+    load: Callable[[], bytes]  # gives the encoded image; raises OSError if it cannot be read
+
+
+class Source(ABC):
+    """Images in shards. What a shard holds depends on the input alone, not on who reads it."""
+
+    classes: list[str]  # their names; empty if they are not known
+    identity: Identity  # what tells this input, and how it is dealt out, from others
+    notes: list[str]  # what the summary should say of it
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of shards."""
+
+    @abstractmethod
+    def read(self, shard: int) -> Iterator[Item]:
+        """The images of one shard, in their order."""
 
 
 class Images(ABC):
-    """Labelled images that can be read in any order.
+    """Labelled images that can be read in any order; `Dealt` makes a source of them."""
 
-    Args:
-        labels: (N,) int64, indices into ``classes``.
-        classes: Names of the classes; empty if they have none.
-        identity: What tells this data from other data.
-        notes: What the summary should say of them.
-    """
-
-    labels: np.ndarray
-    classes: list[str]
+    labels: np.ndarray  # (N,) int64, indices into ``classes``
+    classes: list[str]  # as of a source, as what follows
     identity: Identity
     notes: list[str]
 
@@ -74,28 +71,6 @@ class Images(ABC):
     @abstractmethod
     def content(self, index: int) -> bytes:
         """An encoded image; raises OSError if it cannot be read."""
-
-
-class Source(ABC):
-    """Images in shards. What a shard holds depends on the input alone, not on who reads it.
-
-    Args:
-        classes: Names of the classes; empty if they are not known.
-        identity: What tells this input, and how it is dealt out, from others.
-        notes: What the summary should say of it.
-    """
-
-    classes: list[str]
-    identity: Identity
-    notes: list[str]
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of shards."""
-
-    @abstractmethod
-    def read(self, shard: int) -> Iterator[Item]:
-        """The images of one shard, in their order."""
 
 
 class Dealt(Source):
@@ -139,23 +114,7 @@ def digest(parts: Iterable[str]) -> str:
     return sha256.hexdigest()[:16]
 
 
-def check_labels(labels: Sequence[int], classes: list[str], name: str) -> None:
-    """Refuse labels that are no classes.
-
-    Args:
-        labels: Of all images, of any size.
-        classes: Names of the classes; empty if they have none.
-        name: What a label's place is called, such as "row".
-
-    Raises:
-        UserError: One is negative or too large; names its place.
-    """
-    number = len(classes) or MOST_CLASSES
-    for place, label in enumerate(labels):
-        if not 0 <= label < number:
-            allowed = "at least 0" if label < 0 else f"in [0, {number - 1}]"
-            raise UserError(f"label={label}: must be {allowed} ({name} {place})")
-
+# ---- a folder
 
 SUFFIXES = tuple(
     ".png .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2".split()
@@ -246,37 +205,28 @@ def _image_size(entry: os.DirEntry[str]) -> int | None:
     return state.st_size if stat.S_ISREG(state.st_mode) else None
 
 
+# ---- Hugging Face
+
 Rows = Any  # a `datasets.Dataset`: the library is imported when it is needed
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls", "y")
 
 
-def load(path: str, split: str) -> Rows:
-    """The rows of parquet files or of a stored data set.
-
-    Args:
-        path: A parquet file, a glob of some, a folder of some, or a folder of ``save_to_disk``.
-        split: The part that is meant where there are several: of a stored ``DatasetDict``, or of a
-            folder whose file names begin with splits. Files and globs are taken whole.
-
-    Raises:
-        UserError: ``datasets`` is not installed, or there is no such thing.
-    """
+def _load(path: str, split: str) -> Rows:
     try:
         import datasets
     except ImportError as error:
         raise UserError(
             f"huggingface={path}: needs the datasets library, pip install 'w2s_train[huggingface]'"
         ) from error
-    folder = Path(path)
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if _is_stored(path):
             stored = datasets.load_from_disk(path)
             return _part(stored, split) if isinstance(stored, datasets.DatasetDict) else stored
         files = _parquet_files(path)
         names = [file.removeprefix(path) for file in files]
-        if folder.is_dir():
+        if Path(path).is_dir():
             found = datasets.load_dataset("parquet", data_dir=path)
             # Files whose names tell no split are all taken for "train".
             unnamed = list(found) == ["train"] and not any("train" in file for file in names)
@@ -295,6 +245,17 @@ def _part(parts: Any, split: str) -> Rows:
     return parts[split]
 
 
+def _is_stored(path: str) -> bool:
+    return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _files(path: str) -> list[Path]:
+    """That hold the data."""
+    if _is_stored(path):
+        return sorted(Path(path).rglob("*.arrow"), key=str)
+    return [Path(file) for file in _parquet_files(path)]
+
+
 def _parquet_files(path: str) -> list[str]:
     """Those that a file, a folder or a glob names, sorted."""
     pattern = f"{glob.escape(path)}/**/*.parquet" if Path(path).is_dir() else path
@@ -307,14 +268,7 @@ def _parquet_files(path: str) -> list[str]:
 
 
 def _column(found: list[str], columns: list[str], usual: tuple[str, ...], name: str) -> str:
-    """The column that is meant: the only one of the right type, or one with a usual name.
-
-    Args:
-        found: Columns of the right type.
-        columns: All columns.
-        usual: Names to look for.
-        name: What the option is called.
-    """
+    """The column that is meant: the only one ``found`` by its type, or one with a usual name."""
     if len(found) == 1:
         return found[0]
     named = next((column for column in usual if column in (found or columns)), None)
@@ -327,19 +281,21 @@ class HuggingFaceImages(Images):
     """The rows of a data set.
 
     Args:
-        path: See `load`.
-        split: See `load`.
+        path: A parquet file, a glob of some, a folder of some, or a folder of ``save_to_disk``.
+        split: The part that is meant where there are several: of a stored ``DatasetDict``, or of a
+            folder whose file names begin with splits. Files and globs are taken whole.
         image_column: Its name; None finds it by its type or a usual name.
         label_column: The same.
 
     Raises:
-        UserError: No such columns, or a row without a label.
+        UserError: ``datasets`` is not installed, there is no such thing, no such columns, or a row
+            without a label.
     """
 
     def __init__(
         self, path: str, split: str, image_column: str | None, label_column: str | None
     ) -> None:
-        rows = load(path, split)
+        rows = _load(path, split)
         from datasets import ClassLabel, Image
 
         types = dict(rows.features)
@@ -364,7 +320,7 @@ class HuggingFaceImages(Images):
             "image_column": image,
             "label_column": label,
             "labels": digest([*self.classes, self.labels.tobytes().hex()]),
-            "files": digest(f"{Path(f).name} {Path(f).stat().st_size}" for f in _sources(path)),
+            "files": digest(f"{file.name} {file.stat().st_size}" for file in _files(path)),
         }
         self.notes = []
 
@@ -380,14 +336,6 @@ class HuggingFaceImages(Images):
         raise OSError("no image")
 
 
-def _sources(path: str) -> list[str]:
-    """Files that hold the data."""
-    folder = Path(path)
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return sorted(str(file) for file in folder.rglob("*.arrow"))
-    return _parquet_files(path)
-
-
 def _labels(rows: Rows, column: str, names: list[str]) -> tuple[np.ndarray, list[str]]:
     """Labels (N,) int64, and the names of the classes: those given, or the texts in the column."""
     values = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
@@ -400,11 +348,22 @@ def _labels(rows: Rows, column: str, names: list[str]) -> tuple[np.ndarray, list
         values = [place[value] for value in values]
     if not all(type(value) is int for value in values):
         raise UserError(f"label_column={column}: must hold whole numbers or texts")
-    check_labels(values, names, "row")
+    _check_labels(values, names)
     if not values:
         raise UserError(f"label_column={column}: must hold rows, there are none")
     return np.array(values, np.int64), names
 
+
+def _check_labels(labels: list[int], classes: list[str]) -> None:
+    """Refuse labels that are no classes; of any size, and names of classes if they have some."""
+    number = len(classes) or MOST_CLASSES
+    for row, label in enumerate(labels):
+        if not 0 <= label < number:
+            allowed = "at least 0" if label < 0 else f"in [0, {number - 1}]"
+            raise UserError(f"label={label}: must be {allowed} (row {row})")
+
+
+# ---- torchvision
 
 SPLITS = {
     "CIFAR10": ("train", "test"),
@@ -430,10 +389,12 @@ def torchvision_images(name: str, root: Path, split: str, *, download: bool) -> 
         raise UserError(f"split={split}: must be one of {', '.join(SPLITS[name])} for {name}")
     if name == "ImageNet" and download:
         raise UserError("download: not for ImageNet; put its archives, unpacked or not, in --root")
+    from torchvision import datasets  # takes seconds to import
+
     try:
         if name == "ImageNet":
-            return ImageFiles(torchvision.datasets.ImageNet(root, split=split), split)
-        kind = getattr(torchvision.datasets, name)
+            return ImageFiles(datasets.ImageNet(root, split=split), split)
+        kind = getattr(datasets, name)
         return ImageArrays(kind(root, train=split == "train", download=download), split)
     except (RuntimeError, OSError) as error:
         hint = "" if download or name == "ImageNet" else "; --download fetches it"
@@ -441,26 +402,15 @@ def torchvision_images(name: str, root: Path, split: str, *, download: bool) -> 
         raise UserError(f"root={root}: must hold {name}{hint} ({reason})") from error
 
 
-def _identity(
-    dataset: torchvision.datasets.VisionDataset, split: str, content: list[str]
-) -> Identity:
-    return {"source": type(dataset).__name__, "part": split, "files": digest(content)}
-
-
 class ImageArrays(Images):
-    """A data set that torchvision holds in memory: CIFAR-10, CIFAR-100, MNIST.
+    """A part of a data set that torchvision holds in memory: CIFAR-10, CIFAR-100, MNIST."""
 
-    Args:
-        dataset: The data set.
-        split: Which part of it this is.
-    """
-
-    def __init__(self, dataset: torchvision.datasets.VisionDataset, split: str) -> None:
+    def __init__(self, dataset: Any, split: str) -> None:
         self.pixels = np.asarray(dataset.data)
         self.labels = np.asarray(dataset.targets, np.int64)
-        self.classes = list(dataset.classes)
-        self.identity = _identity(dataset, split, [self.labels.tobytes().hex()])
-        self.notes = []
+        self.classes, self.notes = list(dataset.classes), []
+        files = digest([self.labels.tobytes().hex()])
+        self.identity = {"source": type(dataset).__name__, "part": split, "files": files}
 
     def name(self, index: int) -> str:
         return f"image {index}"
@@ -473,26 +423,24 @@ class ImageArrays(Images):
 
 
 class ImageFiles(Images):
-    """A data set of files: ImageNet.
+    """A part of a data set of files: ImageNet."""
 
-    Args:
-        dataset: The data set.
-        split: Which part of it this is.
-    """
-
-    def __init__(self, dataset: torchvision.datasets.ImageNet, split: str) -> None:
+    def __init__(self, dataset: Any, split: str) -> None:
         self.folder = Path(dataset.split_folder)
         self.files = [str(Path(path).relative_to(self.folder)) for path, _ in dataset.samples]
         self.labels = np.array(dataset.targets, np.int64)
-        self.classes = [", ".join(names) for names in dataset.classes]
-        self.identity = _identity(dataset, split, self.files)
-        self.notes = []
+        self.classes, self.notes = [", ".join(names) for names in dataset.classes], []
+        files = digest(self.files)
+        self.identity = {"source": type(dataset).__name__, "part": split, "files": files}
 
     def name(self, index: int) -> str:
         return self.files[index]
 
     def content(self, index: int) -> bytes:
         return (self.folder / self.files[index]).read_bytes()
+
+
+# ---- shards
 
 
 class ShardSource(Source):
