@@ -22,7 +22,7 @@ from w2s_train.models.saved import read_checkpoint
 
 SWITCH = "--allow_imports"
 OURS = """
-    autoencoder callbacks features guidance interpolant metrics models objective sampler schedule
+    autoencoder callbacks evaluation features guidance interpolant metrics models objective sampler schedule
     segment timesteps weak
 """
 TRAINERS = "accelerators callbacks loggers plugins profilers strategies cli.ReduceLROnPlateau"
