@@ -22,8 +22,8 @@ from w2s_train.models.saved import read_checkpoint
 
 SWITCH = "--allow_imports"
 OURS = """
-    autoencoder callbacks evaluation features guidance interpolant metrics models objective sampler schedule
-    segment timesteps weak
+    autoencoder callbacks evaluation features guidance interpolant metrics models objective sampler
+    schedule segment timesteps weak
 """
 TRAINERS = "accelerators callbacks loggers plugins profilers strategies cli.ReduceLROnPlateau"
 ALLOWED = [

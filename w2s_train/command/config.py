@@ -166,24 +166,3 @@ def _check_file(path: Path) -> None:
     for value in content.values() if isinstance(content, dict) else ():
         if isinstance(value, str) and value.endswith((".yaml", ".yml")):
             _check_file(path.parent / value)
-
-
-def check_label_dropout(label_dropout: float, segments: Any, guidances: list[Any]) -> None:
-    """Refuse what would compare with and without a label where one of the two is never trained.
-
-    Raises:
-        UserError: It names the weak source or the guidance.
-    """
-    sources = [segment.weak for segment in segments]
-    users = [part for part in [*sources, *guidances] if part.needs_label]
-    if label_dropout == 1 and users:
-        raise UserError(
-            f"label_dropout={label_dropout}: must be below 1 for {type(users[0]).__name__}, which "
-            "compares with and without the label"
-        )
-    for weak in sources:
-        if weak.needs_label and label_dropout == 0:
-            raise UserError(
-                f"label_dropout={label_dropout}: must be above 0 for {type(weak).__name__}: the "
-                "null class would never be trained"
-            )
