@@ -4,6 +4,8 @@ import contextlib
 import functools
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,10 +40,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tables and downloads of one session; not the user's own."""
-    monkeypatch.setenv("W2S_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("W2S_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -140,27 +144,49 @@ def digits() -> None:
         ShardDataModule("data/digits/*.tar", **options).prepare_data()
 
 
-@pytest.fixture
-def command(digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run ``lightning COMMAND ...`` in this process, on a tiny config, in ``tmp_path``/run."""
+def lightning(
+    name: str, folder: Path, *options: str, config: str = "digits_w2s", tiny: bool = True
+) -> Path:
+    """Run ``lightning NAME ...`` in this process, on a tiny config; gives the run's folder."""
     from w2s_train.cli import main
 
+    files = [f"configs/{config}.yaml", *(["tests/tiny.yaml"] if tiny else [])]
+    arguments = [option for file in files for option in ("-c", file)]
+    with contextlib.chdir(ROOT):
+        main([name, *arguments, "--trainer.default_root_dir", str(folder), *options])
+    return folder
+
+
+@pytest.fixture
+def command(digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Run ``lightning COMMAND ...``, by default in ``tmp_path``/run."""
     monkeypatch.chdir(ROOT)
 
-    def run(
-        name: str,
-        *options: str,
-        config: str = "digits_w2s",
-        folder: str = "run",
-        tiny: bool = True,
-    ) -> Path:
-        path = tmp_path / folder
-        files = [f"configs/{config}.yaml", *(["tests/tiny.yaml"] if tiny else [])]
-        arguments = [option for file in files for option in ("-c", file)]
-        main([name, *arguments, "--trainer.default_root_dir", str(path), *options])
-        return path
+    def run(name: str, *options: str, folder: str = "run", **which: object) -> Path:
+        return lightning(name, tmp_path / folder, *options, **which)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fits(digits: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of a fit with some options, which is made once in a session; not to be changed.
+
+    To be called before a test changes anything, such as what a function does.
+    """
+
+    @functools.cache
+    def fit(*options: str) -> Path:
+        with torch.random.fork_rng(devices=[]):
+            return lightning("fit", tmp_path_factory.mktemp("fit") / "run", *options)
+
+    return fit
+
+
+@pytest.fixture
+def tiny_run(fits: Callable[..., Path], tmp_path: Path) -> Path:
+    """What ``command("fit")`` leaves in ``tmp_path``/run, as a copy of what one fit has made."""
+    return shutil.copytree(fits(), tmp_path / "run", symlinks=True)
 
 
 @pytest.fixture

@@ -9,17 +9,18 @@ import torch
 import yaml
 from conftest import ROOT, perturbed, sources
 from lightning.pytorch.cli import LightningCLI
+from recipes import OVERLAYS
 from shard_files import npy
 
 from w2s_train.command.run import Command, compose
 from w2s_train.datamodule import ShardDataModule
+from w2s_train.loading import instantiate as load
 from w2s_train.models import DiT
 from w2s_train.module import DiffusionModule
 from w2s_train.shards import ShardWriter
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-OVERLAYS = sorted(path.name for path in (ROOT / "configs" / "weak").glob("*.yaml"))
-MAIN = ["digits_w2s.yaml", "dit_b_w2s.yaml"]
+THIN = "--model.network.init_args.hidden_size=48"  # DiT-B/2 with thin blocks
 
 
 def write_latents(folder: Path, shards: int = 4, rows: int = 4) -> str:
@@ -45,7 +46,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_configs_instantiate(config: str, latents: str):
-    command = instantiate([config], latents)
+    command = instantiate([config], latents, *([THIN] if config == "dit_b_w2s.yaml" else []))
     assert isinstance(command, Command)
     assert isinstance(command.model, DiffusionModule)
     assert isinstance(command.datamodule, ShardDataModule)
@@ -56,21 +57,26 @@ DATA = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
 
 @pytest.mark.parametrize("name", DATA)
 def test_data_configs_instantiate(name: str, latents: str):
-    path = ROOT / "configs" / "data" / f"{name}.yaml"
-    stated = yaml.safe_load(path.read_text())
-    classes = f"--model.network.init_args.num_classes={stated['num_classes']}"
-    arguments = ["-c", str(ROOT / "configs" / "digits_w2s.yaml"), "--data", str(path), classes]
-    urls = [] if "prepare" in stated else ["--data.train_urls", latents]
-    data = compose(["fit", *arguments, *urls, "--data.in_memory=null"], run=False).datamodule
+    stated = yaml.safe_load((ROOT / "configs" / "data" / f"{name}.yaml").read_text())
+    urls = {} if "prepare" in stated else {"train_urls": latents}
+    data = load(ShardDataModule, stated | urls)
     assert (data.batch_size, data.flip) == (stated["batch_size"], stated.get("flip", False))
 
 
+def test_data_by_one_option(latents: str):
+    """As the README has it."""
+    option = ["--data", str(ROOT / "configs" / "data" / "mnist.yaml")]
+    assert instantiate(["digits_w2s.yaml"], latents, *option).datamodule.batch_size == 128
+
+
+@pytest.mark.parametrize(
+    "config", ["digits_w2s", pytest.param("dit_b_w2s", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("overlay", OVERLAYS)
-@pytest.mark.parametrize("config", MAIN)
 def test_overlays_instantiate(config: str, overlay: str, latents: str):
-    small = "--model.network.init_args.hidden_size=48"  # DiT-B/2 with thin blocks
-    command = instantiate([config, f"weak/{overlay}"], latents, small)
-    stated = yaml.safe_load((ROOT / "configs" / "weak" / overlay).read_text())
+    thin = [THIN] if config == "dit_b_w2s" else []
+    command = instantiate([f"{config}.yaml", f"weak/{overlay}.yaml"], latents, *thin)
+    stated = yaml.safe_load((ROOT / "configs" / "weak" / f"{overlay}.yaml").read_text())
     expected = stated["model"]["objective"]["init_args"]["segments"] or []
     built = command.model.objective.segments
     assert [type(s).__name__ for s in built] == [s["class_path"].split(".")[-1] for s in expected]
@@ -116,6 +122,7 @@ def test_the_small_examples_have_the_segments_that_the_studies_favour(config: st
     assert own["segments"] == stated["segments"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_dit_b_takes_steps_with_every_overlay(tmp_path: Path, latents: str, overlay: str):
     """The reference run with thin blocks: two optimisation steps."""
@@ -124,7 +131,7 @@ def test_dit_b_takes_steps_with_every_overlay(tmp_path: Path, latents: str, over
     options += [f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks=null"]
     options += ["--trainer.precision=32-true", "--model.objective.init_args.total_steps=2"]
     options += ["--model.network.init_args.hidden_size=96"]
-    command = instantiate(["dit_b_w2s.yaml", f"weak/{overlay}"], latents, *options)
+    command = instantiate(["dit_b_w2s.yaml", f"weak/{overlay}.yaml"], latents, *options)
     network = command.model.network
     before = network.final_layer.linear.weight.clone()
     command.trainer.fit(command.model, command.datamodule)
@@ -177,6 +184,7 @@ def test_validate_with_every_guidance(command):
     assert torch.equal(frozen, weights[0]["ema.module.final_layer.linear.weight"])
 
 
+@pytest.mark.slow
 def test_unconditional_training(command):
     """Every label is the null class, in training and when sampling."""
     options = ["-c", "configs/weak/branch.yaml", "--model.label_dropout=1.0"]
@@ -191,12 +199,6 @@ def test_unconditional_training(command):
     assert moved[:10].abs().max() == 0
     assert moved[10].abs().max() > 0
     assert torch.equal(module.generate([3, 4], [0, 1]), module.generate([3, 4], [7, 9]))
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_digits_run_with_every_overlay(command, overlay: str):
-    folder = command("fit", "-c", f"configs/weak/{overlay}", "--trainer.max_steps=3")
-    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
 def test_published_weights_by_config(tmp_path: Path):

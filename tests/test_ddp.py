@@ -3,7 +3,8 @@
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from test_resume import RECIPES, assert_same, checkpoint
+from recipes import OVERLAYS
+from test_resume import assert_same, checkpoint
 
 from w2s_train.running.guard import Guard
 from w2s_train.running.watched_ddp import WatchedDDP
@@ -45,7 +46,7 @@ def bad_step(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-CASES = [pytest.param(recipe, 1, id=recipe, marks=pytest.mark.long) for recipe in RECIPES]
+CASES = [pytest.param(recipe, 1, id=recipe, marks=pytest.mark.long) for recipe in OVERLAYS]
 CASES += [pytest.param("sgg", parts, id=f"sgg-{parts}") for parts in (1, 2)]
 
 

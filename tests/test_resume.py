@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, lightning
+from recipes import OVERLAYS, every_source, sources
 
 from w2s_train.checkpoint_file import write_checkpoint
 from w2s_train.module import DiffusionModule
+from w2s_train.running.record import find_checkpoint
 
 
 def checkpoint(folder: Path, name: str = "last") -> dict:
@@ -42,13 +45,69 @@ def assert_same(one: dict, other: dict) -> None:
     assert equal(one["optimizer_states"], other["optimizer_states"])
 
 
-RECIPES = sorted(path.stem for path in (ROOT / "configs" / "weak").glob("*.yaml"))
+@pytest.fixture(scope="module")
+def resumed(fits, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
+    """A run of 8 steps with every weak source, one that was stopped after 5, and its log then."""
+    options = [every_source(fits() / "checkpoints" / "last.ckpt"), "--data.flip=true"]
+    options += ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=6"]
+    options += ["--model.objective.init_args.total_steps=8", "--checkpoint.every_n_train_steps=5"]
+    eight, last = "--trainer.max_steps=8", "--ckpt_path=last"
+    folder = tmp_path_factory.mktemp("resumed")
+    whole = lightning("fit", folder / "whole", *options, eight)
+    part = lightning("fit", folder / "part", *options, "--trainer.max_steps=5", last)
+    before = (part / "metrics.csv").read_text().splitlines()
+    return whole, lightning("fit", part, *options, eight, last), before
 
 
 @pytest.mark.fault("1   stop and resume")
+def test_resumed_equals_uninterrupted(resumed):
+    """Stopped between two evaluations, when every schedule has begun; with accumulation."""
+    whole, part, _ = resumed
+    assert checkpoint(part)["global_step"] == 8
+    assert_same(checkpoint(whole), checkpoint(part))
+    final = [json.loads((folder / "scores.json").read_text())[-1] for folder in (whole, part)]
+    assert final[0]["value"] == final[1]["value"]
+
+
+def test_sources_had_learned_when_they_were_saved(resumed):
+    """Stopped between a snapshot and its refreshes, and between two steps of a small network."""
+    name = "objective.segments.%d.weak.%s"
+    snapshot, small = (sources().index(each) for each in ("Snapshot", "CoTrained"))
+    before, after = (checkpoint(resumed[1], f"step-00000{n}")["state_dict"] for n in (5, 8))
+    assert before[name % (small, "_extra_state")]["state"][0]["step"] == 2
+    assert after[name % (small, "_extra_state")]["state"][0]["step"] == 4
+    weights = name % (snapshot, "network.blocks.0.attn.qkv.weight")
+    assert not torch.equal(before[weights], after[weights])  # of step 4, and refreshed at 8
+
+
+def test_the_record_survives_a_resume(resumed):
+    """metrics.csv and scores.json go on; nothing logged before is lost."""
+    _, part, before = resumed
+    after = (part / "metrics.csv").read_text().splitlines()
+    assert after[: len(before)] == before
+    assert {line.split(",")[0] for line in before[1:]} == set("12345")
+    assert {line.split(",")[0] for line in after[1:]} == set("12345678")
+    assert [s["step"] for s in json.loads((part / "scores.json").read_text())] == [3, 6]
+    assert len(json.loads((part / "environment.json").read_text())) == 2
+
+
+def test_last_says_what_it_found(tiny_run: Path, caplog):
+    caplog.set_level("INFO")
+    assert find_checkpoint("last", tiny_run / "none", "fit") is None
+    assert (
+        f"no {tiny_run}/none/checkpoints/last.ckpt yet: starting from the beginning" in caplog.text
+    )
+    assert find_checkpoint("last", tiny_run, "fit") == str(
+        tiny_run / "checkpoints/step-000006.ckpt"
+    )
+    assert f"going on from {tiny_run}/checkpoints/last.ckpt (step-000006.ckpt)" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.fault("1   stop and resume")
 @pytest.mark.parametrize("stop", [2, 3, 5])
 @pytest.mark.parametrize("overlay", ["sgg", "separate"])
-def test_resumed_equals_uninterrupted(command, overlay: str, stop: int):
+def test_resumed_anywhere(command, overlay: str, stop: int):
     """Stop between two evaluations, at one, and after one; with accumulation."""
     options = ["-c", f"configs/weak/{overlay}.yaml", "--trainer.accumulate_grad_batches=2"]
     options += ["--trainer.val_check_interval=6", "--data.flip=true"]
@@ -62,8 +121,9 @@ def test_resumed_equals_uninterrupted(command, overlay: str, stop: int):
     assert [s["step"] for s in final] == [6, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("1   stop and resume")
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", OVERLAYS)
 def test_every_recipe_resumes(command, recipe: str):
     """Stopped at step 5 of 8: every schedule has begun, and a co-trained network has learned."""
     options = ["-c", f"configs/weak/{recipe}.yaml", "--trainer.val_check_interval=8"]
@@ -74,28 +134,7 @@ def test_every_recipe_resumes(command, recipe: str):
     assert_same(checkpoint(whole), checkpoint(part))
 
 
-def test_snapshots_and_co_trained_networks_resume(command):
-    """Stopped between a snapshot and its refreshes, and between two steps of a small network."""
-    weak = "{class_path: w2s_train.weak.%s, init_args: {%s}}"
-    entry = "{class_path: w2s_train.segment.Extrapolation, init_args: {low: %s, high: %s, "
-    entry += "scale: 0.3, weak: %s}}"
-    first = entry % (0.0, 0.5, weak % ("Snapshot", "step: 2, refresh_every: 2"))
-    second = entry % (0.5, 1.0, weak % ("CoTrained", "every: 2, lr: 0.01"))
-    options = [f"--model.objective.init_args.segments=[{first}, {second}]"]
-    whole = command("fit", *options, folder="whole")
-    command("fit", *options, "--trainer.max_steps=3", folder="part")
-    part = command("fit", *options, "--ckpt_path=last", folder="part")
-    state = checkpoint(part)["state_dict"]
-    assert state["objective.segments.1.weak._extra_state"]["state"][0]["step"] == 3
-    assert_same(checkpoint(whole), checkpoint(part))
-    assert not torch.equal(  # what was taken at step 4, and refreshed at 6
-        state["objective.segments.0.weak.network.blocks.0.attn.qkv.weight"],
-        checkpoint(part, "step-000003")["state_dict"][
-            "objective.segments.0.weak.network.blocks.0.attn.qkv.weight"
-        ],
-    )
-
-
+@pytest.mark.slow
 def test_a_file_does_not_say_whether_steps_are_fused(command):
     """Those of before they were resume, and go on fused: the host waits for nothing."""
     options = ["-c", "configs/weak/separate.yaml", "--trainer.val_check_interval=1000"]
@@ -112,53 +151,31 @@ def test_a_file_does_not_say_whether_steps_are_fused(command):
     assert_same(checkpoint(whole), checkpoint(part))
 
 
-def test_the_record_survives_a_resume(command):
-    """metrics.csv and scores.json go on; nothing logged before is lost."""
-    folder = command("fit", "--trainer.max_steps=3")
-    before = (folder / "metrics.csv").read_text().splitlines()
-    command("fit", "--ckpt_path=last")
-    after = (folder / "metrics.csv").read_text().splitlines()
-    assert after[: len(before)] == before
-    steps = [line.split(",")[0] for line in after[1:]]
-    assert set(steps) == {"1", "2", "3", "4", "5", "6"}
-    assert [s["step"] for s in json.loads((folder / "scores.json").read_text())] == [3, 6]
-    assert len(json.loads((folder / "environment.json").read_text())) == 2
-
-
-def test_last_says_what_it_found(command, capsys, caplog):
-    caplog.set_level("INFO")
-    folder = command("fit", "--ckpt_path=last")
-    assert f"no {folder}/checkpoints/last.ckpt yet: starting from the beginning" in caplog.text
-    command("fit", "--ckpt_path=last", "--trainer.max_steps=7")
-    assert f"going on from {folder}/checkpoints/last.ckpt" in caplog.text
-
-
-def test_a_fresh_fit_moves_the_earlier_run_aside(command, capsys):
-    folder = command("fit")
-    first = (folder / "scores.json").read_text()
-    command("fit", "--seed_everything=1")
+@pytest.mark.slow
+def test_a_fresh_fit_moves_the_earlier_run_aside(command, tiny_run: Path, capsys):
+    first = (tiny_run / "scores.json").read_text()
+    folder = command("fit", "--seed_everything=1")
     assert (folder.with_name("run.1") / "scores.json").read_text() == first
     assert (folder / "scores.json").read_text() != first
     assert "it is now" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_another_run_starts_a_new_one(command):
+@pytest.mark.slow
+def test_a_checkpoint_of_another_run_starts_a_new_one(command, tiny_run: Path, tmp_path: Path):
     """It continues from there, in a folder of its own; an earlier run there is moved aside."""
-    first, second = command("fit", folder="first"), command("fit", folder="second")
-    start = f"--ckpt_path={first}/checkpoints/step-000003.ckpt"
-    command("fit", start, folder="second")
+    second = shutil.copytree(tiny_run, tmp_path / "second", symlinks=True)
+    command("fit", f"--ckpt_path={tiny_run}/checkpoints/step-000003.ckpt", folder="second")
     assert (second.with_name("second.1") / "scores.json").is_file()
     assert [s["step"] for s in json.loads((second / "scores.json").read_text())] == [6]
-    assert_same(checkpoint(first), checkpoint(second))
+    assert_same(checkpoint(tiny_run), checkpoint(second))
 
 
-def test_checkpoints_rebuild_the_module(command):
+def test_checkpoints_rebuild_the_module(tiny_run: Path):
     """`load_from_checkpoint` needs no arguments, and generates the same images."""
-    folder = command("fit")
-    path = folder / "checkpoints" / "last.ckpt"
+    path = tiny_run / "checkpoints" / "last.ckpt"
     first = DiffusionModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     again = DiffusionModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    state = checkpoint(folder)["state_dict"]
+    state = checkpoint(tiny_run)["state_dict"]
     for name, value in first.state_dict().items():
         assert torch.equal(value, state[name]), name
     assert torch.equal(first.generate([5], [5]), again.generate([5], [5]))
@@ -230,7 +247,7 @@ def test_two_processes(tmp_path: Path):
 @pytest.mark.fault("1   stop and resume")
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", OVERLAYS)
 def test_every_recipe_resumes_on_two_processes(command, tmp_path: Path, recipe: str):
     """The same with DDP; the second process is a fork of this one, which spares its imports."""
     shared = ["-c", f"configs/weak/{recipe}.yaml", "--trainer.val_check_interval=8"]
