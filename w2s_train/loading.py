@@ -2,9 +2,8 @@
 
 A class path is an order to import and to call. Of everything that is installed, few things are safe
 to call with arguments of a stranger's choice; those stand here. The switch ``--allow_imports`` adds
-packages, on the command line and nowhere else: a config cannot allow itself anything.
-
-A module from one of its checkpoints, which may come from a stranger.
+packages, on the command line and nowhere else: a config cannot allow itself anything. A module is
+built from its checkpoint, which may come from a stranger, by the same rules.
 """
 
 import argparse
@@ -32,8 +31,50 @@ ALLOWED = [
     "lightning.fabric.plugins",  # where environments and the writing of checkpoints are defined
     "torch.optim",
 ]
-Module = TypeVar("Module")
+# What old configs and checkpoints name and nothing has any more, with the last commit that had it.
+REMOVED: dict[str, dict[str, tuple[Any, str]]] = {  # class -> argument -> its default, the commit
+    "w2s_train.segment.Extrapolation": {"share": (1.0, "b8536ed")},
+}
+MOVED = {  # class -> what to name instead
+    "w2s_train.callbacks.LeavesScores": (
+        "must be leaves.LeavesScores, with PYTHONPATH=experiments/leaves and --allow_imports "
+        "leaves; commit b8536ed ran it last under this name"
+    ),
+}
+Module = TypeVar("Module", bound=nn.Module)
 trusted = list[str]()  # packages that the switch adds
+
+
+def without_removed(node: Any, key: str = "") -> Any:
+    """A config or settings, as plain values, less arguments that are gone and say nothing.
+
+    Args:
+        node: All of it, or a part; is changed in place.
+        key: The dotted key of that part.
+
+    Raises:
+        UserError: Such an argument is not at its default, or a class has moved away.
+    """
+    if isinstance(node, dict):
+        arguments = node.get("init_args")
+        removed = (
+            REMOVED.get(str(node.get("class_path")), {}) if isinstance(arguments, dict) else {}
+        )
+        for name, (default, commit) in removed.items():
+            if (value := arguments.pop(name, default)) != default:
+                full = f"{key}.init_args.{name}".removeprefix(".")
+                raise UserError(
+                    f"{full}={value}: is gone, must be {default} or left out; commit {commit} ran "
+                    "it last"
+                )
+        for name, value in node.items():
+            without_removed(value, f"{key}.{name}" if key else name)
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            without_removed(value, f"{key}[{i}]")
+    elif isinstance(node, str) and node in MOVED:
+        raise UserError(f"{key or 'class_path'}={node}: {MOVED[node]}")
+    return node
 
 
 def restrict_imports(args: list[str]) -> list[str]:
@@ -140,9 +181,6 @@ def instantiate(cls: type[Module], settings: dict[str, Any]) -> Module:
     return parser.instantiate_classes(config).module
 
 
-Module = TypeVar("Module", bound=nn.Module)
-
-
 def load_module(cls: type[Module], path: str) -> Module:
     """The module as its checkpoint's settings and weights say.
 
@@ -162,7 +200,7 @@ def load_module(cls: type[Module], path: str) -> Module:
         raise UserError(f"path={path}: must be a checkpoint with the settings of its module")
     settings = {key: value for key, value in settings.items() if key != "_instantiator"}
     try:
-        module: Any = instantiate(cls, settings)
+        module: Any = instantiate(cls, without_removed(settings))
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"])
     except (argparse.ArgumentError, TypeError, ValueError, KeyError, RuntimeError) as error:
