@@ -33,10 +33,16 @@ from common import about
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from w2s_train.shards import ShardStream, ShardWriter, Storage, expand_urls, write_index
-from w2s_train.shards.dataset import IndexedStore
+from w2s_train.shards import (
+    ShardBatches,
+    ShardFiles,
+    ShardWriter,
+    Storage,
+    expand_urls,
+    write_index,
+)
 from w2s_train.shards.index import find_shards
-from w2s_train.shards.order import StreamOrder
+from w2s_train.shards.order import Positions, StreamOrder
 
 PER_SHARD, WINDOW = 1000, 10_000
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -60,13 +66,14 @@ def write(folder: Path, samples: int, shape: tuple[int, ...]) -> None:
     write_index(folder)
 
 
-def stream(folder: Path, batch_size: int) -> ShardStream:
+def stream(folder: Path, batch_size: int, **options: Any) -> DataLoader:
     """Ours."""
     storage = Storage(folder / "cache")
     shards = find_shards(expand_urls(str(folder / "train-*.tar")), storage)
     order = StreamOrder([shard.samples for shard in shards], seed=0, window=WINDOW)
-    store = IndexedStore(shards, storage, flip=False)
-    return ShardStream(store, order, batch_size=batch_size, rank=0, world_size=1)
+    batches = ShardBatches(ShardFiles(shards, storage), order)
+    positions = Positions(lambda: 0, batch_size, rank=0, world_size=1)
+    return DataLoader(batches, batch_size=None, sampler=positions, **options)
 
 
 def ours(folder: Path, batch_size: int) -> Batches:
@@ -117,9 +124,7 @@ def to_device(folder: Path, batch_size: int, workers: int, samples: int) -> floa
     """Samples per second through worker processes, up to tensors on the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pinned = device.type == "cuda"
-    loader = DataLoader(
-        stream(folder, batch_size), batch_size=None, num_workers=workers, pin_memory=pinned
-    )
+    loader = stream(folder, batch_size, num_workers=workers, pin_memory=pinned)
 
     def batches() -> Batches:
         for batch in loader:

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import time
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from w2s_train.cli import main
 from w2s_train.errors import UserError
@@ -36,6 +37,28 @@ IN_STEP = {
     "stuck": stuck,
     "error": error,
 }
+
+
+def bad_loss(
+    at: dict[int, float], rank: int | None = None, patch: Callable[..., Any] = setattr
+) -> None:
+    """Have the loss of one process multiplied, by optimizer step, and with it the gradient."""
+    from w2s_train.module import DiffusionModule
+
+    step, measure = DiffusionModule.training_step, DiffusionModule.measure
+
+    def factor(module) -> float:
+        return at.get(module.global_step, 1.0) if rank in (None, module.global_rank) else 1.0
+
+    def training_step(self, batch, batch_idx):
+        return step(self, batch, batch_idx) * factor(self)
+
+    def measured(self, optimizer):
+        loss, norm = measure(self, optimizer)
+        return loss * factor(self), norm
+
+    patch(DiffusionModule, "training_step", training_step)
+    patch(DiffusionModule, "measure", measured)
 
 
 def inject(fault: str, rank: int) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from w2s_train.shards import ShardWriter, Storage, expand_urls, write_index
-from w2s_train.shards.dataset import IndexedStore, Rows, Store
+from w2s_train.shards import ShardFiles, ShardWriter, Storage, expand_urls, write_index
+from w2s_train.shards.dataset import Decoded, Rows
 from w2s_train.shards.index import find_shards
 from w2s_train.shards.order import Places
 
@@ -96,10 +96,10 @@ def same(one: dict, other: dict) -> bool:
     return torch.equal(one["image"], other["image"]) and torch.equal(one["label"], other["label"])
 
 
-def store(pattern: str, storage: Storage, *, flip: bool = False) -> IndexedStore:
-    return IndexedStore(find_shards(expand_urls(pattern), storage), storage, flip=flip)
+def files(pattern: str, storage: Storage, *, flip: bool = False) -> ShardFiles:
+    return ShardFiles(find_shards(expand_urls(pattern), storage), storage, flip=flip)
 
 
-def read(source: Store, rows: Iterable[int], mirrored: Any = False) -> Rows:
+def read(source: ShardFiles | Decoded, rows: Iterable[int], mirrored: Any = False) -> Rows:
     numbers = np.array(rows)
     return source.read(Places(numbers, np.broadcast_to(mirrored, numbers.shape)))

@@ -23,6 +23,7 @@ from w2s_train.running import checkpoint_io
 from w2s_train.running import checkpoints as module
 from w2s_train.running.checkpoint_io import CheckpointFiles
 from w2s_train.running.checkpoints import Checkpoints, fingerprint
+from w2s_train.running.run import Run
 from w2s_train.signals import REQUESTS
 
 LONG = ["--trainer.val_check_interval=1000"]
@@ -149,7 +150,7 @@ def test_one_wish_is_one_checkpoint(command, monkeypatch):
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     options = ["--checkpoint.every_minutes=2", "--checkpoint.every_n_train_steps=1000"]
     command("fit", *LONG, "--trainer.max_steps=9", *options)
-    assert saved == [5, 9]
+    assert saved == [4, 9]
 
 
 def test_a_run_stops_after_whole_steps(command, monkeypatch):
@@ -183,7 +184,7 @@ def test_a_run_stops_after_whole_steps(command, monkeypatch):
 def test_a_checkpoint_comes_before_each_evaluation(command, monkeypatch, options: list[str]):
     """When that is, is said by us and by Lightning in ways of their own."""
     saved, validated = [], []
-    real, start = Checkpoints.save, module.Checkpoints.on_validation_start
+    real, start = Checkpoints.save, Run.on_validation_start
     monkeypatch.setattr(
         Checkpoints, "save", lambda self, t, m: (saved.append(t.global_step), real(self, t, m))
     )
@@ -192,7 +193,7 @@ def test_a_checkpoint_comes_before_each_evaluation(command, monkeypatch, options
         validated.append(trainer.global_step)
         start(self, trainer, pl_module)
 
-    monkeypatch.setattr(Checkpoints, "on_validation_start", on_validation_start)
+    monkeypatch.setattr(Run, "on_validation_start", on_validation_start)
     command("fit", "--trainer.max_steps=14", "--checkpoint.every_n_train_steps=1000", *options)
     assert len(validated) > 1 and saved == [*validated, 14]
 

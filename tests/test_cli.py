@@ -134,12 +134,12 @@ BAD = {
         ["--model.label_dropout=0.0", source("NullClass")],
         ["model.label_dropout=0.0", "above 0 for NullClass"],
     ),
-    "points of other classes": (
+    "a callback that moved": (
         [
             "--trainer.callbacks={class_path: w2s_train.callbacks.LeavesScores, "
             "init_args: {num_classes: 4, depth: 1}}"
         ],
-        ["num_classes=4", "must equal the network's, 10"],
+        ["class_path=w2s_train.callbacks.LeavesScores: must be leaves.LeavesScores", "b8536ed"],
     ),
     "no such seed": (["--seed_everything=-1"], ["seed_everything=-1", "[0, 4294967295]"]),
     "no steps": (["--trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),

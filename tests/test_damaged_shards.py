@@ -9,18 +9,18 @@ import pytest
 from PIL import Image
 from shard_files import (
     add,
+    files,
     number_image,
     overwrite,
     png,
     read,
-    store,
     write_latents,
     write_numbers,
 )
 
 from w2s_train.errors import UserError
-from w2s_train.shards import ShardWriter, Storage, expand_urls, write_index
-from w2s_train.shards.dataset import IndexedStore, MemoryStore
+from w2s_train.shards import ShardFiles, ShardWriter, Storage, expand_urls, write_index
+from w2s_train.shards.dataset import Decoded
 from w2s_train.shards.format import ShardTable, table_path
 from w2s_train.shards.index import check_labels, find_shards
 
@@ -34,7 +34,7 @@ def test_a_cut_shard_is_known_before_it_is_read(tmp_path: Path, storage: Storage
     shards = find_shards(expand_urls(pattern), storage)
     assert [shard.lost for shard in shards] == [0, 3]
     assert "cut off at" in shards[1].damage
-    rows = read(IndexedStore(shards, storage, flip=False), range(20))
+    rows = read(ShardFiles(shards, storage), range(20))
     assert sorted(rows.bad) == [17, 18, 19]
     assert rows.image[:17, 0, 0, 0].tolist() == list(range(17))
 
@@ -50,7 +50,7 @@ def test_a_cut_shard_without_an_index(tmp_path: Path, storage: Storage, cut: str
     [shard] = find_shards(expand_urls(pattern), storage)
     assert shard.samples == 7
     assert "cut off after 0007" in shard.damage
-    rows = read(IndexedStore([shard], storage, flip=False), range(7))
+    rows = read(ShardFiles([shard], storage), range(7))
     assert rows.bad == {} and rows.image[:, 0, 0, 0].tolist() == list(range(7))
 
 
@@ -74,7 +74,7 @@ def test_a_missing_shard_of_an_index(tmp_path: Path, storage: Storage):
     for urls in (pattern, str(tmp_path / "train-{000000..000002}.tar")):
         shards = find_shards(expand_urls(urls), storage)
         assert [(shard.samples, shard.lost) for shard in shards] == [(5, 0), (5, 5), (5, 0)]
-    rows = read(IndexedStore(shards, storage, flip=False), [4, 5, 9, 10])
+    rows = read(ShardFiles(shards, storage), [4, 5, 9, 10])
     assert sorted(rows.bad) == [1, 2]
     assert "FileNotFoundError" in rows.bad[1]
 
@@ -86,7 +86,7 @@ def test_a_corrupt_image_names_itself(tmp_path: Path, storage: Storage):
         kinds = [whole, b"", b"text", whole[:500], whole[:30] + b"\0" * 900 + whole[930:]]
         for i, content in enumerate(kinds):
             writer.write(f"{i}", 0, png=content)
-    rows = read(store(str(tmp_path / "*.tar"), storage), range(5))
+    rows = read(files(str(tmp_path / "*.tar"), storage), range(5))
     assert sorted(rows.bad) == [1, 2, 3, 4]
     assert all(rows.bad.values())
 
@@ -97,7 +97,7 @@ def test_pickled_arrays_are_refused(tmp_path: Path, storage: Storage):
     np.save(stream, np.array([{"a": 1}]), allow_pickle=True)
     with ShardWriter(tmp_path / "train-000000.tar") as writer:
         writer.write("a", 0, npy=stream.getvalue())
-    assert "pickle" in read(store(str(tmp_path / "*.tar"), storage), [0]).bad[0]
+    assert "pickle" in read(files(str(tmp_path / "*.tar"), storage), [0]).bad[0]
 
 
 @pytest.mark.parametrize("label", [10, 999, -1])
@@ -139,7 +139,7 @@ def test_other_shapes_are_named(tmp_path: Path, storage: Storage):
         writer.write("small", 0, png=number_image(0))
         writer.write("large", 0, png=png(np.zeros((3, 3), np.uint8)))
     with pytest.raises(UserError, match="small of .* large of "):
-        read(store(str(tmp_path / "*.tar"), storage), [0, 1])
+        read(files(str(tmp_path / "*.tar"), storage), [0, 1])
 
 
 def test_mixed_and_empty_shards(tmp_path: Path, storage: Storage):
@@ -155,7 +155,7 @@ def test_mixed_and_empty_shards(tmp_path: Path, storage: Storage):
     for listed in (True, False):
         if not listed:
             (tmp_path / "index.json").unlink()
-        rows = read(store(str(tmp_path / "*.tar"), storage), [0, 1])
+        rows = read(files(str(tmp_path / "*.tar"), storage), [0, 1])
         assert rows.bad == {} and rows.label.tolist() == [1, 2]
         assert rows.image[:, 0, 0, 0].tolist() == [7, 80]
 
@@ -164,7 +164,7 @@ def test_shards_without_data(tmp_path: Path, storage: Storage):
     with ShardWriter(tmp_path / "train-000000.tar") as writer:
         writer.write("a", 0, txt=b"words")
     with pytest.raises(UserError, match="must hold one of .* it holds txt"):
-        read(store(str(tmp_path / "*.tar"), storage), [0])
+        read(files(str(tmp_path / "*.tar"), storage), [0])
 
 
 def test_an_index_of_other_shards(tmp_path: Path, storage: Storage):
@@ -182,9 +182,9 @@ def test_a_damaged_mirrored_array(tmp_path: Path, storage: Storage):
     """It is bad when it is due, from the disk and from memory, and only then."""
     pattern = write_latents(tmp_path, [6], (1, 2, 2))
     overwrite(tmp_path / "train-000000.tar", "000003", b"\0" * 200)  # the first field: flip.npy
-    disk = store(pattern, storage, flip=True)
+    disk = files(pattern, storage, flip=True)
     turn = np.array([False, True, True])
-    for source in (disk, MemoryStore(disk, 6, flip=True)):
+    for source in (disk, Decoded(disk)):
         assert sorted(read(source, [3, 3, 4], turn).bad) == [1]
 
 
@@ -194,7 +194,7 @@ def test_a_broken_table_is_scanned_anew(tmp_path: Path, storage: Storage):
     first, second = (table_path(tmp_path / f"train-00000{i}.tar") for i in range(2))
     for content in (b"", b"PK", first.read_bytes()):
         second.write_bytes(content)
-        rows = read(store(pattern, storage), [7])
+        rows = read(files(pattern, storage), [7])
         assert rows.bad == {} and rows.label.tolist() == [7]
 
 
@@ -203,17 +203,17 @@ def test_a_shard_that_comes_back(tmp_path: Path, storage: Storage, monkeypatch):
     pattern = write_numbers(tmp_path, [5])
     path = tmp_path / "train-000000.tar"
     path.rename(tmp_path / "away")
-    source = store(pattern, storage)
+    source = files(pattern, storage)
     assert read(source, [1]).bad
     (tmp_path / "away").rename(path)
     assert read(source, [1]).bad
-    monkeypatch.setattr("w2s_train.shards.indexed.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("w2s_train.shards.dataset.RETRY_SECONDS", 0.0)
     assert read(source, [1]).bad == {}
 
 
 def test_the_machine_is_not_the_data(tmp_path: Path, storage: Storage, monkeypatch):
     """Too many open files are no damaged samples."""
-    source = store(write_numbers(tmp_path, [5]), storage)
+    source = files(write_numbers(tmp_path, [5]), storage)
 
     def full(path, flags):
         raise OSError(24, "Too many open files")

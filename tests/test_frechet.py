@@ -42,13 +42,11 @@ def test_distance_equals_clean_fids():
 
 
 def test_singular_covariances():
-    """Rank 5 of 32, commuting: sum (sqrt a - sqrt b)^2, where sqrtm leaves the real numbers."""
+    """Rank 5 of 32, commuting: sum (sqrt a - sqrt b)^2."""
     q, _ = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64))
     spectra = torch.zeros(2, 32, dtype=torch.float64)
     spectra[:, :5] = torch.rand(2, 5, dtype=torch.float64)
     a, b = ((q * spectrum) @ q.T for spectrum in spectra)
-    root = scipy.linalg.sqrtm((a @ b).numpy())
-    assert np.iscomplexobj(root) or not np.isfinite(root).all()
     zero = torch.zeros(32, dtype=torch.float64)
     ours = frechet_distance(Moments(zero, a, 9), Moments(zero, b, 9))
     expected = (spectra[0].sqrt() - spectra[1].sqrt()).square().sum().item()

@@ -56,6 +56,8 @@ class Process:
     def __init__(self, rank: int, world_size: int) -> None:
         self.global_rank, self.world_size, self.global_step = rank, world_size, 0
         self.accumulate_grad_batches, self.val_check_interval = 1, 3
+        self.overfit_batches = 0.0
+        self._accelerator_connector = SimpleNamespace(use_distributed_sampler=False)
         self.limit_train_batches = 1.0
         self.lightning_module = SimpleNamespace(images_seen=0)
         progress = SimpleNamespace(total=SimpleNamespace(ready=0))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import sources
+from given import evaluate as losses_at
 from torch import Tensor
 
 from w2s_train.guidance import ClassifierFree, Guidance, evaluate
@@ -22,7 +23,7 @@ from w2s_train.interpolant import (
 )
 from w2s_train.models import DiT
 from w2s_train.models.published import architecture
-from w2s_train.objective import Losses, WeakToStrongObjective
+from w2s_train.objective import WeakToStrongObjective
 from w2s_train.sampler import Euler, EulerMaruyama, Heun, Sampler
 from w2s_train.schedule import Schedule
 from w2s_train.segment import Consistency, Extrapolation, Segment
@@ -247,7 +248,7 @@ def check_loss(golden: Golden, name: str, case: dict) -> None:
     step = Step(round(case["training_duration"] * TOTAL_STEPS))
 
     noisy = golden_noisy(golden, case, interpolant)
-    losses: Losses = objective.evaluate(network, noisy, golden[case["labels"]], step=step)
+    losses = losses_at(objective, network, noisy, golden[case["labels"]], step)
     torch.testing.assert_close(losses.per_sample, golden[f"case/{name}/loss"], rtol=1e-5, atol=0)
     mean = golden[f"case/{name}/loss_mean"]
     torch.testing.assert_close(losses.total.detach(), mean.reshape(()), rtol=1e-5, atol=0)

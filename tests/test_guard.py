@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from faulty import bad_loss
 from test_resume import assert_same, checkpoint
 from torch.utils.tensorboard.writer import FileWriter as EventFileWriter
 
@@ -55,7 +56,7 @@ def test_it_goes_back_to_before_the_bad_steps(tmp_path: Path, in_a_row: int, exp
         write_checkpoint({}, tmp_path / "checkpoints" / f"step-{step:06d}.ckpt")
     point_to(tmp_path / "checkpoints/last.ckpt", tmp_path / "checkpoints/step-000020.ckpt")
     strategy = SimpleNamespace(broadcast=lambda value: value)
-    trainer: Any = SimpleNamespace(default_root_dir=tmp_path, callbacks=[], is_global_zero=True)
+    trainer: Any = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True)
     trainer.strategy, trainer.global_step, guard = strategy, 9, Guard()
     guard.in_a_row = in_a_row
     found = guard._last_good(trainer)
@@ -65,12 +66,7 @@ def test_it_goes_back_to_before_the_bad_steps(tmp_path: Path, in_a_row: int, exp
 def test_the_host_waits_if_the_first_bad_step_is_one_too_many(command, monkeypatch, recwarn):
     """An accelerator's host would hear of it after the next step, which is good."""
     monkeypatch.setattr("w2s_train.running.guard.waits_cost", lambda trainer: True)
-    real = DiffusionModule.training_step
-
-    def training_step(self, batch, batch_idx):
-        return real(self, batch, batch_idx) * (math.nan if self.global_step == 4 else 1.0)
-
-    monkeypatch.setattr(DiffusionModule, "training_step", training_step)
+    bad_loss({4: math.nan}, patch=monkeypatch.setattr)
     command("fit", "--trainer.val_check_interval=1000", "--guard.patience=1")
     text = " ".join(str(each.message) for each in recwarn)
     assert "until step 5: weights go back to those of checkpoints/step-000003.ckpt" in text
@@ -81,15 +77,13 @@ def test_a_run_that_goes_back_in_its_folder_forgets_what_came_later(command, mon
     options = ["--trainer.val_check_interval=1000", "--guard.patience=3"]
     options += ["--checkpoint.every_n_train_steps=3"]
     folder = command("fit", *options, "--trainer.max_steps=9")
+    bad_loss(dict.fromkeys((4, 5, 6), math.nan), patch=monkeypatch.setattr)
     real = DiffusionModule.training_step
 
     def training_step(self, batch, batch_idx):
-        bad = math.nan if self.global_step in (4, 5, 6) else 1.0
-        loss = real(self, batch, batch_idx)
-        self.parts[-1].total.mul_(bad)
         if self.global_step == 4:
             assert checkpoint(folder)["global_step"] == 3
-        return loss * bad
+        return real(self, batch, batch_idx)
 
     monkeypatch.setattr(DiffusionModule, "training_step", training_step)
     start = f"--ckpt_path={folder}/checkpoints/step-000003.ckpt"
@@ -128,15 +122,7 @@ SOURCES += ["Snapshot, init_args: {step: 3}"]
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_host_that_learns_of_a_bad_step_later_changes_nothing(command, monkeypatch, source: str):
     """As on an accelerator: the same weights, states and records, bit for bit."""
-    real = DiffusionModule.training_step
-
-    def training_step(self, batch, batch_idx):
-        loss = real(self, batch, batch_idx)
-        factor = math.nan if self.global_step in (2, 3, 7) else 1.0
-        self.parts[-1].total.mul_(factor)
-        return loss * factor
-
-    monkeypatch.setattr(DiffusionModule, "training_step", training_step)
+    bad_loss(dict.fromkeys((2, 3, 7), math.nan), patch=monkeypatch.setattr)
     segment = "{class_path: w2s_train.segment.Extrapolation, init_args: {low: 0.0, high: 1.0, "
     segment += "scale: 0.3, weak: {class_path: w2s_train.weak." + source + "}}}"
     options = [f"--model.objective.init_args.segments=[{segment}]", "--trainer.max_steps=8"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import perturbed, sources
-from test_weak import small, write_checkpoint
+from test_weak import small, unasked, write_checkpoint
 
 from w2s_train.guidance import (
     AngleDomain,
@@ -21,6 +21,7 @@ from w2s_train.guidance import (
 )
 from w2s_train.guidance.learned import ScaleNetwork, energy_distance, log_snr
 from w2s_train.interpolant import CosineInterpolant, LinearInterpolant
+from w2s_train.log import Log
 from w2s_train.models import DiT
 from w2s_train.objective import Objective, WeakToStrongObjective
 from w2s_train.sampler import Euler, EulerMaruyama, Heun
@@ -218,7 +219,7 @@ def test_the_learned_scale_finds_the_true_field():
     x = (2.0 * y - 1).view(-1, 1, 1, 1)
     for _ in range(250):
         optimizer.zero_grad()
-        trained(network, x, y).total.backward()
+        trained(network, x, y, Step(), Log()).mean().backward()
         optimizer.step()
     with torch.no_grad():
         t = torch.linspace(0.5, 0.9, 20)
@@ -303,7 +304,7 @@ def test_a_source_that_is_not_there_yet_does_not_guide(network: DiT):
     assert torch.equal(at(guidance, network, 0.5, trained), plain(network, 0.5))
     assert "not there yet" in guidance.describe()
     early = perturbed(small())
-    trained.segments[0].weak.after_step(early, Step(3))
+    trained.segments[0].weak.after_step(early, Step(3), unasked)
     expected = 2 * plain(network, 0.5) - plain(early, 0.5)
     close(at(guidance, network, 0.5, trained), expected)
     assert guidance.describe() == "autoguidance(2, Snapshot(3, raw), [0, 1])"

@@ -79,7 +79,6 @@ ONLY_IN = {
     "cleanfid": {"features"},
     "timm": {"features", "models"},
     "torch_fidelity": {"features"},
-    "torchmetrics": {"callbacks", "metrics"},
     "diffusers": {"latents", "export"},
     "jsonargparse": {"command", "imports"},
     "scipy": {"compare"},

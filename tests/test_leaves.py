@@ -1,14 +1,20 @@
-"""The closed forms of the synthetic study."""
+"""The closed forms of the study in the plane, and its configs, which are loaded as a user's are."""
 
+import contextlib
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
-from w2s_train.evaluation.leaves import TIMES, sample_scores, velocity_errors
 from w2s_train.interpolant import CosineInterpolant, LinearInterpolant
-from w2s_train.leaves import Leaves
+
+sys.path.insert(0, str(ROOT / "experiments" / "leaves"))
+import make
+from leaves import TIMES, Leaves, sample_scores, velocity_errors
 
 REGIMES = [(4, 3), (24, 1), (1, 1)]
 INTERPOLANTS = [LinearInterpolant(), CosineInterpolant()]
@@ -114,14 +120,74 @@ def test_true_points_have_no_energy_distance():
     assert min(d["energy_distance"] for d in draws) < 0
 
 
-def test_leaves_score_alike_on_any_number_of_processes_and_unconditionally(command):
+SMALL = ["--model.generation_block=32", "--data.num_generated=96", "--trainer.max_steps=3"]
+
+
+@pytest.fixture(scope="session")
+def points() -> None:
+    """Make the points, as the study does."""
+    with contextlib.chdir(ROOT):
+        make.prepare()
+
+
+@pytest.fixture
+def fit(points: None, command):
+    """Run the command on a config of the study, which it may import from."""
+
+    def run(name: str, *options: str, config: str = "few", **more: str) -> Path:
+        path = f"../experiments/leaves/{config}"
+        return command(name, "--allow_imports=leaves", *SMALL, *options, config=path, **more)
+
+    return run
+
+
+def scores(folder: Path) -> list[dict]:
+    return json.loads((folder / "scores.json").read_text())
+
+
+def test_leaves_score_alike_on_any_number_of_processes_and_unconditionally(fit):
     """Batches of another size, and labels that stand for nothing."""
-    few = ["--model.generation_block=32", "--data.num_generated=96", "--trainer.max_steps=3"]
-    folder = command("fit", *few, config="leaves/few")
-    command(
-        "validate", *few, "--data.generation_batch_size=7", "--ckpt_path=last", config="leaves/few"
-    )
-    scores = json.loads((folder / "scores.json").read_text())
-    assert [s["value"] for s in scores[:4]] == [s["value"] for s in scores[4:]]
-    free = command("fit", *few, "--model.label_dropout=1.0", config="leaves/few", folder="free")
-    assert all(math.isfinite(s["value"]) for s in json.loads((free / "scores.json").read_text()))
+    folder = fit("fit")
+    fit("validate", "--data.generation_batch_size=7", "--ckpt_path=last")
+    assert [s["value"] for s in scores(folder)[:4]] == [s["value"] for s in scores(folder)[4:]]
+    assert [s["metric"] for s in scores(folder)[:4]] == [
+        "outliers",
+        "coverage",
+        "energy_distance",
+        "velocity_error",
+    ]
+    free = fit("fit", "--model.label_dropout=1.0", folder="free")
+    assert all(math.isfinite(s["value"]) for s in scores(free))
+
+
+OVERLAYS = sorted(path.name for path in (ROOT / "configs" / "weak").glob("*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_leaves_run_with_every_overlay(fit, overlay: str):
+    """The tiny network has blocks for every source; scores of every kind are finite."""
+    found = scores(fit("fit", "-c", f"configs/weak/{overlay}", config="many"))
+    assert all(math.isfinite(s["value"]) for s in found)
+    assert 0 <= min(s["value"] for s in found if s["metric"] == "coverage") <= 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--data.num_generated=7"], "num_generated=7: must be at least two points a class, 8"),
+        (
+            [
+                "--trainer.callbacks={class_path: leaves.LeavesScores, "
+                "init_args: {num_classes: 5, depth: 1}}"
+            ],
+            "num_classes=5: must equal the network's, 4",
+        ),
+        (["--model.autoencoder=null"], "in_channels=2: must be 2 for points, with the autoencoder"),
+    ],
+)
+def test_what_cannot_be_scored(fit, tmp_path: Path, options: list[str], message: str):
+    """Refused before any work."""
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        fit("fit", *options)
+    assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import perturbed, sources
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,7 +15,7 @@ from w2s_train.interpolant import LinearInterpolant
 from w2s_train.models import DiT, WeightAverage
 from w2s_train.module import DiffusionModule
 from w2s_train.objective import WeakToStrongObjective
-from w2s_train.running.samples import StepSeed
+from w2s_train.running.samples import reseed
 from w2s_train.sampler import Euler, EulerMaruyama
 from w2s_train.segment import Extrapolation, Segment
 from w2s_train.timesteps import Uniform
@@ -32,6 +32,13 @@ class TwoClasses(Dataset):
         return {"image": torch.full((1, 4, 4), 1.6 * label - 0.8), "label": torch.tensor(label)}
 
 
+class Seeds(Callback):
+    """The draws of a run."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        reseed(0, 0, trainer.fit_loop.total_batch_idx, pl_module.device)
+
+
 def module(*segments: Segment, **options) -> DiffusionModule:
     network = DiT(4, 2, 1, 32, 2, 2, num_classes=2)
     objective = WeakToStrongObjective(LinearInterpolant(), Uniform(), list(segments))
@@ -43,7 +50,7 @@ def adam(parameters):
     return torch.optim.AdamW(parameters, lr=3e-3)
 
 
-def fit(model: DiffusionModule, steps: int, **options) -> Trainer:
+def fit(model: DiffusionModule, steps: int, *callbacks: Callback, **options) -> Trainer:
     trainer = Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -51,7 +58,7 @@ def fit(model: DiffusionModule, steps: int, **options) -> Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[StepSeed(0)],
+        callbacks=[Seeds(), *callbacks],
         log_every_n_steps=1,
         **options,
     )
@@ -187,13 +194,14 @@ def test_float16_is_unscaled_before_gradients_are_looked_at():
     """With a fused optimizer, too, whose step would undo the scale only after clipping."""
     model, norms = module(optimizer=partial(torch.optim.AdamW, fused=True)), list[float]()
 
-    def judge(loss: torch.Tensor, norm: torch.Tensor) -> bool:
-        norms.append(norm.item())
-        return len(norms) != 2
+    class Judge(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            _, norm = pl_module.measure(optimizer)
+            norms.append(norm.item())
+            pl_module.accept(len(norms) != 2, optimizer)
 
-    model.judge = judge
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    fit(model, steps=4, plugins=[plugin], gradient_clip_val=1.0)
+    fit(model, 4, Judge(), plugins=[plugin], gradient_clip_val=1.0)
     assert len(norms) == 4 and max(norms) < 50
     assert scaler.get_scale() == 2.0**10

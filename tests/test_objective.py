@@ -6,13 +6,14 @@ import warnings
 import pytest
 import torch
 from conftest import perturbed, sources
+from given import evaluate
 
 from w2s_train.interpolant import LinearInterpolant, NoisySample
-from w2s_train.log import RunningStatistics
+from w2s_train.log import Log
 from w2s_train.models import DiT
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.schedule import Schedule
-from w2s_train.segment import Chosen, Consistency, Extrapolation, Segment
+from w2s_train.segment import Consistency, Extrapolation, Segment
 from w2s_train.timesteps import LogitNormal, Uniform
 from w2s_train.weak import Step, WeakSource
 
@@ -43,15 +44,15 @@ def close(ours, theirs):
 def test_no_segments_is_flow_matching(network: DiT):
     noisy, y = batch()
     by_hand = (network(noisy.x_t, noisy.t, y).velocity - noisy.v).square().mean()
-    losses = objective().evaluate(network, noisy, y)
+    losses = evaluate(objective(), network, noisy, y)
     torch.testing.assert_close(losses.total, by_hand)
     close(gradients(network, losses.total), gradients(network, by_hand))
 
 
 def test_scale_zero_is_flow_matching(network: DiT):
     noisy, y = batch()
-    plain = objective().evaluate(network, noisy, y)
-    zero = objective(Extrapolation(0.0, 1.0, 0.0, sources.NullClass())).evaluate(network, noisy, y)
+    plain = evaluate(objective(), network, noisy, y)
+    zero = evaluate(objective(Extrapolation(0.0, 1.0, 0.0, sources.NullClass())), network, noisy, y)
     close(gradients(network, zero.total), gradients(network, plain.total))
 
 
@@ -72,7 +73,7 @@ def test_extrapolation_is_the_equation(network: DiT):
     shift = torch.where(high, 0.6 * (out.velocity - null), 0.2 * (out.velocity - mid)).detach()
     by_hand = (out.velocity - noisy.v - shift).square().mean()
     by_hand = by_hand + 0.5 * (mid - noisy.v).square().mean()
-    losses = ours.evaluate(network, noisy, y)
+    losses = evaluate(ours, network, noisy, y)
     torch.testing.assert_close(losses.total, by_hand)
     parameters = [p for p in [*network.parameters(), *head.parameters()] if p.requires_grad]
     theirs = torch.autograd.grad(by_hand, parameters)
@@ -91,7 +92,7 @@ def test_consistency_pulls_both_sides(network: DiT):
     inside = (noisy.t < 0.4).float()
     pull = (out.velocity - mid).square().mean((1, 2, 3)) * inside
     by_hand = (out.velocity - noisy.v).square().mean() + 0.2 * pull.mean()
-    losses = ours.evaluate(network, noisy, y)
+    losses = evaluate(ours, network, noisy, y)
     parameters = [p for p in [*network.parameters(), *head.parameters()] if p.requires_grad]
     theirs = torch.autograd.grad(by_hand, parameters)
     close(torch.autograd.grad(losses.total, parameters), theirs)
@@ -110,8 +111,8 @@ def test_slices_equal_lookup(network: DiT, timesteps, n: int):
     x, noise = torch.randn(2, n, 3, 8, 8)
     y = torch.arange(n) % 6
     noisy = LINEAR.corrupt(x, noise, timesteps.draw(n, x.device, LINEAR))
-    rows = [Chosen(timesteps.rows(s.low, s.high, n, LINEAR)) for s in ours.segments]
-    sliced, found = ours.evaluate(network, noisy, y, rows), ours.evaluate(network, noisy, y)
+    sliced = evaluate(ours, network, noisy, y, ordered=True)
+    found = evaluate(ours, network, noisy, y)
     torch.testing.assert_close(sliced.per_sample, found.per_sample)
     close(gradients(network, sliced.total), gradients(network, found.total))
 
@@ -135,7 +136,7 @@ def test_a_frozen_source_runs_on_its_rows_only(network: DiT):
     source = Counting()
     ours = objective(Extrapolation(0.25, 0.75, 0.5, source))
     for _ in range(5):
-        ours(network, torch.randn(64, 3, 8, 8), torch.zeros(64, dtype=torch.long))
+        ours(network, torch.randn(64, 3, 8, 8), torch.zeros(64).long(), Step(), Log())
     assert [len(t) for t in source.calls] == [32] * 5  # half of the batch, the same every time
     assert not any(source.graded)
     assert all(((t >= 0.25) & (t < 0.75)).all() for t in source.calls)
@@ -145,17 +146,16 @@ def test_segments_without_rows_are_not_evaluated(network: DiT):
     source = Counting()
     noisy, y = batch()
     noisy = NoisySample(noisy.x_t, 0.1 + 0.1 * noisy.t, noisy.v)
-    objective(Extrapolation(0.5, 1.0, 0.5, source)).evaluate(network, noisy, y)
+    evaluate(objective(Extrapolation(0.5, 1.0, 0.5, source)), network, noisy, y)
     assert source.calls == []
 
 
 def test_dropped_labels_get_no_guidance(network: DiT):
     noisy, y = batch()
     y = torch.full_like(y, network.null_class)
-    guided = objective(Extrapolation(0.0, 1.0, 0.6, sources.NullClass())).evaluate(
-        network, noisy, y
-    )
-    plain = objective().evaluate(network, noisy, y)
+    segment = Extrapolation(0.0, 1.0, 0.6, sources.NullClass())
+    guided = evaluate(objective(segment), network, noisy, y)
+    plain = evaluate(objective(), network, noisy, y)
     torch.testing.assert_close(guided.per_sample, plain.per_sample)
 
 
@@ -175,9 +175,9 @@ def test_autocast_keeps_the_gradient(network: DiT):
     """A weak pass without gradients must not cut the strong one's through cached bf16 weights."""
     noisy, y = batch()
     ours = objective(Extrapolation(0.0, 1.0, 0.5, sources.NullClass()))
-    exact = gradients(network, ours.evaluate(network, noisy, y).total)
+    exact = gradients(network, evaluate(ours, network, noisy, y).total)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = ours.evaluate(network, noisy, y)
+        losses = evaluate(ours, network, noisy, y)
     assert losses.per_sample.dtype == torch.float32
     rounded = gradients(network, losses.total)
     norm = lambda gs: torch.cat([g.flatten() for g in gs]).norm()  # noqa: E731
@@ -220,14 +220,11 @@ def test_overlapping_segments():
 def test_statistics(network: DiT):
     """RMS and maximum are those of the rows inside; the quarters average to the whole."""
     noisy, y = batch(16)
-    losses = objective(Extrapolation(0.2, 1.0, 0.5, sources.NullClass())).evaluate(
-        network, noisy, y
-    )
-    running = RunningStatistics()
-    running.add(losses.statistics)
-    running.add(losses.statistics, good=False)
-    running.add(losses.statistics, good=torch.tensor(False))
-    found = running.compute(lambda x, op: x)
+    ours, log = objective(Extrapolation(0.2, 1.0, 0.5, sources.NullClass())), Log()
+    for good in (True, False, torch.tensor(False)):
+        log.step = evaluate(ours, network, noisy, y).log.step
+        log.commit(good)
+    found = log.read(lambda x, op: x)
     strong = network(noisy.x_t, noisy.t, y).velocity
     inside = noisy.t >= 0.2
     rms, largest = strong[inside].square().mean().sqrt(), strong[inside].abs().max()
@@ -247,7 +244,7 @@ def test_the_general_target(network: DiT):
     null = network(noisy.x_t, noisy.t, torch.full_like(y, 5)).velocity.detach()
     target = 1.3 * noisy.v + 0.4 * out.detach() + (1 - 1.3 - 0.4) * null
     by_hand = (out - target).square().mean()
-    losses = objective(segment).evaluate(network, noisy, y)
+    losses = evaluate(objective(segment), network, noisy, y)
     torch.testing.assert_close(losses.total, by_hand)
     close(gradients(network, losses.total), gradients(network, by_hand))
     assert segment.effective_scale() == pytest.approx(1.3 / 0.6)
@@ -277,7 +274,7 @@ def test_the_difference_is_clipped_per_row(network: DiT):
     shrink = (limit / rms).clamp(max=1).nan_to_num(1).view(-1, 1, 1, 1)
     by_hand = (out - noisy.v - 0.5 * shrink * difference).square().mean()
     clipped = objective(Extrapolation(0.0, 1.0, 0.5, sources.NullClass(), max_difference=limit))
-    torch.testing.assert_close(clipped.evaluate(network, noisy, y).total, by_hand)
+    torch.testing.assert_close(evaluate(clipped, network, noisy, y).total, by_hand)
 
 
 def test_strong_and_weak_from_the_average(network: DiT):
@@ -285,7 +282,7 @@ def test_strong_and_weak_from_the_average(network: DiT):
     noisy, y = batch()
     average = perturbed(copy.deepcopy(network), 0.2).requires_grad_(False)
     segment = Extrapolation(0.0, 0.75, 0.45, sources.NullClass(), from_average=True)
-    losses = objective(segment).evaluate(network, noisy, y, step=Step(0, average))
+    losses = evaluate(objective(segment), network, noisy, y, Step(0, average))
     null = torch.full_like(y, 5)
     difference = (
         average(noisy.x_t, noisy.t, y).velocity - average(noisy.x_t, noisy.t, null).velocity
@@ -303,9 +300,9 @@ def test_no_weak_pass_before_the_start(network: DiT):
     source = Counting()
     late = objective(Extrapolation(0.0, 1.0, 0.5, source, schedule=Schedule(3, ramp_steps=2)))
     noisy, y = batch()
-    plain = objective().evaluate(network, noisy, y).total
-    full = objective(Extrapolation(0.0, 1.0, 0.5, Counting())).evaluate(network, noisy, y).total
-    totals = [late.evaluate(network, noisy, y, step=Step(n)).total for n in (0, 3, 4, 5)]
+    plain = evaluate(objective(), network, noisy, y).total
+    full = evaluate(objective(Extrapolation(0.0, 1.0, 0.5, Counting())), network, noisy, y).total
+    totals = [evaluate(late, network, noisy, y, Step(n)).total for n in (0, 3, 4, 5)]
     assert len(source.calls) == 2  # at step 3 the ramp is still at zero
     assert totals[0] == totals[1] == plain
     assert totals[3] == full
@@ -317,7 +314,7 @@ def test_a_head_learns_before_its_segment_starts(network: DiT):
     late = objective(Extrapolation(0.0, 1.0, 0.5, head, schedule=Schedule(10)))
     late.bind(network)
     noisy, y = batch()
-    late.evaluate(network, noisy, y).total.backward()
+    evaluate(late, network, noisy, y).total.backward()
     assert head.head.linear.weight.grad.abs().sum() > 0
 
 
@@ -327,9 +324,9 @@ def test_consistency_follows_its_schedule(network: DiT):
     head.head.linear.weight.data += 0.1
     noisy, y = batch()
     off = objective(Consistency(0.0, 0.4, head, schedule=Schedule(5)))
-    plain = objective().evaluate(network, noisy, y).total
-    torch.testing.assert_close(off.evaluate(network, noisy, y).total, plain)
-    assert off.evaluate(network, noisy, y, step=Step(5)).total > plain
+    plain = evaluate(objective(), network, noisy, y).total
+    torch.testing.assert_close(evaluate(off, network, noisy, y).total, plain)
+    assert evaluate(off, network, noisy, y, Step(5)).total > plain
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import w2s_train.prepare.engine
 import webdataset as wds
 from conftest import ROOT
 from filelock import FileLock
@@ -30,6 +29,7 @@ from image_folders import (
 )
 from PIL import Image
 
+import w2s_train.prepare.engine
 from w2s_train.errors import UserError
 from w2s_train.prepare.sources import ImageFolder
 from w2s_train.shards.samples import read_shard

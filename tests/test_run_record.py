@@ -3,7 +3,6 @@
 import errno
 import io
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from w2s_train.errors import DIVERGED, NO_PROGRESS, PEER_LOST, PREEMPTED, Stopped
 from w2s_train.running import loggers as metrics_csv
 from w2s_train.running.loggers import MetricsCSV
-from w2s_train.running.record import STARTS, RunRecord
+from w2s_train.running.record import STARTS, Record
 
 
 @pytest.mark.parametrize(
@@ -26,8 +25,7 @@ from w2s_train.running.record import STARTS, RunRecord
 def test_which_ends_are_counted(tmp_path: Path, error: Exception, kept: bool):
     """What is started again without having been saved may loop: a lost process, or a crash."""
     (tmp_path / STARTS).touch()
-    trainer: Any = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path)
-    RunRecord().on_exception(trainer, SimpleNamespace(), error)
+    Record(tmp_path).ended(error)
     assert (tmp_path / STARTS).exists() == kept
 
 

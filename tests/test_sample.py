@@ -1,23 +1,25 @@
 """`lightning sample` and `lightning reference`."""
 
-import io
-import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, images
 from PIL import Image
 
 from w2s_train.cli import main
 from w2s_train.command.run import compose
 from w2s_train.errors import UserError
 from w2s_train.evaluation.fid import FID
+from w2s_train.evaluation.images import TarWriter
 from w2s_train.features import ClassifierFeatures, InceptionFeatures
 from w2s_train.features.frechet import Moments, Reference
 from w2s_train.module import DiffusionModule
+from w2s_train.shards.format import ShardTable, is_written, table_path
+from w2s_train.shards.samples import decode_image, read_shard
 
 DIGITS = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml"]
 
@@ -58,12 +60,12 @@ def test_every_format_holds_the_same_images(run: Path, tmp_path: Path):
             assert np.array_equal(arrays["arr_0"][..., channel], images[:, 0])
         assert arrays["arr_1"].tolist() == [3, 7, 3, 7, 3, 7, 3, 7, 3]
     sample(run, *which, few, "--format=shards", f"--output={tmp_path}/shards")
-    with tarfile.open(tmp_path / "shards/samples-000-000000.tar") as tar:
-        names = tar.getnames()
-        assert names[:2] == ["000005.png", "000005.cls"] and len(names) == 18
-        for i, image in enumerate(images):
-            png = tar.extractfile(f"{5 + i:06d}.png").read()
-            assert np.array_equal(np.array(Image.open(io.BytesIO(png))), image[0])
+    shard = tmp_path / "shards/samples-000-000000.tar"
+    table = ShardTable.load(table_path(shard))
+    assert is_written(shard) and table.labels.tolist() == [3, 7, 3, 7, 3, 7, 3, 7, 3]
+    for i, (written, image) in enumerate(zip(read_shard(shard), images, strict=True)):
+        assert written["__key__"] == table.keys[i] == f"{5 + i:06d}"
+        assert np.array_equal(decode_image(written["png"]), image)
     sample(run, *which, "--format=grid", "--columns=3", f"--output={tmp_path}/grid.png")
     grid = np.array(Image.open(tmp_path / "grid.png"))[..., 0]
     assert np.array_equal(grid[2:10, 12:20], images[1, 0]) and grid.shape == (32, 32)
@@ -216,6 +218,24 @@ def test_left_overs_of_a_stopped_npz(run: Path, tmp_path: Path, monkeypatch):
     (tmp_path / "s.npz").unlink()
     with pytest.raises(SystemExit, match="must hold 20 images, only 8 came"):
         sample(run, "--seeds=0:20", *options, "--trainer.limit_predict_batches=0.4")
+
+
+def test_shards_of_one_size_and_what_a_stopped_one_leaves(tmp_path: Path):
+    """Ten images in batches of three are shards of four, four and two; an error ends the last."""
+    trainer = SimpleNamespace(global_rank=1)
+    for name, error in (("whole", None), ("stopped", RuntimeError("stopped"))):
+        writer = TarWriter(tmp_path / name, size=4)
+        for first in range(0, 10, 3):
+            seeds = list(range(first, min(first + 3, 10)))
+            batch = {"seed": seeds, "label": [seed % 2 for seed in seeds]}
+            writer.write(trainer, images(len(seeds), size=8), batch)
+        writer.finish(trainer) if error is None else writer.on_exception(trainer, None, error)
+    names = [f"samples-001-{number:06d}" for number in range(3)]
+    for name, kept in (("whole", names), ("stopped", names[:2])):
+        found = {path.name for path in (tmp_path / name).iterdir()}
+        assert found == {f"{each}.{end}" for each in kept for end in ("tar", "table.npz")}
+    keys = [s["__key__"] for n in names for s in read_shard(tmp_path / "whole" / f"{n}.tar")]
+    assert keys == [f"{seed:06d}" for seed in range(10)]
 
 
 def test_metrics_that_need_single_features(command, tmp_path: Path):

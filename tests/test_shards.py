@@ -1,4 +1,4 @@
-"""Shards: tables, indices, stores, and what becomes of damage."""
+"""Shards: tables, indices, reading, and what becomes of damage."""
 
 import hashlib
 import json
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from shard_files import npy, number_image, overwrite, read, store, write_latents, write_numbers
+from shard_files import files, npy, number_image, overwrite, read, write_latents, write_numbers
 
 from w2s_train.errors import UserError
 from w2s_train.shards import ShardWriter, Storage, is_written
-from w2s_train.shards.dataset import MemoryStore
+from w2s_train.shards.dataset import Decoded
 from w2s_train.shards.format import ShardTable, table_path
 from w2s_train.shards.samples import to_float
 
@@ -60,7 +60,7 @@ def test_an_interrupted_shard_is_not_written(tmp_path: Path):
 @pytest.mark.parametrize("index", [True, False])
 def test_rows_are_read_at_their_places(tmp_path: Path, storage: Storage, index: bool):
     """With an index or without: other people's shards are scanned."""
-    source = store(write_numbers(tmp_path, [5, 1, 7], index=index), storage)
+    source = files(write_numbers(tmp_path, [5, 1, 7], index=index), storage)
     rows = read(source, [12, 0, 5, 4, 6, 6])
     assert rows.image[:, 0, 0, 0].tolist() == [12, 0, 5, 4, 6, 6]
     assert rows.image.dtype == torch.uint8
@@ -71,14 +71,14 @@ def test_rows_are_read_at_their_places(tmp_path: Path, storage: Storage, index: 
 
 def test_mirrored_images_and_latents(tmp_path: Path, storage: Storage):
     """Pixels are mirrored; of latents, the stored mirrored ones are taken."""
-    images = store(write_numbers(tmp_path / "a", [5]), storage, flip=True)
-    latents = store(write_latents(tmp_path / "b", [5], (1, 2, 2)), storage, flip=True)
+    images = files(write_numbers(tmp_path / "a", [5]), storage, flip=True)
+    latents = files(write_latents(tmp_path / "b", [5], (1, 2, 2)), storage, flip=True)
     turn = np.array([False, True, True])
-    for source in (images, MemoryStore(images, 5, flip=True)):
+    for source in (images, Decoded(images)):
         assert read(source, [1, 2, 3], turn).image[:, 0, 0, 0].tolist() == [1, 253, 252]
-    for source in (latents, MemoryStore(latents, 5, flip=True)):
+    for source in (latents, Decoded(latents)):
         assert read(source, [1, 2, 3], turn).image[:, 0, 0, 0].tolist() == [1, -2, -3]
-    plain = store(write_latents(tmp_path / "c", [5], (1, 2, 2), flip=False), storage, flip=True)
+    plain = files(write_latents(tmp_path / "c", [5], (1, 2, 2), flip=False), storage, flip=True)
     with pytest.raises(UserError, match="flip=True: must be False for .*train-000000.tar"):
         read(plain, [0])
 
@@ -91,10 +91,10 @@ def test_arrays_keep_type_and_values(tmp_path: Path, storage: Storage, dtype):
         for i, array in enumerate(arrays):
             writer.write(f"{i}", 0, npy=npy(array))
     if dtype == ">f4":
-        rows = read(store(str(tmp_path / "*.tar"), storage), range(4))
+        rows = read(files(str(tmp_path / "*.tar"), storage), range(4))
         assert all("byte" in reason for reason in rows.bad.values())
         return
-    image = read(store(str(tmp_path / "*.tar"), storage), [3, 1]).image
+    image = read(files(str(tmp_path / "*.tar"), storage), [3, 1]).image
     assert np.array_equal(image.numpy(), np.stack([arrays[3], arrays[1]]))
 
 
@@ -103,7 +103,7 @@ def test_bfloat16_is_stored_as_its_bits(tmp_path: Path, storage: Storage):
     with ShardWriter(tmp_path / "train-000000.tar") as writer:
         for i, value in enumerate(values):
             writer.write(f"{i}", 0, **{"bf16.npy": npy(value.view(torch.uint16).numpy())})
-    image = read(store(str(tmp_path / "*.tar"), storage), [0, 1, 2]).image
+    image = read(files(str(tmp_path / "*.tar"), storage), [0, 1, 2]).image
     assert torch.equal(image, values)
 
 
@@ -117,8 +117,8 @@ def test_memory_equals_disk(tmp_path: Path, storage: Storage):
     """Including what cannot be read."""
     pattern = write_numbers(tmp_path, [20, 30])
     overwrite(tmp_path / "train-000001.tar", "0033", b"no image at all")
-    disk = store(pattern, storage, flip=True)
-    memory = MemoryStore(disk, 50, flip=True)
+    disk = files(pattern, storage, flip=True)
+    memory = Decoded(disk)
     rng = np.random.default_rng(0)
     for _ in range(5):
         rows, turn = rng.integers(50, size=16), rng.random(16) < 0.5
@@ -127,13 +127,13 @@ def test_memory_equals_disk(tmp_path: Path, storage: Storage):
         assert torch.equal(one.image[good], other.image[good])
         assert torch.equal(one.label, other.label)
         assert one.bad == other.bad
-    assert memory.name(33) == (str(tmp_path / "train-000001.tar"), "0033")
+    assert disk.name(33) == (str(tmp_path / "train-000001.tar"), "0033")
 
 
 def test_many_shards_in_one_batch(tmp_path: Path, storage: Storage, monkeypatch):
     """More than are kept open, again and again."""
-    monkeypatch.setattr("w2s_train.shards.indexed.OPEN_SHARDS", 3)
-    source = store(write_numbers(tmp_path, [1] * 20), storage)
+    monkeypatch.setattr("w2s_train.shards.dataset.OPEN_SHARDS", 3)
+    source = files(write_numbers(tmp_path, [1] * 20), storage)
     for _ in range(3):
         assert read(source, range(20)).image[:, 0, 0, 0].tolist() == list(range(20))
         assert len(source._files) == 20

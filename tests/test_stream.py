@@ -13,7 +13,7 @@ from shard_files import number_image, numbers, overwrite, same, write_latents, w
 from torch.utils.data import DataLoader
 
 from w2s_train.datamodule import GenerationPlan, ShardDataModule
-from w2s_train.running.samples import StepSeed
+from w2s_train.running.samples import reseed
 from w2s_train.shards import ShardWriter, expand_urls, write_index
 
 COUNTS = [10, 7, 13, 10]
@@ -232,12 +232,9 @@ def test_shards_without_samples(tmp_path: Path):
 
 def test_first_draws_differ_between_all_ranks():
     """Faults row 15: the main processes draw the noise, from seeds that differ; workers none."""
-    draws, module = [], SimpleNamespace(device=torch.device("cpu"))
+    draws = []
     for rank in range(8):
-        trainer = SimpleNamespace(
-            global_rank=rank, fit_loop=SimpleNamespace(total_batch_idx=0), world_size=8
-        )
-        StepSeed(42).on_train_batch_start(trainer, module, None, 0)
+        reseed(42, rank, 0, torch.device("cpu"))
         draws.append(torch.randn(4))
     assert len({tuple(draw.tolist()) for draw in draws}) == 8
 
@@ -254,11 +251,11 @@ def test_first_samples_differ_between_all_ranks_and_workers(tmp_path: Path):
 
 
 def test_small_sets_are_held_in_memory(urls):
-    kinds = [
-        type(module(urls, in_memory=given).train_dataloader().dataset.store).__name__
+    found = [
+        module(urls, in_memory=given).train_dataloader().dataset.in_memory
         for given in (None, True, False)
     ]
-    assert kinds == ["MemoryStore", "MemoryStore", "IndexedStore"]
+    assert found == [True, True, False]
 
 
 def test_other_data_than_the_checkpoints(urls, recwarn):

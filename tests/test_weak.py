@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import perturbed
+from given import evaluate
 
 from w2s_train import weak
 from w2s_train.interpolant import LinearInterpolant, NoisySample
+from w2s_train.log import Log
 from w2s_train.models import DiT, WeightAverage, published_sit
 from w2s_train.objective import WeakToStrongObjective
-from w2s_train.schedule import Timeline
 from w2s_train.segment import Extrapolation
 from w2s_train.timesteps import Uniform
 from w2s_train.weak import Step, WeakSource
@@ -71,6 +72,11 @@ def bound(source: WeakSource, network: DiT, scale: float = 0.5) -> WeakToStrongO
     return objective
 
 
+def unasked() -> tuple[NoisySample, torch.Tensor]:
+    """For sources that do not learn: fresh draws would change what is drawn after them."""
+    raise AssertionError
+
+
 def questions(n: int = 6) -> tuple[NoisySample, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     x, noise = torch.randn(2, n, 3, 8, 8, generator=generator)
@@ -101,14 +107,15 @@ def test_contract(name: str, network: DiT):
     before = {n: p.clone() for n, p in source.named_parameters()}
     parameters = [p for p in [*network.parameters(), *source.parameters()] if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
-    step = Step(source.first_step, network)
-    objective(network, torch.randn(8, 3, 8, 8), torch.arange(8) % 5, step).total.backward()
+    first = source.plan(10, 10)
+    x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 5
+    objective(network, x, y, Step(first, network), Log()).mean().backward()
     assert all(p.grad is None for p in source.parameters() if not p.requires_grad)
     optimizer.step()
     changed = {n for n, p in source.named_parameters() if not torch.equal(p, before[n])}
     assert changed <= set(trainable)
     assert bool(changed) == source.trainable
-    objective.after_step(network, Step(source.first_step + 1, network))
+    objective.after_step(network, Step(first + 1, network))
     assert [n for n, p in source.named_parameters() if p.requires_grad] == trainable
 
     # State survives save and load, into an objective bound to an untrained network, and what is
@@ -133,7 +140,7 @@ def test_ema_lags(network: DiT):
     bound(source, network)
     start = [p.clone() for p in network.parameters()]
     perturbed(network, 0.3)
-    source.after_step(network, Step(1))
+    source.after_step(network, Step(1), unasked)
     midway = small()
     for m, a, b in zip(midway.parameters(), start, network.parameters(), strict=True):
         m.data.copy_((a + b) / 2)
@@ -145,14 +152,14 @@ def test_an_old_average_is_at_least_lag_steps_old(network: DiT):
     """With lag 3 the copy in use at step n is the average of step 3 (n // 3) - 3."""
     source = weak.EMA(decay=0.5, lag=3)
     bound(source, network)
-    assert source.first_step == 6
+    assert source.plan(10, 10) == 6
     plain, known = WeightAverage(network, 0.5), {}
     for step in range(1, 13):
         perturbed(network, 0.1)
         plain.update(network)
-        source.after_step(network, Step(step))
+        source.after_step(network, Step(step), unasked)
         known[step] = velocity(plain.module)
-        if step >= source.first_step:
+        if step >= 6:
             torch.testing.assert_close(predict(source, network), known[3 * (step // 3) - 3])
 
 
@@ -164,8 +171,8 @@ def test_updating_rarely_keeps_the_decay_per_step(network: DiT):
         source.bind(network)
     perturbed(network, 0.3)
     for step in range(1, 9):
-        often.after_step(network, Step(step))
-        rarely.after_step(network, Step(step))
+        often.after_step(network, Step(step), unasked)
+        rarely.after_step(network, Step(step), unasked)
     ours, theirs = predict(rarely, network), predict(often, network)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
@@ -236,7 +243,7 @@ def test_a_snapshot_is_the_network_of_its_step(weights: str, network: DiT):
     for step in range(1, 10):
         perturbed(network, 0.1)
         average.update(network)
-        source.after_step(network, Step(step, average.module))
+        source.after_step(network, Step(step, average.module), unasked)
         if step in (2, 5, 8):
             expected = velocity(network if weights == "raw" else average.module)
         if step >= 2:
@@ -248,12 +255,12 @@ def test_no_guidance_before_the_snapshot(network: DiT):
     source = weak.Snapshot(step=3)
     objective = bound(source, network)
     noisy, y = questions()
-    plain = WeakToStrongObjective(LINEAR, Uniform()).evaluate(network, noisy, y)
-    before = objective.evaluate(network, noisy, y, step=Step(2, network))
-    absent = objective.evaluate(network, noisy, y, step=Step(3, network))
-    source.after_step(perturbed(copy.deepcopy(network)), Step(3, network))
+    plain = evaluate(WeakToStrongObjective(LINEAR, Uniform()), network, noisy, y)
+    before = evaluate(objective, network, noisy, y, Step(2, network))
+    absent = evaluate(objective, network, noisy, y, Step(3, network))
+    source.after_step(perturbed(copy.deepcopy(network)), Step(3, network), unasked)
     source.network.final_layer.linear.bias.data += 0.3
-    after = objective.evaluate(network, noisy, y, step=Step(3, network))
+    after = evaluate(objective, network, noisy, y, Step(3, network))
     assert torch.equal(before.per_sample, plain.per_sample)
     assert torch.equal(absent.per_sample, plain.per_sample)
     assert not torch.equal(after.per_sample, plain.per_sample)
@@ -265,7 +272,7 @@ def test_a_snapshot_whose_step_was_missed_is_taken_late(network: DiT):
     source = weak.Snapshot(step=2)
     objective = bound(source, network)
     assert objective.segments[0].factor(Step(5)) == 0
-    source.after_step(network, Step(6, network))
+    source.after_step(network, Step(6, network), unasked)
     assert objective.segments[0].factor(Step(6)) == 1
     assert torch.equal(predict(source, network), velocity(network))
 
@@ -283,7 +290,7 @@ def test_a_share_of_a_longer_plan_is_no_error(network: DiT):
     source = weak.Snapshot(step=0.5)
     source.bind(network)
     with pytest.warns(UserWarning, match="step=0.5: is step 50 of the plan"):
-        source.plan(Timeline(total=100, last=10))
+        source.plan(total=100, last=10)
 
 
 @needs("checkpoint")
@@ -351,7 +358,7 @@ def test_co_trained_is_adamw_on_plain_velocities(network: DiT):
     for step in range(1, 6):
         x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 6
         torch.manual_seed(step)
-        objective(network, x, y, Step(step)).total.backward()
+        objective(network, x, y, Step(step), Log()).mean().backward()
         state = torch.get_rng_state()
         objective.after_step(network, Step(step))
         if step % 2 == 0:
@@ -374,7 +381,7 @@ def learn_on_one_of_two(rank: int, folder: str) -> None:
     noisy, y = questions(8)
     rows = slice(4 * rank, 4 * rank + 4)
     for step in (1, 2):
-        source.learn(noisy.take(rows), y[rows], Step(step))
+        source.after_step(source.network, Step(step), lambda: (noisy.take(rows), y[rows]))
     torch.save(source.network.state_dict(), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -389,7 +396,7 @@ def test_co_trained_gradients_are_averaged_over_processes(tmp_path: Path):
     source.bind(perturbed(small()))
     noisy, y = questions(8)
     for step in (1, 2):
-        source.learn(noisy, y, Step(step))
+        source.after_step(source.network, Step(step), lambda: (noisy, y))
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for name, value in source.network.state_dict().items():
         assert torch.equal(halves[0][name], halves[1][name]), name
@@ -405,9 +412,9 @@ def test_a_bad_gradient_of_the_co_trained_network_is_said(network: DiT):
     before = copy.deepcopy(source.network.state_dict())
     bad = dataclasses.replace(noisy, x_t=noisy.x_t * math.inf)
     with pytest.warns(UserWarning, match="step 3: the gradient of the co-trained .* is skipped"):
-        source.learn(bad, y, Step(3))
+        source.after_step(network, Step(3), lambda: (bad, y))
     assert all(torch.equal(before[k], v) for k, v in source.network.state_dict().items())
-    source.learn(noisy, y, Step(4))
+    source.after_step(network, Step(4), lambda: (noisy, y))
     after = source.network.final_layer.linear.bias  # elsewhere the first gradients are zero
     assert not torch.equal(before["final_layer.linear.bias"], after)
 
@@ -418,12 +425,12 @@ def test_the_rate_is_that_of_the_run_or_its_own(network: DiT):
     for lr, expected in ((None, 0.3), (0.02, 0.02)):
         source = weak.CoTrained(lr=lr)
         source.bind(network)
-        source.learn(*questions(), Step(4, lr=0.3))
+        source.after_step(network, Step(4, lr=0.3), questions)
         assert source.optimizer.param_groups[0]["lr"] == expected
         again = weak.CoTrained(lr=0.5)
         again.bind(network)
         again.load_state_dict(source.state_dict())
-        again.learn(*questions(), Step(8, lr=0.3))
+        again.after_step(network, Step(8, lr=0.3), questions)
         assert again.optimizer.param_groups[0]["lr"] == 0.5
         assert again.optimizer.state_dict()["state"][0]["step"] == 2
 
@@ -480,7 +487,7 @@ def test_copies_of_an_average_in_half_precision(network: DiT):
     bound(source, network)
     for step in range(1, 3):
         perturbed(network)
-        source.after_step(network, Step(step))
+        source.after_step(network, Step(step), unasked)
     name = "blocks.0.attn.qkv.weight"
     average = source.average.module.get_parameter(name)
     assert average.dtype == torch.float32

@@ -1,8 +1,5 @@
-"""Training data from webdataset shards, and the plan of what to generate for validation.
-
-Every image of some shards once, for reference statistics.
-
-Scripts that make a data set when it is missing.
+"""What a run reads: training batches from shards, plans of what to generate, and every image once
+for reference statistics.
 """
 
 import hashlib
@@ -11,7 +8,6 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -19,11 +15,11 @@ from torch.utils.data import DataLoader
 
 from w2s_train.errors import UserError
 from w2s_train.secrets import redacted
-from w2s_train.shards import ShardImages, ShardStream, Storage, expand_urls
-from w2s_train.shards.dataset import Continued, IndexedStore, MemoryStore, Store, ignore_signals
+from w2s_train.shards import ShardBatches, ShardFiles, ShardImages, Storage, expand_urls
+from w2s_train.shards.dataset import ignore_signals
 from w2s_train.shards.global_batch import accumulate, parts_for, recount
 from w2s_train.shards.index import Shard, check_labels, find_shards
-from w2s_train.shards.order import GenerationPlan, Places, Remaining, StreamOrder
+from w2s_train.shards.order import GenerationPlan, Places, Positions, Remaining, StreamOrder
 from w2s_train.shards.storage import is_remote
 
 SMALL = 512e6  # bytes of decoded samples that are held in memory unless the config says otherwise
@@ -33,10 +29,10 @@ class ShardDataModule(LightningDataModule):
     """Training batches from shards; generation plans for validate, test and predict.
 
     Training batches are ``{"image": (B, C, H, W) as stored, uint8 for pixels, "label": (B,) int64,
-    "skipped": [...]}``: see `ShardStream`. Their order depends on ``seed`` and the position in the
+    "skipped": [...]}``: see `ShardBatches`. Their order depends on ``seed`` and the position in the
     run alone, not on the numbers of processes and workers. Batches of a plan hold "index", "seed",
     "label" and "setting", (B,) int64 each. Every rank gets its own part of a plan, nothing padded
-    and nothing twice.
+    and nothing twice; a trainer must be told so: ``use_distributed_sampler=False``.
 
     Args:
         train_urls: Path, glob or brace pattern of the training shards, or such a URL
@@ -94,17 +90,15 @@ class ShardDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        least = dict(num_classes=1, batch_size=1, num_workers=0, shuffle=0, num_generated=1)
-        given = dict(num_classes=num_classes, batch_size=batch_size, num_workers=num_workers)
-        given |= dict(shuffle=shuffle, num_generated=num_generated)
-        if global_batch_size is not None:
-            given |= dict(global_batch_size=global_batch_size)
-        given |= dict(generation_batch_size=generation_batch_size, sampling_seeds=sampling_seeds)
-        for name, value in given.items():
-            if value < least.get(name, 1):
-                raise UserError(f"{name}={value}: must be at least {least.get(name, 1)}")
-        if seed < 0:
-            raise UserError(f"seed={seed}: must be at least 0")
+        positive = dict(num_classes=num_classes, batch_size=batch_size, num_generated=num_generated)
+        positive |= dict(global_batch_size=1 if global_batch_size is None else global_batch_size)
+        positive |= dict(generation_batch_size=generation_batch_size, sampling_seeds=sampling_seeds)
+        for name, value in positive.items():
+            if value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
+        for name, value in dict(num_workers=num_workers, shuffle=shuffle, seed=seed).items():
+            if value < 0:
+                raise UserError(f"{name}={value}: must be at least 0")
         if not 0 <= max_skipped <= 1:
             raise UserError(f"max_skipped={max_skipped}: must be in [0, 1]")
         if cache_gigabytes is not None and not cache_gigabytes > 0:
@@ -124,7 +118,6 @@ class ShardDataModule(LightningDataModule):
         self.dataset = dataset or Path(redacted(train_urls)).resolve().parent.name
         self.plan: GenerationPlan | None = None  # of `lightning sample`
         self.order: StreamOrder | None = None  # of the training stream, once there is one
-        self.store: Store | None = None
         self.shards: list[Shard] = []
         self.checkpoint_order = ""
 
@@ -137,6 +130,25 @@ class ShardDataModule(LightningDataModule):
         if self.script is not None:
             runpy.run_path(str(self.script), run_name="w2s_train.prepare")["prepare"]()
 
+    def setup(self, stage: str) -> None:
+        """Divide the global batch, before anybody asks the trainer what it accumulates.
+
+        Raises:
+            UserError: The trainer would put samplers of its own in place of ours.
+        """
+        trainer: Any = self.trainer
+        if trainer.overfit_batches:
+            raise UserError(f"trainer.overfit_batches={trainer.overfit_batches}: must be 0")
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise UserError("trainer.use_distributed_sampler=True: must be False")
+        size = self.global_batch_size
+        if stage != "fit" or size is None or trainer is self.divided_for:
+            return
+        parts = parts_for(trainer, size, self.most_rows)
+        self.divided_for, self.batch_size = trainer, parts.rows
+        accumulate(trainer, parts.number)
+        rank_zero_info(f"global batch {size}: {parts.describe(trainer.world_size)}")
+
     # ---- training --------------------------------------------------------------------------
 
     def check_global_batch(self, trainer: Any) -> None:
@@ -148,45 +160,32 @@ class ShardDataModule(LightningDataModule):
         if self.global_batch_size is not None:
             parts_for(trainer, self.global_batch_size, self.most_rows)
 
-    def setup(self, stage: str) -> None:
-        """Divide the global batch, before anybody asks the trainer what it accumulates."""
-        trainer: Any = self.trainer
-        size = self.global_batch_size
-        if stage != "fit" or size is None or trainer is self.divided_for:
-            return
-        parts = parts_for(trainer, size, self.most_rows)
-        self.divided_for, self.batch_size = trainer, parts.rows
-        accumulate(trainer, parts.number)
-        rank_zero_info(f"global batch {size}: {parts.describe(trainer.world_size)}")
-
     def train_dataloader(self) -> DataLoader:
         """Endless batches of this rank, from where the run stands.
 
         Raises:
             UserError: Shards that are missing beyond ``max_skipped``, or labels that are no class.
         """
-        trainer = self.trainer
-        assert trainer is not None
+        trainer: Any = self.trainer
         if self.global_batch_size is not None:
             recount(trainer)
         self.shards = self._find_shards()
         counts = [shard.samples for shard in self.shards]
         self.order = StreamOrder(counts, seed=self.seed, window=self.shuffle)
         self._compare_order()
-        module: Any = trainer.lightning_module
-        self.store = self._store(self.order.samples)
-        stream = ShardStream(
-            self.store,
-            self.order,
-            batch_size=self.batch_size,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            prefetch=any(is_remote(shard.url) for shard in self.shards),
+        self.files = ShardFiles(self.shards, self.storage, flip=self.flip)
+        remote = any(is_remote(shard.url) for shard in self.shards)
+        small = self.in_memory is None and not remote and self._is_small(self.files)
+        batches = ShardBatches(
+            self.files, self.order, in_memory=self.in_memory or small, prefetch=remote
         )
-        return Continued(
-            stream,
-            lambda: module.images_seen,
+        module = trainer.lightning_module
+        return DataLoader(
+            batches,
             batch_size=None,
+            sampler=Positions(
+                lambda: module.images_seen, self.batch_size, trainer.global_rank, trainer.world_size
+            ),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=ignore_signals,
@@ -194,9 +193,9 @@ class ShardDataModule(LightningDataModule):
 
     def names(self, first: int, rows: int) -> list[str]:
         """Key and shard of the samples at positions ``first`` ... ``first + rows - 1``."""
-        assert self.order is not None and self.store is not None
+        assert self.order is not None
         numbers = self.order.at(first, first + rows).rows.tolist()
-        return [" of ".join(self.store.name(number)[::-1]) for number in numbers]
+        return [self.files.title(number) for number in numbers]
 
     def _find_shards(self) -> list[Shard]:
         """What there is to train on, checked as far as it can be without reading samples."""
@@ -222,16 +221,9 @@ class ShardDataModule(LightningDataModule):
             rank_zero_warn(f"{len(damaged)} of {len(shards)} shards are damaged ({report})")
         return shards
 
-    def _store(self, samples: int) -> Store:
-        store = IndexedStore(self.shards, self.storage, flip=self.flip)
-        in_memory = self._is_small(store, samples) if self.in_memory is None else self.in_memory
-        return MemoryStore(store, samples, flip=self.flip) if in_memory else store
-
-    def _is_small(self, store: IndexedStore, samples: int) -> bool:
-        if any(is_remote(shard.url) for shard in self.shards):
-            return False
-        first = store.read(Places(np.arange(1), np.zeros(1, np.bool_)))
-        return not first.bad and first.image.nbytes * samples * (1 + self.flip) < SMALL
+    def _is_small(self, files: ShardFiles) -> bool:
+        first = files.read(Places.of([0]))
+        return not first.bad and first.image.nbytes * files.samples * (1 + self.flip) < SMALL
 
     @property
     def order_name(self) -> str:
@@ -267,17 +259,16 @@ class ShardDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         """One generation plan per setting of the module and range of seeds; this rank's parts."""
-        assert self.trainer is not None
-        if self.num_generated < self.trainer.world_size:
+        trainer: Any = self.trainer
+        if self.num_generated < trainer.world_size:
             raise UserError(
                 f"num_generated={self.num_generated}: must be at least the number of processes, "
-                f"{self.trainer.world_size}"
+                f"{trainer.world_size}"
             )
         n, labels = self.num_generated, range(self.num_classes)
-        module: Any = self.trainer.lightning_module
         return [
             self._generation(GenerationPlan(range(k * n, (k + 1) * n), labels, setting))
-            for setting in range(len(module.settings))
+            for setting in range(len(trainer.lightning_module.settings))
             for k in range(self.sampling_seeds)
         ]
 
@@ -285,18 +276,18 @@ class ShardDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """This rank's part of the plan of `lightning sample`, or of the first of validation."""
-        assert self.trainer is not None
+        trainer: Any = self.trainer
         plan = self.plan or GenerationPlan(range(self.num_generated), range(self.num_classes))
-        if len(plan) < self.trainer.world_size:
+        if len(plan) < trainer.world_size:
             raise UserError(
                 f"seeds={plan.seeds[0]}:{plan.seeds[-1] + 1}: must be at least as many as "
-                f"processes, {self.trainer.world_size}"
+                f"processes, {trainer.world_size}"
             )
         return self._generation(plan)
 
     def _generation(self, plan: GenerationPlan) -> DataLoader:
-        assert self.trainer is not None
-        sampler = Remaining(plan, self.trainer.global_rank, self.trainer.world_size)
+        trainer: Any = self.trainer
+        sampler = Remaining(plan, trainer.global_rank, trainer.world_size)
         return DataLoader(plan, batch_size=self.generation_batch_size, sampler=sampler)
 
 
@@ -311,37 +302,29 @@ class ReferenceImages(LightningDataModule):
     def __init__(self, urls: str, data: ShardDataModule) -> None:
         super().__init__()
         self.urls, self.data = urls, data
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # of fewer images than these
 
     def prepare_data(self) -> None:
         """As for a fit."""
         self.data.prepare_data()
 
     def predict_dataloader(self) -> DataLoader:
-        """This process's batches: "image" (B, C, H, W) uint8, "place" and "encoding" lists of B."""
-        assert self.trainer is not None
-        storage = self.data.storage
-        shards = find_shards(self.data.expand(self.urls, "urls"), storage)
+        """This process's part, one image after another in batches: see `ShardImages`.
+
+        Raises:
+            UserError: Shards that are missing or not whole.
+        """
+        trainer: Any = self.trainer
+        shards = find_shards(self.data.expand(self.urls, "urls"), self.data.storage)
         for shard in shards:
             if shard.damage:  # statistics of a part would pass for those of the whole
                 raise UserError(f"urls={shard.url}: must be whole ({shard.loss()})")
-        images = ShardImages(
-            IndexedStore(shards, storage, flip=False),
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-        )
-        size, workers = self.data.generation_batch_size, self.data.num_workers
-        return DataLoader(images, size, num_workers=workers, collate_fn=_collate_images)
-
-
-def _collate_images(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    shapes = sorted({tuple(row["image"].shape) for row in rows})
-    if len(shapes) > 1:
-        raise UserError(f"images={shapes}: must be of one shape (channels, height, width)")
-    return {
-        "image": torch.stack([row["image"] for row in rows]),
-        "place": [row["place"] for row in rows],
-        "encoding": [row["encoding"] for row in rows],
-    }
+        files = ShardFiles(shards, self.data.storage)
+        rank, size = trainer.global_rank, self.data.generation_batch_size
+        first, last = (files.samples * (rank + k) // trainer.world_size for k in (0, 1))
+        parts = [range(i, min(i + size, last)) for i in range(first, last, size)]
+        workers = self.data.num_workers
+        return DataLoader(ShardImages(files), batch_size=None, sampler=parts, num_workers=workers)
 
 
 def find_script(name: str) -> Path:

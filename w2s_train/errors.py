@@ -1,6 +1,11 @@
 """Errors that are the user's to mend."""
 
+import math
+from typing import TypeVar
+
 from w2s_train.secrets import redacted
+
+Number = TypeVar("Number", int, float)
 
 
 class UserError(ValueError):
@@ -11,6 +16,30 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(redacted(message))  # values may be URLs with passwords
+
+
+def require(name: str, value: Number, interval: str) -> Number:
+    """``value`` itself, if it lies in an interval.
+
+    Args:
+        name: Of the value, as it stands in the config.
+        value: A number.
+        interval: Such as "[0, 1)"; a bound "inf" is any finite number.
+
+    Raises:
+        UserError: It lies outside, or is no number.
+    """
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    inside = low <= value <= high and abs(value) < math.inf
+    inside = inside and (value > low or interval[0] == "[")
+    if inside and (value < high or interval[-1] == "]"):
+        return value
+    if high < math.inf:
+        raise UserError(f"{name}={value}: must be in {interval}")
+    bound = f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
+    comma = ", " if interval[0] == "[" else " "
+    finite = f"a finite number{comma}" if isinstance(value, float) else ""
+    raise UserError(f"{name}={value}: must be {finite}{bound}")
 
 
 # Exit statuses of the command, beside 0 (finished) and 1 (an error, a user's or ours).

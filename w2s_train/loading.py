@@ -35,11 +35,13 @@ ALLOWED = [
 REMOVED: dict[str, dict[str, tuple[Any, str]]] = {  # class -> argument -> its default, the commit
     "w2s_train.segment.Extrapolation": {"share": (1.0, "b8536ed")},
 }
-MOVED = {  # class -> what to name instead
-    "w2s_train.callbacks.LeavesScores": (
-        "must be leaves.LeavesScores, with PYTHONPATH=experiments/leaves and --allow_imports "
-        "leaves; commit b8536ed ran it last under this name"
-    ),
+LEAVES = (
+    "must be leaves.LeavesScores, with PYTHONPATH=experiments/leaves and --allow_imports leaves "
+    "(experiments/leaves/README.md); commit b8536ed ran it last"
+)
+MOVED = {  # class -> what to do instead
+    "w2s_train.callbacks.LeavesScores": LEAVES,
+    "w2s_train.callbacks.leaves.LeavesScores": LEAVES,
 }
 Module = TypeVar("Module", bound=nn.Module)
 trusted = list[str]()  # packages that the switch adds
@@ -56,25 +58,26 @@ def without_removed(node: Any, key: str = "") -> Any:
         UserError: Such an argument is not at its default, or a class has moved away.
     """
     if isinstance(node, dict):
-        arguments = node.get("init_args")
-        removed = (
-            REMOVED.get(str(node.get("class_path")), {}) if isinstance(arguments, dict) else {}
-        )
-        for name, (default, commit) in removed.items():
-            if (value := arguments.pop(name, default)) != default:
-                full = f"{key}.init_args.{name}".removeprefix(".")
-                raise UserError(
-                    f"{full}={value}: is gone, must be {default} or left out; commit {commit} ran "
-                    "it last"
-                )
+        if isinstance(arguments := node.get("init_args"), dict):
+            _remove(arguments, str(node.get("class_path")), key)
         for name, value in node.items():
-            without_removed(value, f"{key}.{name}" if key else name)
+            without_removed(value, f"{key}.{name}" if key else str(name))
     elif isinstance(node, list):
         for i, value in enumerate(node):
             without_removed(value, f"{key}[{i}]")
     elif isinstance(node, str) and node in MOVED:
         raise UserError(f"{key or 'class_path'}={node}: {MOVED[node]}")
     return node
+
+
+def _remove(arguments: dict[str, Any], path: str, key: str) -> None:
+    for name, (default, commit) in REMOVED.get(path, {}).items():
+        value = arguments.pop(name, default)
+        if value != default:
+            raise UserError(
+                f"{key}.init_args.{name}={value}: is gone, must be {default} or left out; commit "
+                f"{commit} ran it last".removeprefix(".")
+            )
 
 
 def restrict_imports(args: list[str]) -> list[str]:

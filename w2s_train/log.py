@@ -1,55 +1,60 @@
-"""Training statistics that stay on the device between two log entries."""
+"""Training numbers that stay on the device between two log entries."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from w2s_train.segment import Statistic
 
+class Log:
+    """Sums and maxima over rows and steps since the last log entry.
 
-class RunningStatistics:
-    """Sums and maxima of `Statistic`s over the steps since the last log entry.
-
-    Nothing is read back to the host before `compute`.
+    How a number is reduced is the end of its name: ``_max`` is the largest, ``_rms`` the root of
+    the mean of the values, which then are squares, and anything else their mean. Nothing is read
+    back to the host before `read`.
     """
 
     def __init__(self) -> None:
+        # Of the optimizer step under way: what `add` was given.
+        self.step: list[tuple[tuple[str, ...], Tensor, Tensor]] = []
         self._clear()
 
     def _clear(self) -> None:
         self.sums: dict[tuple[str, ...], Tensor] = {}  # names (K) -> (2, K): sums and counts
         self.maxima: dict[tuple[str, ...], Tensor] = {}  # names (K) -> (K,)
-        self.roots: set[str] = set()
 
-    @torch.no_grad()
-    def add(self, statistics: Sequence[Statistic], good: bool | Tensor = True) -> None:
-        """Take in one evaluation of the objective.
+    def add(self, names: tuple[str, ...], values: Tensor, mask: Tensor | None = None) -> None:
+        """Note K numbers, all of one kind, for each of n rows, of the step under way.
 
         Args:
-            statistics: Of it.
-            good: Whether it counts; a tensor () where the host does not know yet.
+            names: K.
+            values: (K, n), or (1, n) for all.
+            mask: (K, n) bool, or (1, n) for all: the rows that count; None is every row.
         """
-        if good is False:
-            return
-        for each in statistics:
-            mask = each.mask & good
-            values = torch.where(mask, each.values.float(), 0.0)
-            if each.reduce == "max":
-                largest = values.amax(1)
-                known = self.maxima.get(each.names)
-                self.maxima[each.names] = (
-                    largest if known is None else torch.maximum(known, largest)
-                )
-                continue
-            if each.reduce == "rms":
-                self.roots.update(each.names)
-            sums = torch.stack([values.sum(1), mask.sum(1).expand(len(values)).float()])
-            known = self.sums.get(each.names)
-            self.sums[each.names] = sums if known is None else known + sums
+        every = torch.ones_like(values[:1], dtype=torch.bool)
+        self.step.append((names, values.detach(), every if mask is None else mask))
 
-    def compute(self, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
+    @torch.no_grad()
+    def commit(self, good: bool | Tensor = True) -> None:
+        """End the step.
+
+        Args:
+            good: Whether it counts; a tensor () bool where the host does not know yet.
+        """
+        entries, self.step = self.step, []
+        for names, values, rows in entries if good is not False else ():
+            mask = rows & good
+            values = torch.where(mask, values.float(), 0.0)
+            if names[0].endswith("_max"):
+                largest, known = values.amax(1), self.maxima.get(names)
+                self.maxima[names] = largest if known is None else torch.maximum(known, largest)
+                continue
+            sums = torch.stack([values.sum(1), mask.sum(1).expand(len(values)).float()])
+            known = self.sums.get(names)
+            self.sums[names] = sums if known is None else known + sums
+
+    def read(self, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
         """The numbers over all processes, by name; then start anew.
 
         Args:
@@ -61,7 +66,7 @@ class RunningStatistics:
             names = itertools.chain(*self.sums)
             for name, total, count in zip(names, *totals, strict=True):
                 if count:  # no row fell into the range since the last entry
-                    result[name] = (total / count) ** (0.5 if name in self.roots else 1)
+                    result[name] = (total / count) ** (0.5 if name.endswith("_rms") else 1)
         if self.maxima:
             largest = reduce(torch.cat(list(self.maxima.values())), "max").tolist()
             result |= dict(zip(itertools.chain(*self.maxima), largest, strict=True))

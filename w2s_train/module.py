@@ -1,9 +1,6 @@
 """The Lightning module: wires network, objective, sampler, optimizer and weight average."""
 
 import contextlib
-import dataclasses
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,18 +12,15 @@ from torch import Tensor, nn
 
 from w2s_train.autoencoder import Autoencoder, PixelSpace
 from w2s_train.clock import FitClock
-from w2s_train.command.config import check_label_dropout
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, require
 from w2s_train.generation import Setting, all_settings, generate
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.loading import check_optimizer, load_module
-from w2s_train.log import RunningStatistics
-from w2s_train.models import DiT, WeightAverage, compile_networks
-from w2s_train.models.average import check_decay
-from w2s_train.objective import Losses, Objective
+from w2s_train.log import Log
+from w2s_train.models import DiT, WeightAverage
+from w2s_train.objective import Objective
 from w2s_train.optim import clip, keep_fused, norm_of, step_only_if, unscale
 from w2s_train.sampler import Sampler
-from w2s_train.segment import Statistic
 from w2s_train.timesteps import spread
 from w2s_train.weak.base import Step
 
@@ -74,37 +68,35 @@ class DiffusionModule(LightningModule):
         compile: bool | Literal["blocks"] = False,
     ) -> None:
         super().__init__()
-        if not 0 <= label_dropout <= 1:
-            raise UserError(f"label_dropout={label_dropout}: must be in [0, 1]")
-        if generation_block < 1:
-            raise UserError(f"generation_block={generation_block}: must be at least 1")
-        self.network, self.objective, self.sampler = network, objective, sampler
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self.autoencoder = autoencoder or PixelSpace()
-        self.guidances = guidance if isinstance(guidance, list) else [guidance or Unguided()]
         lists = dict(guidance=guidance, ema_decay=ema_decay, scored_weights=scored_weights)
         for name, given in lists.items():
             if given == []:
                 raise UserError(f"{name}=[]: must name at least one")
-        self.label_dropout, self.generation_block = label_dropout, generation_block
-        self.how_compiled = compile
+        self.network, self.objective, self.sampler = network, objective, sampler
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.autoencoder = autoencoder or PixelSpace()
+        self.label_dropout = require("label_dropout", label_dropout, "[0, 1]")
+        self.unconditional = label_dropout == 1
+        self.generation_block = require("generation_block", generation_block, "[1, inf)")
+        self.how_compiled, self.scored_weights = compile, scored_weights or ["ema"]
         self.objective.bind(network, label_dropout)
+        self.guidances = guidance if isinstance(guidance, list) else [guidance or Unguided()]
         for each in self.guidances:
             each.bind(network, objective)
-        self.unconditional = label_dropout == 1
-        check_label_dropout(label_dropout, self.objective.segments, self.guidances)
-        first, *more = ema_decay if isinstance(ema_decay, list) else [ema_decay]
-        self.ema = WeightAverage(network, check_decay("ema_decay", first))
-        self.more_ema = nn.ModuleList(
-            WeightAverage(network, check_decay("ema_decay", decay)) for decay in more
-        )
-        self.statistics, self.last_metrics = RunningStatistics(), dict[str, float]()
+            if self.unconditional and each.needs_label:
+                raise UserError(
+                    f"label_dropout={label_dropout}: must be below 1 for {type(each).__name__}, "
+                    "which compares with and without the label"
+                )
+        decays = ema_decay if isinstance(ema_decay, list) else [ema_decay]
+        first, *more = (require("ema_decay", decay, "[0, 1)") for decay in decays)
+        self.ema = WeightAverage(network, first)
+        self.more_ema = nn.ModuleList(WeightAverage(network, decay) for decay in more)
+        self.training_log, self.last_metrics = Log(), dict[str, float]()
         # Of the optimizer step under way; whether it is good may be known on the device only.
-        self.parts, self.good = list[Losses](), cast(bool | Tensor, True)
-        self.judge: Callable[[Tensor, Tensor], bool | Tensor] = lambda loss, norm: True  # `Guard`
-        self.gradient_norm = torch.tensor(math.nan)
-        self.images_seen, self.loaded_step = 0, 0
-        self.clock, self.scored_weights = FitClock(), scored_weights or ["ema"]
+        self.losses, self.good = list[Tensor](), cast(bool | Tensor, True)
+        self.gradient_norm: Tensor | None = None
+        self.images_seen, self.loaded_step, self.clock = 0, 0, FitClock()
         check_optimizer(optimizer)
 
     @classmethod
@@ -116,10 +108,16 @@ class DiffusionModule(LightningModule):
 
     # ---- training --------------------------------------------------------------------------
     def setup(self, stage: str) -> None:
-        """Plan the run, and compile."""
+        """Plan the run, and compile: each number of rows and kind of pass is a graph of its own."""
         if stage == "fit":
             self.plan(self.trainer.max_steps)
-        compile_networks(self, self.how_compiled)
+        if not self.how_compiled:
+            return
+        # Strong, averaged and weak networks share one forward: each is a variant of it.
+        torch._dynamo.config.recompile_limit = 64
+        for network in (part for part in self.modules() if isinstance(part, DiT)):
+            for part in network.blocks if self.how_compiled == "blocks" else [network]:
+                part.compile(dynamic=False)  # in place, which keeps the names of parameters
 
     def plan(self, max_steps: int) -> None:
         """Check everything that happens at a step of its own.
@@ -130,18 +128,18 @@ class DiffusionModule(LightningModule):
         self.objective.plan(max_steps if max_steps > 0 else None)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The loss of one batch of images (B, C, H, W) as stored and labels (B,)."""
+        """The loss () of one batch of images (B, C, H, W) as stored and labels (B,)."""
         x = self.autoencoder.encode(batch["image"])
         if x.shape[1:] != self.input_shape:
             ours, theirs = tuple(self.input_shape)[:2], tuple(x.shape[1:])
             raise UserError(
                 f"in_channels, input_size={ours}: must fit the data, whose shape is {theirs}"
             )
-        step = Step(self.global_step, self.ema.module)
-        losses = self.objective(self.network, x, self.drop_labels(batch["label"]), step)
-        self.parts.append(dataclasses.replace(losses, total=losses.total.detach()))
+        step, y = Step(self.global_step, self.ema.module), self.drop_labels(batch["label"])
+        loss = self.objective(self.network, x, y, step, self.training_log).mean()
+        self.losses.append(loss.detach())
         self.images_seen += len(x) * self.trainer.world_size
-        return losses.total
+        return loss
 
     @property
     def input_shape(self) -> torch.Size:
@@ -154,25 +152,15 @@ class DiffusionModule(LightningModule):
         dropped = spread(len(y), self.label_dropout, y.device)
         return torch.where(dropped, self.network.null_class, y)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One optimizer step; then average and weak sources follow, once per *optimizer* step."""
-        super().optimizer_step(*args, **kwargs)
-        parts, self.parts = self.parts, []
-        one = torch.ones_like(self.gradient_norm)[None, None]
-        norm = Statistic(("gradient_norm",), self.gradient_norm * one, one.bool(), "mean")
-        for statistics in ([norm], *(part.statistics for part in parts)):
-            self.statistics.add(statistics, self.good)
-        for average in (self.ema, *self.more_ema):
-            average.update(self.network, self.good)
-        # The trainer counts this step when the hook has returned.
-        optimizer: torch.optim.Optimizer = args[2]
-        lr = optimizer.param_groups[0]["lr"]
-        step = Step(self.global_step + 1, self.ema.module, lr, self.good)
-        # Small networks that learn there do not scale their loss, as float16 would need.
-        scaled = self.trainer.precision == "16-mixed"
-        plugin = self.trainer.precision_plugin
-        with contextlib.nullcontext() if scaled else plugin.forward_context():
-            self.objective.after_step(self.network, step)
+    def measure(self, optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
+        """Loss () of the optimizer step under way and norm () of its gradient, before clipping."""
+        unscale(optimizer, getattr(self.trainer.precision_plugin, "scaler", None))
+        self.gradient_norm = norm_of(optimizer)
+        return torch.stack(self.losses).mean(), self.gradient_norm
+
+    def accept(self, good: bool | Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Say, after `measure`, whether the step is to be taken; () bool if not known yet."""
+        self.good = step_only_if(good, optimizer)
 
     def configure_gradient_clipping(
         self,
@@ -180,23 +168,40 @@ class DiffusionModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, keep the norm before clipping, and drop a bad step."""
-        unscale(optimizer, getattr(self.trainer.precision_plugin, "scaler", None))
-        groups = optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        norm, loss = norm_of(parameters), torch.stack([part.total for part in self.parts]).mean()
-        clip(parameters, norm, gradient_clip_val, gradient_clip_algorithm)
-        self.good = step_only_if(self.judge(loss, norm), optimizer)
-        self.gradient_norm = norm
+        """Clip as the trainer says."""
+        if self.gradient_norm is None:  # nobody has judged the step
+            self.measure(optimizer)
+            self.accept(True, optimizer)
+        assert self.gradient_norm is not None
+        clip(optimizer, self.gradient_norm, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One optimizer step; then average and weak sources follow, once per *optimizer* step."""
+        super().optimizer_step(*args, **kwargs)
+        norm, good, self.losses, self.gradient_norm = self.gradient_norm, self.good, [], None
+        assert norm is not None, "Lightning calls `configure_gradient_clipping` at each step"
+        self.training_log.add(("gradient_norm",), norm.view(1, 1))
+        self.training_log.commit(good)
+        for average in (self.ema, *self.more_ema):
+            average.update(self.network, good)
+        # The trainer counts this step when the hook has returned.
+        optimizer: torch.optim.Optimizer = args[2]
+        lr = optimizer.param_groups[0]["lr"]
+        step = Step(self.global_step + 1, self.ema.module, lr, good)
+        # Small networks that learn there do not scale their loss, as float16 would need.
+        scaled = self.trainer.precision == "16-mixed"
+        plugin = self.trainer.precision_plugin
+        with contextlib.nullcontext() if scaled else plugin.forward_context():
+            self.objective.after_step(self.network, step)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Every ``log_every_n_steps`` optimizer steps, read the statistics and log them."""
-        due = self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if not (due and stepped):
+        if self.global_step % interval or not stepped:
             return
         strategy = self.trainer.strategy
-        numbers = self.statistics.compute(lambda x, op: strategy.reduce(x, reduce_op=op))
+        numbers = self.training_log.read(lambda x, op: strategy.reduce(x, reduce_op=op))
         metrics = {f"train/{name}": value for name, value in numbers.items()}
         metrics["train/learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         metrics["train/images_seen"] = self.images_seen
@@ -219,7 +224,6 @@ class DiffusionModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
-        """Start the clock, and say what is trained."""
         self.clock.start()
         for segment in self.objective.segments:
             rank_zero_info(segment.describe())
@@ -230,12 +234,10 @@ class DiffusionModule(LightningModule):
         return self.global_step or self.loaded_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the state dict does not hold."""
         checkpoint["progress"] = {"images_seen": self.images_seen} | self.clock.state_dict()
         checkpoint["network"] = self.network.arguments  # rebuilds it: models/saved.py
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it."""
         self.loaded_step = checkpoint["global_step"]
         self.images_seen = checkpoint["progress"]["images_seen"]
         self.clock.load_state_dict(checkpoint["progress"])
@@ -249,11 +251,9 @@ class DiffusionModule(LightningModule):
         return all_settings(self.network, averages, self.scored_weights, self.guidances)
 
     def on_validation_start(self) -> None:
-        """Start the clock of the evaluation."""
         self.clock.start_evaluation()
 
     def on_validation_end(self) -> None:
-        """Log what evaluations cost, as a share of the fit."""
         self.clock.end_evaluation()
         if self.clock.fit_began is not None:
             self.record({"val/evaluation_share": self.clock.evaluation_share})
@@ -265,23 +265,15 @@ class DiffusionModule(LightningModule):
         setting = int(batch["setting"][0])
         return self.generate(batch["seed"].tolist(), batch["label"].tolist(), setting)
 
-    test_step = validation_step
-    predict_step = validation_step
+    test_step = predict_step = validation_step
 
     def generate(self, seeds: list[int], labels: list[int], setting: int = 0) -> Tensor:
         """Images (B, C, H, W) uint8, each fixed by seed and label, in one of the `settings`."""
         if self.unconditional:
             labels = [self.network.null_class] * len(labels)
-        return generate(
-            self.settings[setting],
-            self.sampler,
-            self.autoencoder,
-            seeds,
-            labels,
-            shape=self.input_shape,
-            block=self.generation_block,
-            device=self.device,
-        )
+        how = (self.settings[setting], self.sampler, self.autoencoder, seeds, labels)
+        block, device = self.generation_block, self.device
+        return generate(*how, shape=self.input_shape, block=block, device=device)
 
     def protocol(self, setting: int = 0) -> dict[str, Any]:
         """How the images of one of the `settings` are generated, for the record of a score."""

@@ -10,36 +10,24 @@ The target moves with the network. Setting s = E[v] + scale (s - w) gives the fi
     s* = w + (E[v] - w) / (1 - scale),
 
 guidance by 1 / (1 - scale) built into the weights: 0.3 is 1.43, 0.5 is 2, 0.6 is 2.5. At scale 1
-there is no fixed point. Outside all segments the target is v: plain flow matching. `segment/` has
+there is no fixed point. Outside all segments the target is v: plain flow matching. `segment` has
 the general form.
 """
 
 import abc
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, require
 from w2s_train.interpolant import Interpolant, NoisySample
+from w2s_train.log import Log
 from w2s_train.models import DiT
-from w2s_train.schedule import Timeline
-from w2s_train.segment import Chosen, Segment, Statistic, StrongPass, mean_square
-from w2s_train.timesteps import TimestepDistribution
+from w2s_train.segment import Rows, Segment, Strong, mean_square
+from w2s_train.timesteps import TimestepDistribution, at_least, chosen_first
 from w2s_train.weak.base import Step
-
-FIRST_STEP = Step()
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The result of one evaluation of the objective."""
-
-    total: Tensor  # (), what is minimized
-    per_sample: Tensor  # (B,), its rows, detached
-    statistics: list[Statistic]  # what is logged
 
 
 class Objective(nn.Module, abc.ABC):
@@ -55,12 +43,17 @@ class Objective(nn.Module, abc.ABC):
         self.interpolant, self.timesteps = interpolant, timesteps
         self.segments: Sequence[Segment] = ()
 
-    def bind(self, network: DiT, label_dropout: float = 0.0) -> None:  # noqa: B027
+    @abc.abstractmethod
+    def bind(self, network: DiT, label_dropout: float | None = None) -> None:
         """Introduce what has weights of its own to the network; once, before training.
 
         Args:
             network: The network being trained.
-            label_dropout: Share of labels that `rows.spread` replaces by the null class.
+            label_dropout: Share of labels that `timesteps.spread` replaces by the null class; None
+                outside training.
+
+        Raises:
+            UserError: A weak source that does not fit the network or the share.
         """
 
     def plan(self, max_steps: int | None) -> None:  # noqa: B027
@@ -74,14 +67,15 @@ class Objective(nn.Module, abc.ABC):
         """Let what follows the network do so; after each optimizer step."""
 
     @abc.abstractmethod
-    def forward(self, network: DiT, x: Tensor, y: Tensor, step: Step = FIRST_STEP) -> Losses:
-        """Draw timesteps and noise, and evaluate.
+    def forward(self, network: DiT, x: Tensor, y: Tensor, step: Step, log: Log) -> Tensor:
+        """Draw timesteps and noise, and give the loss per row (B,).
 
         Args:
             network: The network being trained.
             x: Data (B, C, H, W).
             y: Labels (B,) int64, dropped ones already replaced by the null class.
             step: Where training stands.
+            log: Takes the numbers to log.
         """
 
 
@@ -107,8 +101,8 @@ class WeakToStrongObjective(Objective):
         total_steps: int | None = None,
     ) -> None:
         super().__init__(interpolant, timesteps)
-        if total_steps is not None and total_steps < 1:
-            raise UserError(f"total_steps={total_steps}: must be at least 1")
+        if total_steps is not None:
+            require("total_steps", total_steps, "[1, inf)")
         self.total_steps, self.label_dropout = total_steps, 0.0
         ordered = sorted(segments or [], key=lambda segment: segment.low)
         for before, after in zip(ordered, ordered[1:], strict=False):
@@ -119,14 +113,20 @@ class WeakToStrongObjective(Objective):
                 )
         self.segments = nn.ModuleList(ordered)  # type: ignore[assignment]
 
-    def bind(self, network: DiT, label_dropout: float = 0.0) -> None:
-        self.label_dropout = label_dropout
-        for segment in self.segments:
-            segment.bind(network)
+    def bind(self, network: DiT, label_dropout: float | None = None) -> None:
+        self.label_dropout = label_dropout or 0.0
+        for weak in (segment.weak for segment in self.segments):
+            weak.bind(network)
+            if weak.needs_label and label_dropout in (0, 1):
+                rule = "below 1 for {}, which compares with and without the label"
+                if label_dropout == 0:
+                    rule = "above 0 for {}: the null class would never be trained"
+                rule = rule.format(type(weak).__name__)
+                raise UserError(f"label_dropout={label_dropout}: must be {rule}")
 
     def plan(self, max_steps: int | None) -> None:
         for segment in self.segments:
-            segment.plan(Timeline(self.total_steps or max_steps, max_steps))
+            segment.plan(self.total_steps or max_steps, max_steps)
         if self.segments and self.total_steps and max_steps and max_steps > self.total_steps:
             warnings.warn(
                 f"total_steps={self.total_steps}: is shorter than this run, {max_steps}; shares of "
@@ -135,74 +135,54 @@ class WeakToStrongObjective(Objective):
             )
 
     def after_step(self, network: DiT, step: Step) -> None:
+        def fresh() -> tuple[NoisySample, Tensor]:
+            x, y = self.last_batch
+            return self.draw(x), y
+
         for segment in self.segments:
-            segment.weak.after_step(network, step)
-            if segment.weak.learns_at(step):
-                x, y = self.last_batch
-                segment.weak.learn(self.draw(x), y, step)
+            segment.weak.after_step(network, step, fresh)
 
     def draw(self, x: Tensor) -> NoisySample:
         """Noisy samples of data (B, C, H, W), at timesteps in ascending order."""
         t = self.timesteps.draw(len(x), x.device, self.interpolant)
         return self.interpolant.corrupt(x, torch.randn_like(x), t)
 
-    def forward(self, network: DiT, x: Tensor, y: Tensor, step: Step = FIRST_STEP) -> Losses:
-        noisy = self.draw(x)
-        self.last_batch = (x, y)
-        labelled, chosen = y != network.null_class, list[Chosen]()
-        for segment in self.segments:
-            rows = self.timesteps.rows(segment.low, segment.high, len(x), self.interpolant)
-            chosen.append(segment.choose(rows, labelled, self.label_dropout))
-        return self.evaluate(network, noisy, y, chosen, step)
-
-    def evaluate(
-        self,
-        network: DiT,
-        noisy: NoisySample,
-        y: Tensor,
-        chosen: list[Chosen] | None = None,
-        step: Step = FIRST_STEP,
-    ) -> Losses:
-        """The losses at given noisy samples.
+    def rows(self, segment: Segment, labelled: Tensor) -> Rows:
+        """The rows that a segment acts on, as many at every step.
 
         Args:
-            network: The network being trained.
-            noisy: Noisy samples, B rows.
-            y: Labels (B,) int64.
-            chosen: Per segment, the rows to evaluate it on; None for all that it has, which are
-                looked up, for timesteps in any order.
-            step: Where training stands.
+            segment: One of ours.
+            labelled: Which rows (B,) of the batch have a label.
         """
-        keep = {block for segment in self.segments for block in segment.keep_hidden}
-        out = network(noisy.x_t, noisy.t, y, keep_hidden=keep)
-        strong = StrongPass(network, noisy, y, out._replace(velocity=out.velocity.float()), step)
-        target, penalties = noisy.v.float().clone(), list[Tensor]()
-        statistics = list[Statistic]()
-        for i, segment in enumerate(self.segments):
-            rows = chosen[i] if chosen else Chosen(segment.contains(noisy.t).nonzero().squeeze(1))
-            idle = len(noisy.t[rows.rows]) == 0 or segment.factor(step) == 0
-            if idle and not segment.learns:
-                continue
-            terms = segment.evaluate(strong, rows)
-            statistics += terms.statistics
-            if terms.shift is not None:
-                target[terms.rows] += terms.shift
-            if terms.penalty is not None:
-                penalties.append(terms.penalty)
-        strong_loss = mean_square(strong.out.velocity - target)
-        per_sample = sum(penalties, start=strong_loss)
-        statistics += self._loss_statistics(per_sample.detach(), strong_loss.detach(), noisy.t)
-        return Losses(per_sample.mean(), per_sample.detach(), statistics)
+        rows = self.timesteps.rows(segment.low, segment.high, len(labelled), self.interpolant)
+        n = rows.stop - rows.start
+        dropped = at_least(n, self.label_dropout) if segment.only_labelled else 0
+        return rows.start + chosen_first(labelled[rows], n - dropped) if dropped else rows
 
-    def _loss_statistics(self, total: Tensor, strong: Tensor, t: Tensor) -> list[Statistic]:
-        """The whole loss, and the strong one per quarter of time and per segment."""
-        everywhere = torch.ones_like(t, dtype=torch.bool)
+    def forward(self, network: DiT, x: Tensor, y: Tensor, step: Step, log: Log) -> Tensor:
+        self.last_batch = (x, y)
+        noisy, labelled = self.draw(x), y != network.null_class
+        keep = {block for segment in self.segments for block in segment.weak.keep_hidden}
+        out = network(noisy.x_t, noisy.t, y, keep_hidden=keep)
+        out = out._replace(velocity=out.velocity.float())
+        strong = Strong(network, noisy, y, out, step)
+        target, penalties = noisy.v.float().clone(), list[Tensor]()
+        for segment in self.segments:
+            rows = self.rows(segment, labelled)
+            acts = len(noisy.t[rows]) > 0 and segment.factor(step) > 0
+            if acts or segment.weak.trainable:  # what the loss trains is evaluated at every step
+                penalties.append(segment.act(strong, rows, target, log))
+        strong_loss = mean_square(out.velocity - target)
+        loss = sum(penalties, start=strong_loss)
+        self.report(log, loss, strong_loss, noisy.t)
+        return loss
+
+    def report(self, log: Log, loss: Tensor, strong: Tensor, t: Tensor) -> None:
+        """Log the whole loss, and the strong one per quarter of time and per segment."""
         quarter = (t * 4).long().clamp(0, 3)
-        parts = {"": everywhere}
+        parts = {"": quarter >= 0}
         parts |= {f"quarter_{q / 4:g}-{(q + 1) / 4:g}/": quarter == q for q in range(4)}
         parts |= {f"{segment.name}/": segment.contains(t) for segment in self.segments}
         names = tuple(f"{part}strong_loss" for part in parts)
-        return [
-            Statistic(("loss",), total[None], everywhere[None], "mean"),
-            Statistic(names, strong[None], torch.stack(list(parts.values())), "mean"),
-        ]
+        log.add(("loss",), loss[None])
+        log.add(names, strong[None], torch.stack(list(parts.values())))

@@ -1,43 +1,42 @@
-"""What is done with gradients between the backward pass and the optimizer.
-
-Small numbers between host and device, without waiting for what the device has still to do.
+"""Around an optimizer step: the gradient's norm, clipping, steps that are passed over, and numbers
+that the host reads without waiting for what the device has still to do.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+Optimizer = torch.optim.Optimizer
 
-def norm_of(parameters: Sequence[nn.Parameter]) -> Tensor:
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Those that have a gradient."""
+    groups = optimizer.param_groups
+    return [p for group in groups for p in group["params"] if p.grad is not None]
+
+
+def norm_of(optimizer: Optimizer) -> Tensor:
     """The norm () of all gradients together."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return nn.utils.get_total_norm([p.grad for p in parameters_of(optimizer)])  # type: ignore[misc]
 
 
-def clip(
-    parameters: Sequence[nn.Parameter], norm: Tensor, limit: float | None, algorithm: str | None
-) -> None:
+def clip(optimizer: Optimizer, norm: Tensor, limit: float | None, algorithm: str | None) -> None:
     """Clip gradients as Lightning's ``gradient_clip_val`` and ``gradient_clip_algorithm`` say."""
     if limit and algorithm in (None, "norm"):
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        nn.utils.clip_grads_with_norm_(parameters_of(optimizer), limit, norm)
     elif limit:
-        nn.utils.clip_grad_value_(parameters, limit)
+        nn.utils.clip_grad_value_(parameters_of(optimizer), limit)
 
 
 def keep_fused(optimizer: Any, state: dict[str, Any]) -> None:
-    """Before a state is loaded: whether steps are fused is said by the config, and not by a file.
-
-    Args:
-        optimizer: Which gets it.
-        state: The optimizer's state dict.
-    """
+    """Before ``state`` is loaded: whether steps are fused is said by the config, not by a file."""
     for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=False):
         if "fused" in ours:
             theirs["fused"] = ours["fused"]
 
 
-def unscale(optimizer: Any, scaler: Any) -> None:
+def unscale(optimizer: Optimizer, scaler: Any) -> None:
     """Undo float16's loss scaling, if there is one, before anyone looks at gradients.
 
     The trainer leaves that to fused optimizers themselves, in their step; for others it is done.
@@ -57,7 +56,7 @@ def step_only_if(good: bool | Tensor, optimizer: Any) -> bool | Tensor:
         optimizer: The optimizer.
 
     Returns:
-        The same; a bool if the host knows now.
+        ``good``; a bool if the host knows now.
     """
     fused = all(group.get("fused") for group in optimizer.param_groups)
     if isinstance(good, Tensor) and not fused:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from w2s_train.errors import UserError
+from w2s_train.errors import require
 from w2s_train.guidance.base import VelocityField
 from w2s_train.interpolant import Interpolant
 
@@ -33,9 +33,7 @@ class Sampler(abc.ABC):
     """
 
     def __init__(self, steps: int = 50) -> None:
-        if steps < 1:
-            raise UserError(f"steps={steps}: must be at least 1")
-        self.steps = steps
+        self.steps = require("steps", steps, "[1, inf)")
 
     @abc.abstractmethod
     def times(self) -> list[float]:
@@ -106,11 +104,8 @@ class EulerMaruyama(Sampler):
 
     def __init__(self, interpolant: Interpolant, steps: int = 250, last_step: float = 0.04) -> None:
         super().__init__(steps)
-        if steps < 2:
-            raise UserError(f"steps={steps}: must be at least 2")
-        if not 0 < last_step < 1:
-            raise UserError(f"last_step={last_step}: must be in (0, 1)")
-        self.interpolant, self.last_step = interpolant, last_step
+        require("steps", steps, "[2, inf)")
+        self.interpolant, self.last_step = interpolant, require("last_step", last_step, "(0, 1)")
 
     def describe(self) -> str:
         return f"EulerMaruyama(last_step={self.last_step:g})"

@@ -1,12 +1,4 @@
-"""Which rows of a batch something happens to: random, spread evenly, and of a known number.
-
-Plain coin flips per row have a number of heads that nobody knows before, so that shapes change from
-step to step. *Systematic sampling* (Madow & Madow, 1944) has one random offset instead: rows of a
-grid with the spacing 1 / share. Every row still is chosen with that probability, and any k rows in
-succession hold at least floor(k * share) chosen ones. Rows of a batch are ordered in t, so that the
-chosen ones cover all timesteps. All is integer arithmetic, and nothing is read back to the host.
-
-Distributions that training timesteps are drawn from.
+"""Distributions that training timesteps are drawn from, and which rows lose their label.
 
 Draws are *stratified*: row i of a batch of B gets
 
@@ -26,37 +18,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from w2s_train.errors import UserError
+from w2s_train.errors import require
 from w2s_train.interpolant import Interpolant
-
-
-def _fraction(share: float) -> Fraction:
-    return Fraction(share).limit_denominator(10**6)
-
-
-def at_least(n: int, share: float) -> int:
-    """How many of ``n`` rows in succession are chosen at least."""
-    return int(n * _fraction(share))
-
-
-def spread(n: int, share: float, device: torch.device) -> Tensor:
-    """Choose each of ``n`` rows with probability ``share`` in [0, 1] (to six digits): (n,) bool."""
-    ratio = _fraction(share)
-    offset = torch.randint(ratio.denominator, (), device=device)
-    marks = torch.arange(n + 1, device=device) * ratio.numerator + offset
-    counts = marks.div(ratio.denominator, rounding_mode="floor")
-    return counts[1:] > counts[:-1]
-
-
-def subset(n: int, m: int, device: torch.device) -> Tensor:
-    """Choose ``m`` of ``n`` rows, each with probability m / n: ascending (m,) int64."""
-    offset = torch.randint(n, (), device=device)
-    return (torch.arange(m, device=device) * n + offset).div(m, rounding_mode="floor")
-
-
-def chosen_first(mask: Tensor, m: int) -> Tensor:
-    """The first ``m`` places (m,) int64 of a mask (n,), True ones before others, in order."""
-    return torch.argsort((~mask).byte(), stable=True)[:m]
 
 
 class TimestepDistribution(abc.ABC):
@@ -106,7 +69,7 @@ class LogitNormal(TimestepDistribution):
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
-        self.mean, self.std = mean, _positive("std", std)
+        self.mean, self.std = mean, require("std", std, "(0, inf)")
 
     def cdf(self, t: float, interpolant: Interpolant) -> float:
         if t <= 0 or t >= 1:
@@ -126,7 +89,7 @@ class EDMLogNormal(TimestepDistribution):
     """
 
     def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
-        self.mean, self.std = mean, _positive("std", std)
+        self.mean, self.std = mean, require("std", std, "(0, inf)")
 
     def cdf(self, t: float, interpolant: Interpolant) -> float:
         if t <= 0 or t >= 1:
@@ -139,11 +102,35 @@ class EDMLogNormal(TimestepDistribution):
         return interpolant.time_of_noise_level(level)
 
 
-def _positive(name: str, value: float) -> float:
-    if not 0 < value < math.inf:
-        raise UserError(f"{name}={value}: must be a finite number above 0")
-    return value
-
-
 def _normal_cdf(z: float) -> float:
     return 0.5 * math.erfc(-z / math.sqrt(2))
+
+
+def _fraction(share: float) -> Fraction:
+    return Fraction(share).limit_denominator(10**6)
+
+
+def at_least(n: int, share: float) -> int:
+    """How many of ``n`` rows in succession are chosen at least."""
+    return int(n * _fraction(share))
+
+
+def spread(n: int, share: float, device: torch.device) -> Tensor:
+    """Choose each of ``n`` rows with probability ``share`` in [0, 1] (to six digits): (n,) bool.
+
+    Plain coin flips have a number of heads that nobody knows before, so that shapes change from
+    step to step. *Systematic sampling* (Madow & Madow, 1944) has one random offset instead: rows of
+    a grid with the spacing 1 / share. Every row still is chosen with that probability, and any k
+    rows in succession hold at least floor(k * share) chosen ones; rows of a batch are ordered in t,
+    so that these cover all timesteps. All is integer arithmetic; nothing is read by the host.
+    """
+    ratio = _fraction(share)
+    offset = torch.randint(ratio.denominator, (), device=device)
+    marks = torch.arange(n + 1, device=device) * ratio.numerator + offset
+    counts = marks.div(ratio.denominator, rounding_mode="floor")
+    return counts[1:] > counts[:-1]
+
+
+def chosen_first(mask: Tensor, m: int) -> Tensor:
+    """The first ``m`` places (m,) int64 of a mask (n,), True ones before others, in order."""
+    return torch.argsort((~mask).byte(), stable=True)[:m]

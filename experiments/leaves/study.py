@@ -2,7 +2,7 @@
 
     python experiments/leaves/study.py            # trains what is missing, then scores and draws
 
-Trains `configs/leaves/{few,many}.yaml` with the targets in `arms/`, three seeds each, and compares
+Trains `few.yaml` and `many.yaml` with the targets in `arms/`, three seeds each, and compares
 with guidance at sampling of the unguided network. What is finished is kept, stopped runs go on.
 Writes results.json, tables.md and the figures beside this file.
 """
@@ -20,11 +20,11 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
+from leaves import TIMES, Leaves, sample_scores, velocity_errors
+from make import prepare
 
-from w2s_train.evaluation.leaves import TIMES, sample_scores, velocity_errors
 from w2s_train.guidance import Autoguidance, ClassifierFree, Guidance, Segmented, Unguided
 from w2s_train.interpolant import LinearInterpolant
-from w2s_train.leaves import Leaves
 from w2s_train.models import DiT, saved_network
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.sampler import Heun
@@ -54,14 +54,17 @@ def train(regime: str, arm: str, seed: int) -> Path:
     config, _, _, steps = REGIMES[regime]
     folder = RUNS / f"{config}-{steps}-{arm}-{seed}"
     if not (folder / "scores.json").is_file():  # written at the last step
-        command = [sys.executable, "-m", "w2s_train", "fit", "-c", f"configs/leaves/{config}.yaml"]
+        command = [sys.executable, "-m", "w2s_train", "fit", "--allow_imports", "leaves"]
+        command += ["-c", str(HERE / f"{config}.yaml")]
         command += ["-c", str(HERE / "arms" / f"{arm}.yaml"), "--seed_everything", str(seed)]
         command += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
         command += ["--model.objective.init_args.total_steps", str(steps)]
         command += ["--checkpoint.every_n_train_steps", str(steps // 16), "--ckpt_path", "last"]
         command += ["--trainer.default_root_dir", str(folder)]
         print(" ".join(command), flush=True)
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        path = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        subprocess.run(command, check=True, env=environment)
     return folder / "checkpoints"
 
 
@@ -228,6 +231,7 @@ def main() -> None:
     """Train, score, write."""
     matplotlib.use("Agg")
     torch.set_num_threads(1)
+    prepare()
     entries = [e for seed in SEEDS for regime in REGIMES for e in evaluate(regime, seed)]
     about: Entry = {
         "git_commit": git_commit(),

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from faulty import bad_loss
 from ranks import fork, start_ranks, wait
 from test_resume import assert_same, checkpoint
 
 from w2s_train.errors import DIVERGED
 from w2s_train.module import DiffusionModule
-from w2s_train.objective import WeakToStrongObjective
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -22,45 +22,25 @@ WEAK = "{class_path: w2s_train.segment.Extrapolation, init_args: {low: %s, high:
 WEAK += "weak: {class_path: w2s_train.weak.%s, init_args: {%s}}}}"
 
 
-def bad_loss(at: dict[int, float], rank: int | None = None) -> None:
-    """Have the loss of one process multiplied, by optimizer step."""
+def bad_gradient(step: int, rank: int) -> None:
+    """Have one process's gradient infinite, and its loss as it should be."""
     real = DiffusionModule.training_step
 
     def training_step(self, batch, batch_idx):
         loss = real(self, batch, batch_idx)
-        factor = at.get(self.global_step, 1.0) if rank in (None, self.global_rank) else 1.0
-        for part in self.parts[-1:]:
-            part.total.mul_(factor)
-        return loss * factor
+        if self.global_step == step and self.global_rank == rank:
+            loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss
 
     DiffusionModule.training_step = training_step
 
 
-def bad_gradient(step: int, rank: int) -> None:
-    """Have one process's gradient infinite, and its loss as it should be."""
-    real = WeakToStrongObjective.evaluate
-
-    def evaluate(self, network, noisy, y, rows=None, at=None):
-        losses = real(self, network, noisy, y, rows, at)
-        if at.number == step and torch.distributed.get_rank() == rank:
-            losses.total.register_hook(lambda gradient: gradient * math.inf)
-        return losses
-
-    WeakToStrongObjective.evaluate = evaluate
-
-
 def skipped_on_purpose(steps: set[int]) -> None:
-    """Have steps skipped by other means: the guard says no, whatever the numbers are."""
-    real = DiffusionModule.configure_gradient_clipping
-
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
-        judge = self.judge
-        if self.global_step in steps:
-            self.judge = lambda loss, norm: False
-        real(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self.judge = judge
-
-    DiffusionModule.configure_gradient_clipping = configure_gradient_clipping
+    """Have steps skipped by other means: whatever the guard says, the module is told no."""
+    real = DiffusionModule.accept
+    DiffusionModule.accept = lambda self, good, optimizer: real(
+        self, good and self.global_step not in steps, optimizer
+    )
 
 
 def all_finite(folder: Path) -> bool:
@@ -136,7 +116,7 @@ def test_spikes_are_skipped(command, tmp_path: Path, tally):
         assert_same(one, other)
         lines = (tmp_path / "spikes" / "bad_steps.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [step + 1 for step in steps]
-        state = next(state for name, state in one["callbacks"].items() if name.startswith("Guard"))
+        state = one["callbacks"]["Run"]["guard"]
         assert state["skipped"] == 5 and state["good"] == 155 and state["in_a_row"] == 0
         assert state["averages"][0] < 3
 

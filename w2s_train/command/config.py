@@ -209,24 +209,3 @@ def explain(message: str, parts: dict[str, Any]) -> str:
 
 def _parameters(function: Any) -> str:
     return ", ".join(name for name in inspect.signature(function).parameters if name != "kwargs")
-
-
-def check_label_dropout(label_dropout: float, segments: Any, guidances: list[Any]) -> None:
-    """Refuse what would compare with and without a label where one of the two is never trained.
-
-    Raises:
-        UserError: It names the weak source or the guidance.
-    """
-    sources = [segment.weak for segment in segments]
-    users = [part for part in [*sources, *guidances] if part.needs_label]
-    if label_dropout == 1 and users:
-        raise UserError(
-            f"label_dropout={label_dropout}: must be below 1 for {type(users[0]).__name__}, which "
-            "compares with and without the label"
-        )
-    for weak in sources:
-        if weak.needs_label and label_dropout == 0:
-            raise UserError(
-                f"label_dropout={label_dropout}: must be above 0 for {type(weak).__name__}: the "
-                "null class would never be trained"
-            )

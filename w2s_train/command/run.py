@@ -20,25 +20,22 @@ from w2s_train.command.config import StrictLoader, check_numbers, check_pipe, ex
 from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError, one_line
-from w2s_train.evaluation.fid import FID
 from w2s_train.evaluation.images import ImageWriter
-from w2s_train.evaluation.leaves import LeavesScores
 from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer
 from w2s_train.files import OF_THE_DISK
 from w2s_train.loading import check_functions, restrict_imports, without_removed
 from w2s_train.module import DiffusionModule
-from w2s_train.running.agreement import Agreement
 from w2s_train.running.checkpoint_io import CheckpointFiles
 from w2s_train.running.checkpoints import Checkpoints
 from w2s_train.running.guard import Guard
 from w2s_train.running.loggers import Events, MetricsCSV
 from w2s_train.running.profile import Profile
 from w2s_train.running.progress import Progress
-from w2s_train.running.record import RunRecord, SaveFitConfig, find_checkpoint, run_folder
-from w2s_train.running.samples import SkippedSamples, StepSeed
-from w2s_train.running.stop import GracefulStop
+from w2s_train.running.record import Record, find_checkpoint, run_folder
+from w2s_train.running.run import Run
+from w2s_train.running.stop import Stop
 from w2s_train.running.watch import Watch
-from w2s_train.running.watched_ddp import Position, watched_strategies
+from w2s_train.running.watched_ddp import watched_strategies
 from w2s_train.secrets import redacted, show_no_secrets
 
 PROFILE = "--profile"  # a switch and no key: it belongs to no experiment, and into no config
@@ -80,9 +77,9 @@ class Command(LightningCLI):
         return self.init_parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Callbacks that every run has, and one seed for everything."""
-        parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.add_lightning_class_args(Guard, "guard")
+        """Parts that every run has, and one seed for everything."""
+        parser.add_class_arguments(Checkpoints, "checkpoint")
+        parser.add_class_arguments(Guard, "guard")
         parser.add_class_arguments(Watch, "watch")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
@@ -126,30 +123,48 @@ class Command(LightningCLI):
         elif config.trainer.logger in (None, True):
             loggers = [Events(folder, name="", version=""), MetricsCSV(folder)]
             kwargs["logger"] = loggers
-        # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
-        # job that was stopped before its first checkpoint keeps its folder.
-        start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
-        self.record = RunRecord(resumed=self.goes_on or start == Path(folder).resolve())
-        agreement = config.checkpoint.agreement = config.guard.agreement = Agreement()
         # Lightning's own limit does not leave time to save.
-        self.stop, kwargs["max_time"] = GracefulStop(agreement, config.trainer.max_time), None
+        self.stop, kwargs["max_time"] = Stop(config.trainer.max_time), None
         kwargs["plugins"] = _plugins(config.trainer.plugins)
-        seed = int(config.seed_everything or 0)
-        ours = [self.record, StepSeed(seed), Progress()]
-        if self.subcommand == "fit":
-            ours += [SkippedSamples()] + [Profile()] * self.profile
-        given = self._callbacks()
-        resumable = [callback for callback in given if isinstance(callback, ResumableEvaluation)]
-        given = [callback for callback in given if callback not in resumable]
-        if self.subcommand == "predict":
-            ours.append(ImageWriter(Path(folder) / "samples"))
+        kwargs["use_distributed_sampler"] = False  # our samplers know of all processes
         watched_strategies(config.watch)
-        last = [*(resumable or [ResumableEvaluation()]), self.stop]
-        kwargs["callbacks"] = [Position(config.watch), *given, *ours, *last]
+        kwargs["callbacks"] = self._all_callbacks(Path(folder))
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def _all_callbacks(self, folder: Path) -> list[Any]:
+        """Those of the config, and those that every run has."""
+        config = self.config_init[self.subcommand]
+        given = self._callbacks()
+        ours: list[Any] = [Progress()] + [Profile()] * self.profile
+        if self.subcommand == "predict":
+            ours.append(ImageWriter(folder / "samples"))
+        # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
+        # job that was stopped before its first checkpoint keeps its folder.
+        start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
+        resumed = self.goes_on or start == folder.resolve()
+        self.record = Record(folder, self._whole_config(), resumed)
+        resumable = [each for each in given if isinstance(each, ResumableEvaluation)]
+        run = Run(
+            guard=config.guard,
+            checkpoints=config.checkpoint,
+            watch=config.watch,
+            stop=self.stop,
+            record=self.record,
+            evaluation=resumable[0] if resumable else ResumableEvaluation(),
+            scorers=[each for each in given if isinstance(each, Scorer)],
+            seed=int(config.seed_everything or 0),
+        )
+        return [*(each for each in given if each not in resumable), *ours, run]
+
+    def _whole_config(self) -> Any:
+        """The config of a fit with all defaults, as plain values."""
+        if self.subcommand != "fit":
+            return None
+        text = self._parser("fit").dump(self.config["fit"], skip_none=False)
+        return yaml.safe_load(text)
 
     def instantiate_classes(self) -> None:
         """Instantiate, compare data and network, and let checkpoints carry the model's config."""
@@ -173,15 +188,10 @@ class Command(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; a checkpoint of another network is a user's error."""
-        made_later = self.datamodule.script is not None or subcommand == "reference"
-        for callback in self._callbacks():
-            if isinstance(callback, LeavesScores):
-                callback.check_model(self.model, self.datamodule.num_generated)
-            if isinstance(callback, FID):
-                if not made_later:
-                    callback.check_files()
-                if subcommand in ("fit", "validate", "test") and callback.files_exist():
-                    callback.load(self.model, self.datamodule)
+        for callback in self._callbacks() if subcommand in ("fit", "validate", "test") else ():
+            if isinstance(callback, Scorer):
+                made_later = self.datamodule.script is not None
+                callback.check(self.model, self.datamodule, made_later=made_later)
         self._check_autoencoder(subcommand)
         try:
             super()._run_subcommand(subcommand)
@@ -212,10 +222,9 @@ class Command(LightningCLI):
             self.datamodule.check_global_batch(self.trainer)
         except UserError as error:
             raise UserError(locate(str(error), self.config["fit"])) from error
-        folder, start = Path(self.trainer.default_root_dir), self.config["fit"].ckpt_path
-        self.record.check_progress(folder, start)
+        self.record.check_progress(self.config["fit"].ckpt_path)
         if self.trainer.is_global_zero:
-            self.record.claim(folder)
+            self.record.claim()
 
 
 def _plugins(given: Any) -> list[Any]:
@@ -253,8 +262,7 @@ def compose(args: list[str] | None, run: bool = True) -> Command:
         args,
         trainer_class=DiffusionTrainer,
         auto_configure_optimizers=False,
-        save_config_callback=SaveFitConfig,
-        save_config_kwargs={"save_to_log_dir": False},
+        save_config_callback=None,
         parser_kwargs={name: dict(QUIET) for name in Command.subcommands()} | QUIET,
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
     )

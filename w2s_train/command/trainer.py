@@ -19,12 +19,12 @@ from w2s_train.evaluation.images import (
     ImageWriter,
     NpzWriter,
     SampleWriter,
-    ShardWriter,
+    TarWriter,
 )
 from w2s_train.evaluation.reference import ReferenceWriter
-from w2s_train.evaluation.scorer import ResumableEvaluation, callbacks_of
 from w2s_train.features import KEEP
 from w2s_train.module import DiffusionModule
+from w2s_train.running.run import Run
 from w2s_train.secrets import redacted
 from w2s_train.shards.order import GenerationPlan
 
@@ -56,12 +56,14 @@ class DiffusionTrainer(Trainer):
         return super()._run(*args, **kwargs)
 
     def _run_stage(self) -> Any:
-        """The same; then finish an evaluation of the last step, while all is still set up."""
-        results = super()._run_stage()
-        if self.state.fn == TrainerFn.FITTING:
-            for callback in callbacks_of(self, ResumableEvaluation):
-                callback.look(self, self.lightning_module)
-        return results
+        """The same; but a fit first finishes an evaluation that was under way.
+
+        After the last step Lightning would train no more, and call nobody.
+        """
+        for callback in self.checkpoint_callbacks:
+            if isinstance(callback, Run) and self.state.fn == TrainerFn.FITTING:
+                callback.finish_evaluation(self, self.lightning_module)
+        return super()._run_stage()
 
     def reference(
         self,
@@ -87,7 +89,8 @@ class DiffusionTrainer(Trainer):
         Raises:
             UserError: No callback to make a reference for, or shards that are missing.
         """
-        scorers = callbacks_of(self, FID)
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
+        scorers = [callback for callback in callbacks if isinstance(callback, FID)]
         if not scorers or (output and len(scorers) > 1):
             rule = (
                 "exactly one FID, for the output" if scorers else "a FID, which needs a reference"
@@ -109,7 +112,7 @@ class DiffusionTrainer(Trainer):
         ]
         for each in writers:
             each.check()
-        self.callbacks += writers  # type: ignore[attr-defined]
+        callbacks += writers
         images = ReferenceImages(urls or datamodule.train_urls, datamodule)
         self.predict(PassThrough(), datamodule=images, return_predictions=False)
 
@@ -156,7 +159,7 @@ class DiffusionTrainer(Trainer):
         if format == "grid":
             writer = GridWriter(path, columns, scale)
         else:
-            writer = {"png": ImageWriter, "npz": NpzWriter, "shards": ShardWriter}[format](path)
+            writer = {"png": ImageWriter, "npz": NpzWriter, "shards": TarWriter}[format](path)
         writer.check()
         self.callbacks.append(writer)  # type: ignore[attr-defined]
         self.predict(

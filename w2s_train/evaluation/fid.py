@@ -8,53 +8,28 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import Metric
 
 from w2s_train.autoencoder import PixelSpace
 from w2s_train.errors import UserError
 from w2s_train.evaluation.scorer import Scorer, gather
 from w2s_train.features import FeatureExtractor, shape_name
-from w2s_train.features.frechet import Moments, Reference, frechet_distance
+from w2s_train.features.frechet import FeatureSums, Reference, frechet_distance
 from w2s_train.metrics import FeatureMetric
 from w2s_train.scores import append_scores
 
 
-class FeatureSums(Metric):
-    """Sums of features and of their outer products, float64, added over processes.
-
-    Args:
-        num_features: Length F of a feature vector.
-    """
-
-    total: Tensor
-    outer: Tensor
-    count: Tensor
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        zeros = torch.zeros(num_features, dtype=torch.float64)
-        self.add_state("total", zeros, dist_reduce_fx="sum")
-        self.add_state("outer", torch.outer(zeros, zeros), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, features: Tensor) -> None:
-        """Take in features (B, F)."""
-        features = features.double()
-        self.total += features.sum(0)
-        self.outer += features.T @ features
-        self.count += len(features)
-
-    def add(self, total: Tensor, outer: Tensor, count: Tensor) -> None:
-        """Take in the sums of features that were seen elsewhere."""
-        # As an update, so that the metric knows that it has seen something.
-        self.total += total.to(self.total)
-        self.outer += outer.to(self.outer)
-        self.count += count.to(self.count)
-        self._update_count += 1
-
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three sums over everything seen by all processes."""
-        return self.total, self.outer, self.count
+def summed(sums: FeatureSums, trainer: Trainer) -> FeatureSums:
+    """Over all processes; always in the order of ranks, which fixes the last digits."""
+    if trainer.world_size == 1:
+        return sums
+    whole, device = FeatureSums(len(sums.total)), sums.total.device
+    totals = []
+    for mine in (sums.total, sums.outer, torch.tensor(sums.count, device=device)):
+        shares = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+        torch.distributed.all_gather(shares, mine)
+        totals.append(torch.stack(shares).sum(0))
+    whole.add(*totals)
+    return whole
 
 
 class FID(Scorer):
@@ -89,16 +64,17 @@ class FID(Scorer):
             raise UserError(f"reference={self.reference_path}: must be an existing file")
         self.extractor.check_files()
 
-    def files_exist(self) -> bool:
-        """Whether `check_files` has nothing to refuse."""
+    def check(self, module: Any, data: Any, *, made_later: bool) -> None:
         try:
             self.check_files()
         except UserError:
-            return False
-        return True
+            if not made_later:
+                raise
+        else:
+            self.load(module, data)
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Load extractor and reference, unless the command did so already."""
+        """Load extractor and reference, unless `check` did so already."""
         if stage != "predict" and self.reference is None:
             self.load(pl_module, getattr(trainer, "datamodule", None))
 
@@ -121,10 +97,7 @@ class FID(Scorer):
         if module is not None and isinstance(module.autoencoder, PixelSpace):
             pairs.append(("images", shape_name(module.input_shape)))
         for key, ours in pairs:
-            if (made := reference.fingerprint.get(key, ours)) != ours:
-                raise UserError(
-                    f"reference={self.reference_path}: was made with {key} {made}, must be {ours}"
-                )
+            self._compare(reference, key, ours)
         n = data.num_generated if data is not None else None
         if n is not None and n < 2:
             raise UserError(f"num_generated={n}: must be at least 2 for a covariance")
@@ -137,8 +110,14 @@ class FID(Scorer):
             metric.check(n, len(reference.features), self.extractor)
         self.reference = reference
 
+    def _compare(self, reference: Reference, key: str, ours: str) -> None:
+        """Refuse a reference that was made with something else."""
+        if (made := reference.fingerprint.get(key, ours)) != ours:
+            raise UserError(
+                f"reference={self.reference_path}: was made with {key} {made}, must be {ours}"
+            )
+
     def describe(self) -> str:
-        """What is computed from the images."""
         return ", ".join([self.extractor.describe(), *(m.describe() for m in self.metrics)])
 
     @property
@@ -147,41 +126,31 @@ class FID(Scorer):
         return self.reference
 
     def begin(self, trainer: Trainer, module: Any) -> None:
-        """Start with empty sums, on the device of the module."""
         self.extractor.to(module.device)
         size = self.extractor.num_features
-        self.sums = [FeatureSums(size).to(module.device) for _ in self.plans]
+        self.sums = [FeatureSums(size, module.device) for _ in self.plans]
         self.kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.plans]
         self.settings: dict[str, FeatureMetric] = {}  # by the name of a score
         self.began = time.perf_counter()
 
     def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
-        """Take in the features of one batch."""
-        shape = shape_name(images.shape[1:])
-        made_of = self._loaded.fingerprint.get("images", shape)
-        if made_of != shape:
-            raise UserError(
-                f"reference={self.reference_path}: was made with images {made_of}, must be {shape}"
-            )
+        self._compare(self._loaded, "images", shape_name(images.shape[1:]))
         features = self.extractor(images)
         self.sums[group].update(features)
         if self.metrics:
             self.kept[group].append((batch["index"].cpu(), features.cpu()))
 
     def state(self) -> Any:
-        """Sums and features of every group."""
-        sums = [{"total": s.total, "outer": s.outer, "count": s.count} for s in self.sums]
-        return {"sums": sums, "kept": [[list(part) for part in parts] for parts in self.kept]}
+        kept = [[list(part) for part in parts] for parts in self.kept]
+        return {"sums": [sums.state() for sums in self.sums], "kept": kept}
 
     def merge(self, state: Any) -> None:
-        """Add those of another process."""
         for mine, other in zip(self.sums, state["sums"], strict=True):
             mine.add(**other)
         for kept, parts in zip(self.kept, state["kept"], strict=True):
             kept += [(index, features) for index, features in parts]
 
     def score(self, trainer: Trainer, module: Any) -> None:
-        """Compute, log and append the scores of every group."""
         entries = []
         for group in range(len(self.plans)):
             scores, n = self._scores(group, trainer)
@@ -201,15 +170,15 @@ class FID(Scorer):
 
     def _scores(self, group: int, trainer: Trainer) -> tuple[dict[str, float], int]:
         """The scores of a group by name, and the number of images behind them."""
-        total, outer, count = (state.cpu() for state in self.sums[group].compute())
-        n, suffix = int(count), self._suffix(int(count))
+        sums = summed(self.sums[group], trainer)
+        n, suffix = sums.count, self._suffix(sums.count)
         if n <= self.extractor.num_features:
             rank_zero_warn(
                 f"{n:,} images are too few for a covariance of {self.extractor.num_features:,} "
                 "features: the distance is far too large, and comparable at equal numbers only"
             )
-        moments = Moments.from_sums(total, outer, n)
-        scores = {self.extractor.metric: frechet_distance(moments, self._loaded.moments)}
+        distance = frechet_distance(sums.moments(), self._loaded.moments)
+        scores = {self.extractor.metric: distance}
         if self.metrics:
             parts = [part for share in gather(self.kept[group], trainer) for part in share]
             order = torch.cat([index for index, _ in parts]).argsort()

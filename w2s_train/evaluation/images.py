@@ -1,13 +1,9 @@
-"""An image grid per validation.
-
-What becomes of the images of `lightning predict` and `lightning sample`.
-"""
+"""Images on the disk: a grid per validation, and what `predict` and `sample` make."""
 
 import abc
 import contextlib
 import io
 import os
-import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from torchvision.utils import make_grid, save_image
 from w2s_train.errors import UserError
 from w2s_train.evaluation.scorer import Scorer, gather
 from w2s_train.scores import grid_name
+from w2s_train.shards import ShardWriter
 
 
 def image_grid(images: Tensor, columns: int, scale: int) -> Tensor:
@@ -58,30 +55,24 @@ class SampleGrid(Scorer):
         self.num_images, self.columns, self.scale = num_images, columns, scale
 
     def describe(self) -> str:
-        """What is kept of the images."""
         return f"grid of {self.num_images}"
 
     def begin(self, trainer: Trainer, module: Any) -> None:
-        """Start with no images."""
         self.images: dict[int, dict[int, Tensor]] = {}  # setting -> seed -> image
 
     def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
-        """Keep this process's share of the first images."""
         for seed, image in zip(batch["seed"].tolist(), images, strict=True):
             if seed < self.num_images:
                 self.images.setdefault(self.plans[group].setting, {})[seed] = image.cpu()
 
     def state(self) -> Any:
-        """Images by setting and seed."""
         return self.images
 
     def merge(self, state: Any) -> None:
-        """Add those of another process."""
         for setting, images in state.items():
             self.images.setdefault(setting, {}).update(images)
 
     def score(self, trainer: Trainer, module: Any) -> None:
-        """Put the shares of all processes together and write the grids."""
         shares = gather(self.images, trainer)
         if not trainer.is_global_zero:
             return
@@ -258,8 +249,10 @@ class NpzWriter(SampleWriter):
         partial.replace(self.output)
 
 
-class ShardWriter(SampleWriter):
+class TarWriter(SampleWriter):
     """A folder of webdataset shards, ``samples-RANK-XXXXXX.tar``, with ``.png`` and ``.cls``.
+
+    Beside each lies its table; both are whole or not there.
 
     Args:
         output: Folder to write.
@@ -269,24 +262,24 @@ class ShardWriter(SampleWriter):
     def __init__(self, output: Path, size: int = 5000) -> None:
         super().__init__(output)
         self.size, self.count = size, 0
+        self.under_way = contextlib.ExitStack()  # at most one shard
 
     def write(self, trainer: Trainer, images: Tensor, batch: dict[str, list[int]]) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
-        rows = list(zip(batch["seed"], batch["label"], images, strict=True))
-        while rows:
-            number, held = divmod(self.count, self.size)
-            part, rows = rows[: self.size - held], rows[self.size - held :]
-            path = self.output / f"samples-{trainer.global_rank:03d}-{number:06d}.tar"
-            with tarfile.open(path, "a") as tar:
-                for seed, label, image in part:
-                    self._add(tar, f"{seed:06d}", label, image)
-            self.count += len(part)
+        for seed, label, image in zip(batch["seed"], batch["label"], images, strict=True):
+            if self.count % self.size == 0:
+                self.under_way.close()
+                name = f"samples-{trainer.global_rank:03d}-{self.count // self.size:06d}.tar"
+                self.shard = self.under_way.enter_context(ShardWriter(self.output / name))
+            png = io.BytesIO()
+            to_pil(image).save(png, "png")
+            self.shard.write(f"{seed:06d}", label, png=png.getvalue())
+            self.count += 1
 
-    @staticmethod
-    def _add(tar: tarfile.TarFile, key: str, label: int, image: Tensor) -> None:
-        png = io.BytesIO()
-        to_pil(image).save(png, "png")
-        for kind, content in (("png", png.getvalue()), ("cls", b"%d" % label)):
-            info = tarfile.TarInfo(f"{key}.{kind}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    def finish(self, trainer: Trainer) -> None:
+        self.under_way.close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no part of a shard."""
+        self.under_way.__exit__(type(exception), exception, exception.__traceback__)

@@ -1,7 +1,4 @@
-"""Reference statistics of a data set in the features of an extractor.
-
-Reference statistics of a data set, for `lightning reference`.
-"""
+"""Reference statistics of a data set: of images at hand, and for `lightning reference`."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from w2s_train.errors import UserError
-from w2s_train.evaluation.fid import FID, FeatureSums
+from w2s_train.evaluation.fid import FID, summed
 from w2s_train.evaluation.scorer import gather
 from w2s_train.features import fingerprint, shape_name
 from w2s_train.features.base import KEEP, FeatureExtractor
-from w2s_train.features.frechet import Moments, Reference
+from w2s_train.features.frechet import FeatureSums, Reference
 
 
 def write_reference(
@@ -31,8 +28,8 @@ def write_reference(
 ) -> None:
     """Write the statistics of images (N, C, H, W) uint8, with their fingerprint."""
     features = extractor(images)
-    double = features.double()
-    moments = Moments.from_sums(double.sum(0), double.T @ double, len(double))
+    sums = FeatureSums(extractor.num_features)
+    sums.update(features)
     about = fingerprint(
         extractor,
         dataset=dataset,
@@ -41,7 +38,7 @@ def write_reference(
         images=shape_name(images.shape[1:]),
         encoding=encoding,
     )
-    Reference(moments, about, features[:KEEP]).save(path)
+    Reference(sums.moments(), about, features[:KEEP]).save(path)
 
 
 class ReferenceWriter(Callback):
@@ -82,10 +79,10 @@ class ReferenceWriter(Callback):
         """Load the extractor."""
         self.extractor.load()
         self.extractor.to(pl_module.device)
-        self.sums = FeatureSums(self.extractor.num_features).to(pl_module.device)
-        self.kept = (torch.zeros(0, dtype=torch.float64), torch.zeros(0, self.sums.total.numel()))
-        self.shapes: set[str] = set()
-        self.encodings: set[str] = set()
+        size = self.extractor.num_features
+        self.sums = FeatureSums(size, pl_module.device)
+        self.kept = (torch.zeros(0, dtype=torch.float64), torch.zeros(0, size))
+        self.shapes, self.encodings = set[str](), set[str]()
 
     def on_predict_batch_end(
         self,
@@ -96,18 +93,15 @@ class ReferenceWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take in one batch."""
-        images: Tensor = outputs
-        features = self.extractor(images)
+        """Take in one batch of images (B, C, H, W) uint8."""
+        features = self.extractor(outputs)
         self.sums.update(features)
-        self.shapes.add(shape_name(images.shape[1:]))
+        self.shapes.add(shape_name(outputs.shape[1:]))
         self.encodings |= set(batch["encoding"])
         # A random subset: the smallest of one random number an image, fixed by its place.
-        numbers = torch.tensor(
-            [np.random.default_rng((0, *place)).random() for place in batch["place"]],
-            dtype=torch.float64,
-        )
-        self.kept = self._smallest([self.kept, (numbers, features.cpu())])
+        numbers = [np.random.default_rng((0, *place)).random() for place in batch["place"]]
+        numbered = (torch.tensor(numbers, dtype=torch.float64), features.cpu())
+        self.kept = self._smallest([self.kept, numbered])
 
     def _smallest(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         numbers = torch.cat([numbers for numbers, _ in parts])
@@ -117,26 +111,24 @@ class ReferenceWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the processes' shares together and write the file."""
-        total, outer, count = (state.cpu() for state in self.sums.compute())
-        shares = gather((self.kept, self.shapes, self.encodings), trainer)
+        sums = summed(self.sums, trainer)
+        kept, *names = zip(*gather((self.kept, self.shapes, self.encodings), trainer), strict=True)
         if not trainer.is_global_zero:
             return
-        shapes = {shape for share in shares for shape in share[1]}
-        if len(shapes) != 1 or count < 2:
+        shapes, encodings = (sorted(set().union(*each)) for each in names)
+        if len(shapes) != 1 or sums.count < 2:
             raise UserError(
-                f"images={sorted(shapes)}: must be two images or more of one shape "
-                f"(channels, height, width); these are {int(count)}"
+                f"images={shapes}: must be two images or more of one shape (channels, height, "
+                f"width); these are {sums.count}"
             )
-        encodings = {encoding for share in shares for encoding in share[2]}
         about = fingerprint(
             self.extractor,
             dataset=self.dataset,
             split=self.split,
-            n=int(count),
-            images=shapes.pop(),
-            encoding=", ".join(sorted(encodings)),
+            n=sums.count,
+            images=shapes[0],
+            encoding=", ".join(encodings),
         )
-        _, features = self._smallest([share[0] for share in shares])
-        moments = Moments.from_sums(total, outer, int(count))
-        Reference(moments, about, features).save(self.output)
-        rank_zero_info(f"{self.output}: {int(count):,} images, {self.extractor.describe()}")
+        _, features = self._smallest(list(kept))
+        Reference(sums.moments(), about, features).save(self.output)
+        rank_zero_info(f"{self.output}: {sums.count:,} images, {self.extractor.describe()}")

@@ -1,7 +1,4 @@
-"""Callbacks that turn the generated images of a validation into scores.
-
-An evaluation that was stopped goes on where it was.
-"""
+"""Scores of the generated images of a validation, also of one that is stopped and goes on."""
 
 import abc
 import hashlib
@@ -9,9 +6,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -23,13 +20,6 @@ from w2s_train.errors import UserError
 from w2s_train.guidance import Guidance
 from w2s_train.scores import SCHEMA, git_commit
 from w2s_train.shards.order import GenerationPlan
-
-Kind = TypeVar("Kind", bound=Callback)
-
-
-def callbacks_of(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
-    """The callbacks of a trainer that are of one kind, in their order."""
-    return [each for each in trainer.callbacks if isinstance(each, kind)]  # type: ignore[attr-defined]
 
 
 def validation_loaders(trainer: Trainer) -> list[Any]:
@@ -51,6 +41,18 @@ class Scorer(Callback, abc.ABC):
     """Takes in images group by group (a setting and a range of seeds), then scores each group."""
 
     plans: list[GenerationPlan]  # one a group
+
+    def check(self, module: Any, data: Any, *, made_later: bool) -> None:  # noqa: B027
+        """Refuse what cannot be scored, before any work.
+
+        Args:
+            module: What generates.
+            data: The data module, which says how much.
+            made_later: Files that are missing are no error yet: a script may make them.
+
+        Raises:
+            UserError: It cannot.
+        """
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -131,7 +133,10 @@ class ResumableEvaluation(Callback):
 
     The key stands for weights and protocol, so that nothing of another evaluation is ever used.
     Each process writes a file of its own, whole or not at all. The next start, on any number of
-    processes, generates what is missing. It stands after the scorers: the command sees to that.
+    processes, generates what is missing.
+
+    It has the type of a callback, so that configs may list it among them; from there the command
+    hands it to `Run`, which calls it after the scorers.
 
     Args:
         every: Seconds between two saves; 0 saves after each batch.
@@ -145,18 +150,21 @@ class ResumableEvaluation(Callback):
             raise UserError(f"every={every}: must be at least 0 seconds")
         self.every = every
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is looked for yet."""
-        self.looked = False
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to be the callback of a trainer, as which it would do nothing.
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        Raises:
+            UserError: In any case.
+        """
+        raise UserError("callbacks=ResumableEvaluation: must be handed to Run")
+
+    def finish(self, trainer: Trainer, module: Any, scorers: Sequence[Scorer]) -> None:
         """Finish the evaluation of a fit that was stopped in the middle of it."""
-        self.looked = True
-        if trainer.global_step == 0 or not _scorers(trainer):
+        if trainer.global_step == 0 or not scorers:
             return
         loop = trainer.fit_loop.epoch_loop.val_loop
         loop.setup_data()
-        if trainer.val_dataloaders is None or not self._folder(trainer, pl_module).is_dir():
+        if trainer.val_dataloaders is None or not self._folder(trainer, module, scorers).is_dir():
             return
         rank_zero_info("finishing the evaluation that was under way")
         trainer.validating = True
@@ -164,14 +172,9 @@ class ResumableEvaluation(Callback):
         loop.run()
         trainer.training = True
 
-    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same after the last step, where Lightning does not start to train."""
-        if not self.looked:
-            self.on_train_start(trainer, pl_module)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def start(self, trainer: Trainer, module: Any, scorers: Sequence[Scorer]) -> None:
         """Leave out what earlier starts have generated."""
-        self.folder = self._folder(trainer, pl_module)
+        self.scorers, self.folder = scorers, self._folder(trainer, module, scorers)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
         trainer.strategy.barrier("evaluation folder")
@@ -192,33 +195,24 @@ class ResumableEvaluation(Callback):
         self.done: list[list[int]] = [[] for _ in loaders]
         self.saved = time.monotonic()
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Save now and then."""
-        self.done[dataloader_idx] += batch["index"].tolist()
+    def take(self, group: int, batch: dict[str, Tensor]) -> None:
+        """The scorers have taken in a batch of a group; save now and then."""
+        self.done[group] += batch["index"].tolist()
         if time.monotonic() - self.saved >= self.every:
-            self.save(trainer)
+            self.save()
             self.saved = time.monotonic()
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the scorers what was taken in before."""
+    def merge(self, trainer: Trainer) -> None:
+        """All batches are there: give the scorers what was taken in before."""
         if self.path.exists():
-            self.save(trainer)
+            self.save()
         if trainer.is_global_zero:
             for path in self.earlier:
-                for scorer, state in zip(
-                    _scorers(trainer), read_file(str(path))["scorers"], strict=True
-                ):
+                states = read_file(str(path))["scorers"]
+                for scorer, state in zip(self.scorers, states, strict=True):
                     scorer.merge(state)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def end(self, trainer: Trainer) -> None:
         """The scores are recorded: nothing is to be kept."""
         trainer.strategy.barrier("evaluation done")
         if trainer.is_global_zero:
@@ -226,28 +220,23 @@ class ResumableEvaluation(Callback):
             if not any(self.folder.parent.iterdir()):
                 self.folder.parent.rmdir()
 
-    on_test_start = on_validation_start
-    on_test_batch_end = on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end
-    on_test_end = on_validation_end
-
-    def save(self, trainer: Trainer) -> None:
+    def save(self) -> None:
         """Write what this process has taken in so far."""
         partial = self.path.with_suffix(".partial")
-        content = {"done": self.done, "scorers": [s.state() for s in _scorers(trainer)]}
+        content = {"done": self.done, "scorers": [scorer.state() for scorer in self.scorers]}
         with open(partial, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.path)
 
-    def _folder(self, trainer: Trainer, module: Any) -> Path:
-        key = evaluation_key(trainer, module) if trainer.is_global_zero else None
+    def _folder(self, trainer: Trainer, module: Any, scorers: Sequence[Scorer]) -> Path:
+        key = evaluation_key(trainer, module, scorers) if trainer.is_global_zero else None
         key = trainer.strategy.broadcast(key)
         return Path(trainer.default_root_dir) / "evaluation" / str(key)
 
 
-def evaluation_key(trainer: Trainer, module: Any) -> str:
+def evaluation_key(trainer: Trainer, module: Any, scorers: Sequence[Scorer]) -> str:
     """A digest of everything that the images and their scores depend on."""
     digest = hashlib.sha256()
     for part in [module, *_parts(module.guidances)]:
@@ -260,7 +249,7 @@ def evaluation_key(trainer: Trainer, module: Any) -> str:
         "settings": [setting.describe() for setting in module.settings],
         "where": [module.steps_taken, str(trainer.precision), module.device.type],
         "plans": [[*loader.dataset.seeds[:1], len(loader.dataset)] for loader in loaders],
-        "scorers": [scorer.describe() for scorer in _scorers(trainer)],
+        "scorers": [scorer.describe() for scorer in scorers],
     }
     digest.update(json.dumps(about).encode())
     return digest.hexdigest()[:16]
@@ -274,7 +263,3 @@ def _parts(guidances: list[Guidance]) -> Iterator[nn.Module]:
                 yield value
             elif isinstance(value, Guidance):
                 yield from _parts([value])
-
-
-def _scorers(trainer: Trainer) -> list[Scorer]:
-    return callbacks_of(trainer, Scorer)  # type: ignore[type-abstract]

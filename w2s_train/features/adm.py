@@ -11,7 +11,7 @@ from torch.hub import download_url_to_file
 from torch.nn import functional as F
 
 from w2s_train.errors import UserError
-from w2s_train.features.base import FeatureExtractor, digest, fetched, require_file
+from w2s_train.features.base import FeatureExtractor, digest, fetched
 
 
 class ADMFeatures(FeatureExtractor):
@@ -32,15 +32,13 @@ class ADMFeatures(FeatureExtractor):
     has_probabilities = True
 
     def __init__(self, folder: str = "~/.cache/w2s_train", weights: str | None = None) -> None:
-        super().__init__()
+        super().__init__(weights)
         self.folder = Path(folder).expanduser()
-        self.weights = None if weights is None else Path(weights).expanduser()
 
     def check_files(self) -> None:
         if importlib.util.find_spec("torch_fidelity") is None:
             raise UserError("features=ADMFeatures: needs `pip install w2s_train[adm]`")
-        if self.weights is not None:
-            require_file(self.weights)
+        super().check_files()
 
     def load(self) -> None:
         self.check_files()

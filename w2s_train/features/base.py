@@ -1,9 +1,4 @@
-"""What metrics ask of a feature extractor.
-
-Weights on disk: found, fetched once, and named by their content.
-
-Reference statistics of a data set in the features of an extractor.
-"""
+"""What metrics ask of an extractor of features, its weights on disk, and its fingerprint."""
 
 import abc
 import importlib.metadata
@@ -21,12 +16,17 @@ from w2s_train.files import sha256_of
 # Convolutions of some libraries round differently for some batch sizes. Features are computed in
 # blocks of one size, so that they depend on the image alone.
 BLOCK = 50
+KEEP = 10_000  # features of single images in a reference, for metrics that need them
+VERSIONS = ("torch", "torchvision", "clean-fid", "pillow")
 
 
 class FeatureExtractor(nn.Module, abc.ABC):
     """Images to feature vectors.
 
     The config builds an extractor before its weights may exist; `load` reads them.
+
+    Args:
+        weights: A local file; None where the extractor fetches or finds them itself.
     """
 
     metric: str = ""  # name of the Fréchet distance in these features
@@ -34,13 +34,18 @@ class FeatureExtractor(nn.Module, abc.ABC):
     protocol_images: int | None = None  # that published scores are made of; None: no such custom
     has_probabilities: bool = False  # whether `probabilities` is defined
 
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        self.weights = None if weights is None else Path(weights).expanduser()
+
     def check_files(self) -> None:
         """Refuse missing files and libraries that cannot be fetched, without reading them.
 
         Raises:
             UserError: The weights are missing, or the library that reads them.
         """
-        return None
+        if self.weights is not None and not self.weights.is_file():
+            raise UserError(f"weights={self.weights}: must be an existing file")
 
     @abc.abstractmethod
     def load(self) -> None:
@@ -79,16 +84,6 @@ class FeatureExtractor(nn.Module, abc.ABC):
         return torch.cat(parts)
 
 
-def require_file(weights: Path) -> None:
-    """Refuse a path that is no file.
-
-    Raises:
-        UserError: No such file.
-    """
-    if not weights.is_file():
-        raise UserError(f"weights={weights}: must be an existing file")
-
-
 def fetched(target: Path, download: Callable[[Path], object]) -> Path:
     """``target``, downloaded first where it is missing; whole or not at all.
 
@@ -119,10 +114,6 @@ def fetched(target: Path, download: Callable[[Path], object]) -> Path:
 def digest(weights: Path) -> str:
     """The first 12 hexadecimal digits of the file's sha256."""
     return sha256_of(weights)[:12]
-
-
-VERSIONS = ("torch", "torchvision", "clean-fid", "pillow")
-KEEP = 10_000  # features of single images in a reference, for metrics that need them
 
 
 def fingerprint(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2s_train.errors import UserError
-from w2s_train.features.base import FeatureExtractor, digest, require_file
+from w2s_train.features.base import FeatureExtractor, digest
 
 
 class Classifier(nn.Module, abc.ABC):
@@ -126,38 +126,34 @@ class ClassifierFeatures(FeatureExtractor):
     def __init__(
         self, weights: str, network: Classifier | None = None, dataset: str | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(weights)
         if network is not None and dataset is None:
             raise UserError("dataset=None: must name the training data, as `network` is given")
-        self.weights, self.layout = Path(weights), network
-        self.dataset = dataset or self.weights.parent.name
+        self.layout, self.dataset = network, dataset or Path(weights).parent.name
         self.metric = f"fd_{self.dataset}"
-
-    def check_files(self) -> None:
-        require_file(self.weights)
 
     def load(self) -> None:
         self.check_files()
+        path = self.weights
+        assert path is not None
         try:
-            with safe_open(self.weights, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 stated = (file.metadata() or {}).get("spec")
                 state = {_ours(key): file.get_tensor(key).float() for key in file.keys()}
         except SafetensorError as error:
-            raise UserError(f"weights={self.weights}: must be a safetensors file") from error
+            raise UserError(f"weights={path}: must be a safetensors file") from error
         network = self.layout
         if network is None:
             if stated is None:
-                raise UserError(
-                    f"network=None: must be a classifier, as {self.weights} states no layout"
-                )
+                raise UserError(f"network=None: must be a classifier, as {path} states no layout")
             network = ConvClassifier(**json.loads(stated))
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
-            raise UserError(f"weights={self.weights}: must fit {type(network).__name__}") from error
+            raise UserError(f"weights={path}: must fit {type(network).__name__}") from error
         self.network = network.requires_grad_(False).eval()
         self.num_features = network.num_features
-        self.digest = digest(self.weights)
+        self.digest = digest(path)
 
     def describe(self) -> str:
         return f"classifier {self.dataset} sha256:{self.digest}"

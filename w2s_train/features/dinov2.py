@@ -1,7 +1,6 @@
 """The Fréchet distance in DINOv2's features (Stein et al., 2023)."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import normalize
 
 from w2s_train.errors import UserError
-from w2s_train.features.base import FeatureExtractor, require_file
+from w2s_train.features.base import FeatureExtractor
 
 SIZE = 224  # pixels that the network sees, on a side
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for values in [0, 1]
@@ -62,17 +61,15 @@ class DINOv2Features(FeatureExtractor):
     def __init__(
         self, model: str = "vit_large_patch14_dinov2.lvd142m", weights: str | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(weights)
         if not timm.is_model(model):
             raise UserError(f"model={model}: must be a model of timm")
         self.model = model
-        self.weights = None if weights is None else Path(weights).expanduser()
 
     def check_files(self) -> None:
-        if self.weights is not None:
-            require_file(self.weights)
-            if self.weights.suffix != ".safetensors":
-                raise UserError(f"weights={self.weights}: must be a .safetensors file")
+        super().check_files()
+        if self.weights is not None and self.weights.suffix != ".safetensors":
+            raise UserError(f"weights={self.weights}: must be a .safetensors file")
 
     def load(self) -> None:
         self.check_files()

@@ -1,4 +1,4 @@
-"""The Fréchet distance between two Gaussians, and the statistics files that hold one of them.
+"""The Fréchet distance between two Gaussians, sums that make one, and files that hold one.
 
     d = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1^{1/2} S_2 S_1^{1/2})^{1/2})
 
@@ -11,6 +11,7 @@ import json
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,41 @@ class Moments:
         """From the sum of x (F,), the sum of x x^T (F, F) and the number of vectors, n >= 2."""
         mu = total / n
         return cls(mu, (outer - n * torch.outer(mu, mu)) / (n - 1), n)
+
+
+class FeatureSums:
+    """How many feature vectors there were, their sum (F,) and that of x x^T (F, F); float64.
+
+    Args:
+        num_features: F.
+        device: Where features come from.
+    """
+
+    def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def update(self, features: Tensor) -> None:
+        """Take in features (B, F)."""
+        features = features.double()
+        self.total += features.sum(0)
+        self.outer += features.T @ features
+        self.count += len(features)
+
+    def state(self) -> dict[str, Any]:
+        """The three sums, on the host: the arguments of `add`."""
+        return {"total": self.total.cpu(), "outer": self.outer.cpu(), "count": self.count}
+
+    def add(self, total: Tensor, outer: Tensor, count: int | Tensor) -> None:
+        """Take in the sums of features that were seen elsewhere."""
+        self.total += total.to(self.total)
+        self.outer += outer.to(self.outer)
+        self.count += int(count)
+
+    def moments(self) -> Moments:
+        """Of everything so far, at least two vectors; on the host."""
+        return Moments.from_sums(self.total.cpu(), self.outer.cpu(), self.count)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from w2s_train.errors import UserError
-from w2s_train.features.base import FeatureExtractor, digest, fetched, require_file
+from w2s_train.features.base import FeatureExtractor, digest, fetched
 from w2s_train.files import sha256_of
 
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -33,13 +33,8 @@ class InceptionFeatures(FeatureExtractor):
     has_probabilities = True
 
     def __init__(self, folder: str = "~/.cache/w2s_train", weights: str | None = None) -> None:
-        super().__init__()
+        super().__init__(weights)
         self.folder = Path(folder).expanduser()
-        self.weights = None if weights is None else Path(weights).expanduser()
-
-    def check_files(self) -> None:
-        if self.weights is not None:
-            require_file(self.weights)
 
     def load(self) -> None:
         self.check_files()

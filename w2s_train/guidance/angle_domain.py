@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from w2s_train.errors import UserError
-from w2s_train.guidance.base import Guidance, VelocityField, check_scale, evaluate_both
+from w2s_train.errors import require
+from w2s_train.guidance.base import Guidance, VelocityField, evaluate_both
 from w2s_train.interpolant import right_pad
 from w2s_train.models import DiT
 from w2s_train.objective import Objective
@@ -33,10 +33,7 @@ class AngleDomain(Guidance):
     """
 
     def __init__(self, scale: float) -> None:
-        check_scale(scale)
-        if scale < 1:
-            raise UserError(f"scale={scale}: must be at least 1")
-        self.scale = scale
+        self.scale = require("scale", scale, "[1, inf)")
 
     def bind(self, network: DiT, objective: Objective) -> None:
         self.interpolant = objective.interpolant

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, require
 from w2s_train.models import DiT, DiTOutput
 from w2s_train.objective import Objective
 
@@ -83,7 +83,6 @@ def check_scale(scale: float, low: float = 0.0, high: float = 1.0) -> None:
     Raises:
         UserError: A scale that is negative, infinite or not a number; an interval not in [0, 1].
     """
-    if not 0 <= scale < float("inf"):
-        raise UserError(f"scale={scale}: must be a finite number, at least 0")
+    require("scale", scale, "[0, inf)")
     if not 0 <= low <= high <= 1:
         raise UserError(f"low={low}, high={high}: must be 0 <= low <= high <= 1")

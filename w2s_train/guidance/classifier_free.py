@@ -1,13 +1,10 @@
-"""Classifier-free guidance.
-
-Classifier-free guidance whose scale varies over the steps.
-"""
+"""Classifier-free guidance, and one whose scale varies over the steps."""
 
 import itertools
 
 from torch import Tensor
 
-from w2s_train.errors import UserError
+from w2s_train.errors import require
 from w2s_train.guidance.base import (
     Guidance,
     VelocityField,
@@ -60,10 +57,7 @@ class StageWise(Guidance):
     """
 
     def __init__(self, scale: float) -> None:
-        check_scale(scale)
-        if scale < 1:
-            raise UserError(f"scale={scale}: must be at least 1")
-        self.scale = scale
+        self.scale = require("scale", scale, "[1, inf)")
 
     def scales(self, times: list[float]) -> list[float]:
         """The guidance scale of each step of a grid."""

@@ -8,13 +8,13 @@ from true noisy samples x_t gives the distribution of true noisy samples x_s. Th
 import torch
 from torch import Tensor, nn
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, require
 from w2s_train.guidance.base import Guidance, VelocityField, evaluate_both
 from w2s_train.interpolant import Interpolant, right_pad
+from w2s_train.log import Log
 from w2s_train.models import DiT
 from w2s_train.models.saved import read_checkpoint
-from w2s_train.objective import FIRST_STEP, Losses, Objective
-from w2s_train.segment import Statistic
+from w2s_train.objective import Objective
 from w2s_train.timesteps import TimestepDistribution, Uniform
 from w2s_train.weak.base import Step
 
@@ -97,18 +97,15 @@ class GuidanceObjective(Objective):
         hidden_size: int = 64,
     ) -> None:
         super().__init__(interpolant, timesteps or Uniform())
-        if particles < 2:
-            raise UserError(f"particles={particles}: must be at least 2")
-        if not 0 < longest_step < 1:
-            raise UserError(f"longest_step={longest_step}: must be in (0, 1)")
-        self.particles, self.longest_step = particles, longest_step
+        self.particles = require("particles", particles, "[2, inf)")
+        self.longest_step = require("longest_step", longest_step, "(0, 1)")
         self.hidden_size = hidden_size
 
-    def bind(self, network: DiT, label_dropout: float = 0.0) -> None:
+    def bind(self, network: DiT, label_dropout: float | None = None) -> None:
         network.requires_grad_(False)
         self.scales = ScaleNetwork(network.num_classes, self.hidden_size)
 
-    def forward(self, network: DiT, x: Tensor, y: Tensor, step: Step = FIRST_STEP) -> Losses:
+    def forward(self, network: DiT, x: Tensor, y: Tensor, step: Step, log: Log) -> Tensor:
         t = self.timesteps.draw(len(x), x.device, self.interpolant)
         s = (t - self.longest_step * torch.rand_like(t)).clamp(min=0)
         x, y, t, s = (a.repeat_interleave(self.particles, 0) for a in (x, y, t, s))
@@ -121,14 +118,10 @@ class GuidanceObjective(Objective):
         velocity = v_null + right_pad(scale, x) * (v_class - v_null)
         stepped = noisy.x_t + right_pad(s - t, x) * velocity
         groups = [a.flatten(1).unflatten(0, (-1, self.particles)) for a in (stepped, x_s)]
-        per_sample = energy_distance(*groups)
-        everywhere = torch.ones_like(scale, dtype=torch.bool)[None]
-        loss = per_sample.detach()[None]
-        statistics = [
-            Statistic(("loss",), loss, everywhere[:, :: self.particles], "mean"),
-            Statistic(("guidance_scale",), scale.detach()[None], everywhere, "mean"),
-        ]
-        return Losses(per_sample.mean(), per_sample.detach(), statistics)
+        loss = energy_distance(*groups)
+        log.add(("loss",), loss[None])
+        log.add(("guidance_scale",), scale[None])
+        return loss
 
 
 class Learned(Guidance):

@@ -1,7 +1,6 @@
 """Networks."""
 
 from w2s_train.models.average import WeightAverage
-from w2s_train.models.compiling import compile_networks
 from w2s_train.models.dit import DiT, DiTOutput, FinalLayer
 from w2s_train.models.published import published_dit, published_sit
 from w2s_train.models.saved import saved_network
@@ -11,7 +10,6 @@ __all__ = [
     "DiTOutput",
     "FinalLayer",
     "WeightAverage",
-    "compile_networks",
     "published_dit",
     "published_sit",
     "saved_network",

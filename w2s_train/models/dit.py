@@ -1,6 +1,4 @@
-"""What a diffusion transformer makes of times, labels and places.
-
-The diffusion transformer (Peebles & Xie, 2023), with the parameter names of the published DiT
+"""The diffusion transformer (Peebles & Xie, 2023), with the parameter names of the published DiT
 and SiT checkpoints.
 
 An image or latent (B, C, H, W) is cut into N = (H/p)(W/p) patches; each block attends over them,
@@ -23,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, require
 
 
 class TimestepEmbedder(nn.Module):
@@ -177,22 +175,20 @@ class DiT(nn.Module):
         time_shift: float = 0.0,
     ) -> None:
         super().__init__()
-        out_channels = in_channels if out_channels is None else out_channels
         sizes = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels)
         sizes |= dict(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
         sizes |= dict(num_classes=num_classes)
+        out_channels = in_channels if out_channels is None else out_channels
         _check_sizes(sizes, mlp_ratio, out_channels)
+        require("gradient_checkpointing", gradient_checkpointing, "[0, inf)")
         self.arguments: dict[str, Any] = sizes | dict(mlp_ratio=mlp_ratio, qk_norm=qk_norm)
-        if gradient_checkpointing < 0:
-            raise UserError(f"gradient_checkpointing={gradient_checkpointing}: must be at least 0")
         self.gradient_checkpointing = int(gradient_checkpointing)
         self.arguments |= dict(gradient_checkpointing=self.gradient_checkpointing)
-        self.arguments |= dict(time_scale=time_scale, time_shift=time_shift)
         self.arguments |= dict(out_channels=out_channels)
+        self.arguments |= dict(time_scale=time_scale, time_shift=time_shift)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.depth, self.num_classes = hidden_size, depth, num_classes
-        self.num_heads = num_heads
-        self.time_scale, self.time_shift = time_scale, time_shift
+        self.num_heads, self.time_scale, self.time_shift = num_heads, time_scale, time_shift
 
         from timm.layers import PatchEmbed  # late, as above
 
@@ -300,18 +296,13 @@ def zero_parameters(*layers: nn.Module) -> None:
 
 def _check_sizes(sizes: dict[str, int], mlp_ratio: float, out_channels: int) -> None:
     for name, value in sizes.items():
-        if value < 1:
-            raise UserError(f"{name}={value}: must be at least 1")
-    patch_size, input_size = sizes["patch_size"], sizes["input_size"]
-    hidden_size, num_heads = sizes["hidden_size"], sizes["num_heads"]
-    if input_size % patch_size:
-        raise UserError(f"patch_size={patch_size}: must divide input_size={input_size}")
-    if hidden_size % num_heads:
-        raise UserError(f"num_heads={num_heads}: must divide hidden_size={hidden_size}")
-    if hidden_size % 4:
-        raise UserError(f"hidden_size={hidden_size}: must be a multiple of 4")
-    if not 0 < mlp_ratio < math.inf:
-        raise UserError(f"mlp_ratio={mlp_ratio}: must be a finite number above 0")
+        require(name, value, "[1, inf)")
+    require("mlp_ratio", mlp_ratio, "(0, inf)")
+    for divisor, whole in (("patch_size", "input_size"), ("num_heads", "hidden_size")):
+        if sizes[whole] % sizes[divisor]:
+            raise UserError(f"{divisor}={sizes[divisor]}: must divide {whole}={sizes[whole]}")
+    if sizes["hidden_size"] % 4:
+        raise UserError(f"hidden_size={sizes['hidden_size']}: must be a multiple of 4")
     if out_channels < sizes["in_channels"]:
         raise UserError(
             f"out_channels={out_channels}: must be at least in_channels={sizes['in_channels']}"

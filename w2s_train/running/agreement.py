@@ -1,6 +1,6 @@
 """What all processes decide together, with one small collective per optimizer step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ class Agreement:
     They travel with numbers that have to be summed anyway: see `Guard`.
     """
 
-    look: Callable[[], None] | None = None  # has a last look at what this process was asked for
-
     def __init__(self) -> None:
         self.wishes = dict.fromkeys(WISHES, False)  # of this process
         self.decided = dict.fromkeys(WISHES, False)  # of all, as far as is known
+
+    def wish(self, **wishes: bool) -> None:
+        """What this process wishes from now on, by name; others stay as they are."""
+        self.wishes |= wishes
 
     def settle(self, numbers: Tensor) -> Tensor:
         """The sums (n + 3,) over processes of numbers (n,) and wishes; nothing is waited for.
@@ -28,8 +30,6 @@ class Agreement:
         Args:
             numbers: Finite ones, as many on each process, where the process group works.
         """
-        if self.look is not None:
-            self.look()
         wishes = send([float(wish) for wish in self.wishes.values()], numbers.device)
         sums = torch.cat([numbers, wishes])
         if torch.distributed.is_initialized():
@@ -38,8 +38,12 @@ class Agreement:
 
     def decide(self, sums: Sequence[float]) -> None:
         """Take over the last three of what `settle` gave, now that the host knows it."""
-        found = zip(self.wishes, sums[-len(WISHES) :], strict=True)
+        found = zip(WISHES, sums[-len(WISHES) :], strict=True)
         self.decided = {name: total > 0 for name, total in found}
+
+    def saved(self) -> None:
+        """What was wished for before is done, also where the host has only now heard of it."""
+        self.wishes["save"] = self.decided["save"] = False
 
     @property
     def stop(self) -> bool:

@@ -9,6 +9,9 @@ from lightning.fabric.plugins import CheckpointIO
 
 from w2s_train.checkpoint_file import read_file, remove, to_host, write_checkpoint
 
+# Parts of `Run` that were callbacks of their own, and had states of their own.
+ONCE = {"Guard": "guard", "SkippedSamples": "samples"}
+
 
 class CheckpointFiles(CheckpointIO):
     """Training waits for the copy to host memory, and the disk for nobody.
@@ -49,12 +52,16 @@ class CheckpointFiles(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The content, in host memory, if nothing is wrong with the file.
+        """The content, in host memory and in today's form, if nothing is wrong with the file.
 
         Raises:
             UserError: A URL, a damaged file, or one that holds more than tensors and plain values.
         """
-        return read_file(path)
+        content = read_file(path)
+        states = content.get("callbacks", {})
+        if old := {part: states.pop(name) for name, part in ONCE.items() if name in states}:
+            states["Run"] = old
+        return content
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete it."""

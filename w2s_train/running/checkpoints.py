@@ -1,25 +1,26 @@
-"""Whether processes hold the same tensors, bit for bit, and whether all numbers are finite.
+"""When checkpoints are written, what they are compared with before, and which are kept.
 
-When checkpoints are written, what they are compared with before, and which are kept.
+Before each, all processes compare fingerprints: whether they hold the same tensors, bit for bit,
+and whether all numbers are finite.
 """
 
 import itertools
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from w2s_train.checkpoint_file import newest_first, point_to, remove, step_of
 from w2s_train.errors import DIVERGED, PEER_LOST, Stopped, UserError, one_line
 from w2s_train.evaluation.scorer import gather
-from w2s_train.running.agreement import Agreement
 from w2s_train.running.checkpoint_io import CheckpointFiles
 
+LEAST = 2  # files that are always kept: one of them may turn out to be damaged
+BYTES_PER_SECOND = 200e6  # of writing, as long as nothing has been written
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PERIOD = 65_521  # the largest prime below 2^16
 
@@ -60,11 +61,7 @@ def _sums(x: Tensor) -> Tensor:
     return torch.stack([bits.sum(), (bits * weights).sum(), torch.isfinite(x).all().long()])
 
 
-LEAST = 2  # files that are always kept: one of them may turn out to be damaged
-BYTES_PER_SECOND = 200e6  # of writing, as long as nothing has been written
-
-
-class Checkpoints(Checkpoint):
+class Checkpoints:
     """Writes ``checkpoints/step-NNNNNN.ckpt``, after batches that complete an optimizer step only.
 
     (The gradients of half a step are in no checkpoint: what went on from there would lose a batch.)
@@ -90,7 +87,6 @@ class Checkpoints(Checkpoint):
         every_minutes: float | None = 15.0,
         keep: int | None = None,
     ) -> None:
-        super().__init__()
         if every_n_train_steps < 1:
             raise UserError(f"every_n_train_steps={every_n_train_steps}: must be at least 1")
         if every_minutes is not None and not every_minutes > 0:
@@ -99,69 +95,46 @@ class Checkpoints(Checkpoint):
             raise UserError(f"keep={keep}: must be at least {LEAST}")
         self.every_n_train_steps, self.keep = every_n_train_steps, keep
         self.every_minutes = every_minutes
-        self.agreement = Agreement()  # shared with the guard: `Command` sets it
-        self.step = 0  # the last one that was looked at
         self.seconds = 0.0  # that a save takes from its beginning until it is on the disk
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def clear(self, trainer: Trainer) -> None:
         """Clear away what kills have left half written."""
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
-        if stage == "fit" and trainer.is_global_zero:
+        if trainer.is_global_zero:
             for path in self.folder.glob("*.partial"):
                 path.unlink(missing_ok=True)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Note where the run stands, also in the folder: it may have gone back in it.
 
         Raises:
             Stopped: Processes go on from different files, as where a file system is slow to tell.
         """
-        self.step, self.when = trainer.global_step, time.monotonic()
+        self.when = time.monotonic()
         self.saved = -1  # the step of the last save, unless something has changed since
         start = Path(trainer.ckpt_path or "").resolve()
-        starts = set(gather((self.step, start.name), trainer))
+        starts = set(gather((trainer.global_step, start.name), trainer))
         if len(starts) > 1:
             raise Stopped(f"processes go on from different steps, {sorted(starts)}", PEER_LOST)
         ours = start.parent == self.folder.resolve() and step_of(start) >= 0
         if ours and trainer.is_global_zero:
             point_to(self.folder / "last.ckpt", start)
-        tensors = itertools.chain(pl_module.parameters(), pl_module.buffers())
+        tensors = itertools.chain(module.parameters(), module.buffers())
         self.seconds = 3 * sum(x.numel() * x.element_size() for x in tensors) / BYTES_PER_SECOND
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Say whether it is time; the first process has the clock."""
+    def wish(self, trainer: Trainer) -> bool:
+        """Whether it is time for another one; the first process has the clock."""
         due = self.every_minutes is not None and (
             time.monotonic() - self.when > 60 * self.every_minutes
         )
-        self.agreement.wishes["save"] = due and trainer.is_global_zero
+        return due and trainer.is_global_zero
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save, where that is due."""
-        self._report(trainer, wait=False)
-        if trainer.global_step == self.step:
-            return
-        self.step = trainer.global_step
-        stays = self.step % self.every_n_train_steps == 0
-        due = self.agreement.decided["save"] or validation_follows(trainer, batch_idx)
-        if stays or due:
-            self.save(trainer, pl_module)
+    def stays(self, step: int) -> bool:
+        """Whether a checkpoint of this step is written in any case, and kept."""
+        return step % self.every_n_train_steps == 0
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save where training ended, stopped or not: the last step is rarely a round one.
-
-        Raises:
-            UserError: It could not be written.
-        """
-        if self.saved != trainer.global_step:
-            self.save(trainer, pl_module)
-        self.finish(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What it has cost stands in the next checkpoint, also of the same step."""
+    def changed(self) -> None:
+        """Something has changed since the last save, though no step was taken."""
         self.saved = -1
 
     def save(self, trainer: Trainer, module: LightningModule) -> None:
@@ -171,7 +144,7 @@ class Checkpoints(Checkpoint):
             Stopped: Processes differ, or numbers are not finite; nothing is written then.
         """
         compare(fingerprint(module.state_dict()), trainer)
-        self._report(trainer, wait=True)
+        self.report(trainer, wait=True)
         path, begun = self.folder / f"step-{trainer.global_step:06d}.ckpt", time.monotonic()
 
         def written() -> None:
@@ -181,8 +154,16 @@ class Checkpoints(Checkpoint):
 
         trainer.save_checkpoint(path, weights_only=False, storage_options=written)
         self.when, self.saved = time.monotonic(), trainer.global_step
-        # What was wished for before is done, also where the host has only now heard of it.
-        self.agreement.decided["save"] = False
+
+    def end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save where training ended, stopped or not: the last step is rarely a round one.
+
+        Raises:
+            UserError: It could not be written.
+        """
+        if self.saved != trainer.global_step:
+            self.save(trainer, module)
+        self.finish(trainer)
 
     def finish(self, trainer: Trainer) -> None:
         """Wait until everything is on the disk; on all processes together.
@@ -195,7 +176,8 @@ class Checkpoints(Checkpoint):
         if message:
             raise UserError(f"checkpoint: cannot be written; {message}; the one before is whole")
 
-    def _report(self, trainer: Trainer, *, wait: bool) -> None:
+    def report(self, trainer: Trainer, *, wait: bool = False) -> None:
+        """Warn of a file that could not be written."""
         if error := self._files(trainer).finished(wait=wait):
             self.saved = -1
             rank_zero_warn(f"a checkpoint was not written; training goes on ({one_line(error)})")

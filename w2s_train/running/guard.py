@@ -1,7 +1,4 @@
-"""Running averages that tell a spike, kept on the device.
-
-Bad numbers are found before the optimizer uses them, on all processes alike.
-"""
+"""Bad numbers are found before the optimizer uses them, on all processes alike."""
 
 import json
 import math
@@ -10,22 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from w2s_train.checkpoint_file import damage, newest_first, read_file, step_of
 from w2s_train.errors import DIVERGED, Stopped, UserError
-from w2s_train.evaluation.scorer import callbacks_of, gather
+from w2s_train.evaluation.scorer import gather
 from w2s_train.optim import Readback
 from w2s_train.running.agreement import Agreement
-from w2s_train.running.checkpoints import Checkpoints
 
 WINDOW = 100  # good steps that the averages look back; before so many, nothing is a spike
 
 
 class Spikes:
-    """Averages of the sizes of several numbers over good steps.
+    """Running averages of the sizes of several numbers over good steps, kept on the device.
 
     Args:
         limits: Times its average that make a number bad, one limit each; infinity is never.
@@ -61,8 +57,6 @@ class Spikes:
         return fine, spikes
 
 
-LARGEST_SCALE = 10.0  # effective guidance scale beyond which an alarm does not wait for more
-ALARM, ABORT = 1.2, 2.4  # times the effective scale: RMS of the strong prediction over that of v
 OVERFLOWS = 30  # of float16 in a row, after which the scale cannot be the reason
 SHOWN = 3  # samples named on the terminal
 NAMES = ("loss", "gradient")
@@ -77,7 +71,7 @@ class Judged:
     batches: list[tuple[int, int]]  # position in the run and rows of each of its parts
 
 
-class Guard(Callback):
+class Guard:
     """Looks at loss and gradient before each optimizer step.
 
     A step with a number that is not finite, or far above the running averages, is skipped: it
@@ -88,13 +82,8 @@ class Guard(Callback):
     passes what hurt it (PaLM, Chowdhery et al., 2022, skip batches like this); if that has been
     tried, it ends with status 77.
 
-    A weak-to-strong target can run away without the loss showing it: at scale 1 the network chases
-    its own prediction. So the RMS of the strong prediction is compared with that of the data's
-    velocity v, which the unguided prediction E[v | x_t] never exceeds: a warning above 1.2 times
-    the effective guidance scale 1 / (1 - scale), the end of the run at twice that.
-
     A step is judged where the numbers are. On an accelerator the host learns of it one step later,
-    so that it never waits: the optimizer passes over a bad step by itself (see `gradients`), while
+    so that it never waits: the optimizer passes over a bad step by itself (see `optim`), while
     records, warnings and decisions of all processes are that step late. It waits if patience is 1.
 
     Args:
@@ -125,13 +114,12 @@ class Guard(Callback):
             raise UserError(f"rollbacks={rollbacks}: must be at least 0")
         self.spikes = Spikes([limit or math.inf for limit in (loss_spike, gradient_spike)])
         self.patience, self.rollbacks, self.enabled = patience, rollbacks, enabled
-        self.agreement = Agreement()  # shared with the stop: `Command` sets it
+        self.agreement = Agreement()  # on more than the step: its numbers travel with the guard's
         self.late = False  # whether the host learns of a step only at the next one
         self.sent: list[tuple[Readback, Judged]] = []  # what it has still to learn
         self.good = self.skipped = self.in_a_row = self.overflows = 0
         self.backs, self.good_before = 0, 0  # how often it went back; good steps before that
         self.batches: list[tuple[int, int]] = []  # position and rows, since the last optimizer step
-        self.looked_at: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What it has seen."""
@@ -146,25 +134,18 @@ class Guard(Callback):
         self.spikes.restore(state.pop("averages"), state["good"])
         vars(self).update(state)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Be asked before each optimizer step."""
+    # ---- before the optimizer step ---------------------------------------------------------
+
+    def start(self, trainer: Trainer) -> None:
+        """A fit begins."""
         self.trainer = trainer
         # The loss scaler of float16 waits anyway, and the first bad step may be one too many.
         waits = trainer.precision == "16-mixed" or self.patience == 1
         self.late = waits_cost(trainer) and not waits
-        pl_module.judge = lambda loss, norm: self.judge(trainer, loss, norm)
 
-    # ---- before the optimizer step ---------------------------------------------------------
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Note which samples are used; look at the predictions that were logged last."""
-        rows = len(batch["label"])
-        self.batches.append((pl_module.images_seen + trainer.global_rank * rows, rows))
-        if self.enabled and pl_module.last_metrics is not self.looked_at:
-            self.looked_at = pl_module.last_metrics
-            self._look_for_a_blow_up(trainer, self.looked_at)
+    def note(self, first: int, rows: int) -> None:
+        """The step at hand uses so many samples from this position of the run on."""
+        self.batches.append((first, rows))
 
     def judge(self, trainer: Trainer, loss: Tensor, norm: Tensor) -> bool | Tensor:
         """Whether the step is good: the same answer on all processes; () where the host is late.
@@ -237,18 +218,18 @@ class Guard(Callback):
 
     # ---- after it --------------------------------------------------------------------------
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """After too many bad steps in a row, go back or end.
+    def out_of_patience(self, trainer: Trainer) -> bool:
+        """Whether there were too many bad steps in a row."""
+        if self.in_a_row:
+            self.hear(trainer)
+        return self.in_a_row >= self.patience
+
+    def go_back(self, trainer: Trainer, module: LightningModule) -> None:
+        """Go back to the last good checkpoint; all that were begun are on the disk.
 
         Raises:
             Stopped: There is nothing to go back to, or it has been tried.
         """
-        if self.in_a_row:
-            self.hear(trainer)
-        if self.in_a_row < self.patience:
-            return
         path = self._last_good(trainer)
         again = self.good < self.good_before + WINDOW
         self.backs = self.backs + 1 if again else 1
@@ -258,11 +239,7 @@ class Guard(Callback):
         rank_zero_warn(f"{report}: weights go back to those of {path}, steps and data go on")
         self.good_before, self.in_a_row = self.good, 0
         folder = Path(trainer.default_root_dir)
-        _go_back(trainer, pl_module, read_file(folder / path))
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the last step, too."""
-        self.hear(trainer)
+        _load(trainer, module, read_file(folder / path))
 
     def _last_good(self, trainer: Trainer) -> str:
         """The newest checkpoint that is whole, relative to the run folder; "" if there is none.
@@ -271,36 +248,12 @@ class Guard(Callback):
         later step is of a part of the run that was given up by going on from before it.
         """
         folder, found = Path(trainer.default_root_dir), ""
-        for checkpoints in callbacks_of(trainer, Checkpoints):
-            checkpoints.finish(trainer)
         if trainer.is_global_zero:
             steps = range(trainer.global_step - self.in_a_row + 1)
             files = newest_first(folder / "checkpoints")
             good = (path for path in files if step_of(path) in steps and not damage(path))
             found = str(first.relative_to(folder)) if (first := next(good, None)) else ""
         return trainer.strategy.broadcast(found)
-
-    def _look_for_a_blow_up(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Compare the strong prediction with what the scale explains.
-
-        Raises:
-            Stopped: It is far too large.
-        """
-        for key, guides in metrics.items():
-            segment, _, name = key.rpartition("/")
-            velocity = metrics.get(f"{segment}/velocity_rms")
-            if name != "effective_scale" or velocity is None:
-                continue
-            strong, allowed = metrics[f"{segment}/strong_rms"], min(guides, LARGEST_SCALE)
-            message = (
-                f"step {trainer.global_step}: {segment}/strong_rms is {strong:.4g}, which is "
-                f"{strong / velocity:.3g} times that of the data's velocity; guidance by "
-                f"{allowed:.3g} explains {allowed:.3g} times"
-            )
-            if strong > ABORT * allowed * velocity:
-                raise Stopped(f"{message}; a smaller scale or max_difference may help", DIVERGED)
-            if strong > ALARM * allowed * velocity:
-                rank_zero_warn(message)
 
 
 def _explain(means: list[float], averages: list[float], spikes: list[float]) -> str:
@@ -317,7 +270,7 @@ def waits_cost(trainer: Trainer) -> bool:
     return trainer.strategy.root_device.type == "cuda"
 
 
-def _go_back(trainer: Trainer, module: LightningModule, content: dict[str, Any]) -> None:
+def _load(trainer: Trainer, module: LightningModule, content: dict[str, Any]) -> None:
     """Weights, averages, weak networks and optimizers of a checkpoint; rates as they are now."""
     module.load_state_dict(content["state_dict"])
     for optimizer, state in zip(trainer.optimizers, content["optimizer_states"], strict=True):

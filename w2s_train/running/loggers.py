@@ -31,19 +31,16 @@ class Events(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log them, or drop the writer."""
         with warned(f"TensorBoard's numbers of step {step} were"), self._dropped():
             super().log_metrics(metrics, step)
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what there is to write."""
         with warned("TensorBoard's events were"), self._dropped():
             super().save()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what there is to write, and close."""
         with warned("TensorBoard's events were"), self._dropped():
             super().finalize(status)
 
@@ -73,12 +70,10 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """No sub-folder."""
         return ""
 
     @property
     def version(self) -> str:
-        """No sub-folder."""
         return ""
 
     @rank_zero_only

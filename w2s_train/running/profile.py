@@ -38,7 +38,6 @@ class Profile(Callback):
             raise UserError(f"trainer.max_steps={max_steps}: must be at least {NEEDED} to profile")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count."""
         if not trainer.is_global_zero:
             return
         if 0 <= trainer.max_steps < trainer.global_step + NEEDED:
@@ -61,7 +60,6 @@ class Profile(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count; at the end, write."""
         if self.profiler is None:
             return
         self.batches -= 1

@@ -1,9 +1,4 @@
-"""Where a run lives, and what it goes on from.
-
-The run folder: what it holds, and that one run owns it.
-
-``config.yaml``: the complete config of a run.
-"""
+"""The run folder: where a run lives, what it goes on from, and what it writes down there."""
 
 import importlib.metadata
 import json
@@ -16,9 +11,8 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
@@ -26,14 +20,20 @@ from w2s_train import __version__
 from w2s_train.checkpoint_file import check_local, damage, newest_first
 from w2s_train.errors import NO_PROGRESS, PEER_LOST, Stopped, UserError
 from w2s_train.files import atomic_write
-from w2s_train.scores import git_commit
+from w2s_train.scores import git_commit, read_record
 from w2s_train.secrets import redacted
+
+STARTS = "starts.json"
+# What a folder that holds a run has some of.
+OURS = "config.yaml environment.json metrics.csv scores.json checkpoints samples code logs".split()
+RESTARTS = 3  # without progress, before another one is refused
+PACKAGES = ("torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
 
 
 def run_folder(config: Any) -> Path:
     """Where a run lives: as configured, or with its checkpoint, or ``runs/CONFIG+OVERLAY``."""
     if config.trainer.default_root_dir:
-        return Path(config.trainer.default_root_dir)
+        return Path(config.trainer.default_root_dir).expanduser()
     checkpoint = Path(getattr(config, "ckpt_path", None) or "")
     if checkpoint.parent.name == "checkpoints":
         return checkpoint.parent.parent
@@ -87,19 +87,6 @@ def _last(folder: Path, subcommand: str) -> str | None:
     return None
 
 
-STARTS = "starts.json"
-# What a folder that holds a run has some of.
-OURS = "config.yaml environment.json metrics.csv scores.json checkpoints samples code logs".split()
-RESTARTS = 3  # without progress, before another one is refused
-PACKAGES = ("torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
-
-
-def read_scores(folder: Path) -> list[dict[str, Any]]:
-    """The scores of a run, oldest first; none if there is no ``scores.json``."""
-    path = folder / "scores.json"
-    return json.loads(path.read_text()) if path.is_file() else []
-
-
 def environment(trainer: Trainer) -> dict[str, Any]:
     """Command, versions, machine and devices of this process."""
     cuda = torch.cuda.is_available()
@@ -121,35 +108,36 @@ def environment(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-class RunRecord(Callback):
-    """Keeps the run folder (``trainer.default_root_dir``).
-
-    Starts that come no further are counted in ``starts.json`` until one ends in good order.
+class Record:
+    """Keeps the run folder.
 
     A fresh fit never writes into an earlier run: it moves that run aside, to ``FOLDER.1``,
-    ``FOLDER.2`` and so on. A lock keeps two fits out of one folder. ``environment.json`` gets one
-    element per start; at the end a table of the scores is printed.
+    ``FOLDER.2`` and so on. A lock keeps two fits out of one folder. ``config.yaml`` is the complete
+    config, without secrets; ``environment.json`` gets one element per start; starts that come no
+    further are counted in ``starts.json`` until one ends in good order; at the end a table of the
+    scores is printed.
 
     Args:
+        folder: Of the run.
+        config: Of a fit: plain values.
         resumed: The fit goes on from a checkpoint of this folder.
     """
 
-    def __init__(self, resumed: bool = False) -> None:
-        self.resumed = resumed
+    def __init__(self, folder: Path, config: Any = None, resumed: bool = False) -> None:
+        self.folder, self.config, self.resumed = folder, config, resumed
         self.lock: Any = None
         self.starts: dict[str, Any] = {}
 
-    def check_progress(self, folder: Path, start: str | None) -> None:
+    def check_progress(self, start: str | None) -> None:
         """Refuse one more restart where several have come no further; on all processes alike.
 
         Args:
-            folder: Of the run.
             start: The checkpoint to start from.
 
         Raises:
             Stopped: Too many restarts.
         """
-        path, name = folder / STARTS, Path(start).name if start else "the beginning"
+        path, name = self.folder / STARTS, Path(start).name if start else "the beginning"
         if not self.resumed:
             return
         found = json.loads(path.read_text()) if path.is_file() else {}
@@ -162,12 +150,13 @@ class RunRecord(Callback):
             )
         self.starts = {"from": name, "number": number + 1}
 
-    def claim(self, folder: Path) -> None:
+    def claim(self) -> None:
         """Make the folder this run's own; called on the first process, before loggers write there.
 
         Raises:
             UserError: Another fit is writing there, or something else is kept there.
         """
+        folder = self.folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(folder.parent / f".{folder.name}.lock")
         try:
@@ -184,86 +173,57 @@ class RunRecord(Callback):
                 f"holds {sorted(held)[0]}"
             )
         if held and not self.resumed:
-            aside = next(
-                path
-                for i in range(1, sys.maxsize)
-                if not (path := folder.with_name(f"{folder.name}.{i}")).exists()
-            )
+            names = (folder.with_name(f"{folder.name}.{i}") for i in range(1, sys.maxsize))
+            aside = next(path for path in names if not path.exists())
             folder.rename(aside)
             print(f"{folder} held an earlier run; it is now {aside}")
         folder.mkdir(exist_ok=True)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the environment."""
-        if not trainer.is_global_zero:
-            return
-        folder = Path(trainer.default_root_dir)
+    # ---- of the first process --------------------------------------------------------------
+
+    def write_config(self) -> None:
+        """Write ``config.yaml``."""
+        text = yaml.safe_dump(redacted(self.config), sort_keys=False)
+        with atomic_write(self.folder / "config.yaml") as file:
+            file.write(text.encode())
+
+    def write_start(self, trainer: Trainer) -> None:
+        """Write down this start and its environment."""
         if self.starts:
-            with atomic_write(folder / STARTS) as file:
+            with atomic_write(self.folder / STARTS) as file:
                 file.write(json.dumps(self.starts).encode())
-        path = folder / "environment.json"
+        path = self.folder / "environment.json"
         earlier = json.loads(path.read_text()) if path.is_file() else []
         entries = json.dumps([*earlier, environment(trainer)], indent=1)
         with atomic_write(path) as file:
             file.write(entries.encode() + b"\n")
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """It came to its end, or was stopped and saved."""
-        if trainer.is_global_zero:
-            (Path(trainer.default_root_dir) / STARTS).unlink(missing_ok=True)
+    def ended(self, error: BaseException | None = None) -> None:
+        """It came to its end, or was stopped and saved; other errors count as no progress."""
+        if error is None or isinstance(error, Stopped) and error.status != PEER_LOST:
+            (self.folder / STARTS).unlink(missing_ok=True)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Print the table of scores and give the folder up."""
-        if stage == "fit" and trainer.is_global_zero:
-            print_scores(Path(trainer.default_root_dir))
-        self._release()
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def release(self) -> None:
         """Give the folder up."""
-        if isinstance(exception, Stopped) and exception.status != PEER_LOST:
-            self.on_fit_end(trainer, pl_module)
-        self._release()
-
-    def _release(self) -> None:
         if self.lock is not None:
             self.lock.release()
 
-
-@rank_zero_only
-def print_scores(folder: Path) -> None:
-    """Print the scores of a run, oldest first, and where the run is."""
-    table = Table(title="scores")
-    for column in ("step", "metric", "value", "weights", "guidance", "n", "wall-clock"):
-        table.add_column(column, justify="right")
-    for score in read_scores(folder):
-        protocol = score["protocol"]
-        table.add_row(
-            str(score["step"]),
-            score["metric"],
-            f"{score['value']:.4f}",
-            score["weights"],
-            score["guidance"],
-            str(protocol["n"]),
-            f"{protocol['wall_clock_seconds']:.0f} s",
-        )
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    if table.row_count:
-        console.print(table)
-    print(f"run folder: {folder}")
-
-
-class SaveFitConfig(SaveConfigCallback):
-    """Writes ``config.yaml``, without secrets, when fitting; scoring leaves the run's alone."""
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Write it."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """On one process."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        with atomic_write(Path(trainer.default_root_dir) / "config.yaml") as file:
-            file.write(yaml.safe_dump(redacted(config), sort_keys=False).encode())
+    def print_scores(self) -> None:
+        """Print the scores, oldest first, and where the run is."""
+        table = Table(title="scores")
+        for column in ("step", "metric", "value", "weights", "guidance", "n", "wall-clock"):
+            table.add_column(column, justify="right")
+        found = (self.folder / "scores.json").is_file()
+        for score in read_record(self.folder).scores if found else ():
+            table.add_row(
+                str(score.step),
+                score.metric,
+                f"{score.value:.4f}",
+                score.weights,
+                score.guidance,
+                str(score.protocol.n),
+                f"{score.protocol.wall_clock_seconds:.0f} s",
+            )
+        if table.row_count:
+            Console(width=None if sys.stdout.isatty() else 100).print(table)
+        print(f"run folder: {self.folder}")

@@ -1,14 +1,11 @@
-"""Draws that depend on (seed, rank, batch) alone.
-
-Counts and reports samples that could not be read.
-"""
+"""Of the samples of a run: which could not be read, and what is drawn along with the others."""
 
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from w2s_train.errors import UserError
@@ -16,35 +13,29 @@ from w2s_train.evaluation.scorer import gather
 from w2s_train.secrets import redacted
 from w2s_train.shards.dataset import Skipped
 
-
-class StepSeed(Callback):
-    """Reseeds before every training batch, so that a resumed run draws what it would have drawn.
-
-    Different ranks get independent streams (the idea is EDM2's).
-
-    Args:
-        seed: Of the run.
-    """
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Seed the generators of the host and of the module's device."""
-        entropy = (self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx)
-        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        # `torch.manual_seed` would format a stack trace for each kind of device that is not in use.
-        torch.default_generator.manual_seed(seed)
-        if pl_module.device.type != "cpu":
-            torch.get_device_module(pl_module.device).manual_seed(seed)
-
-
 SHOWN = 5  # shards named in a report
 
 
-class SkippedSamples(Callback):
+def reseed(seed: int, rank: int, batch: int, device: torch.device) -> None:
+    """Seed the generators of host and device, so that draws depend on (seed, rank, batch) alone.
+
+    A resumed run then draws what it would have drawn; ranks have independent streams (the idea is
+    EDM2's).
+
+    Args:
+        seed: Of the run.
+        rank: Of this process.
+        batch: Training batches before this one.
+        device: Of the module.
+    """
+    number = int(np.random.SeedSequence((seed, rank, batch)).generate_state(1)[0])
+    # `torch.manual_seed` would format a stack trace for each kind of device that is not in use.
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)
+
+
+class SkippedSamples:
     """Reports, at the end of each epoch of the data, how many samples of which shard were skipped.
 
     All processes count together, every ``log_every_n_steps`` steps, and stop together when the
@@ -69,18 +60,17 @@ class SkippedSamples(Callback):
         self.counts = Counter({(epoch, shard): n for epoch, shard, n in state_dict["counts"]})
         self.reasons = dict(state_dict["reasons"])
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the epoch where the run stands."""
-        self.epoch = self._epoch(trainer, pl_module)
+        self.epoch = self._epoch(trainer, module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count; now and then, compare."""
-        self.new += batch["skipped"]
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return  # gradients of half a step would be lost by a stop
-        epoch = self._epoch(trainer, pl_module)
+    def note(self, skipped: list[Skipped]) -> None:
+        """Of a batch of this process."""
+        self.new += skipped
+
+    def after_step(self, trainer: Trainer, module: LightningModule) -> None:
+        """Now and then, compare; at the end of an epoch, report; beyond the limit, stop."""
+        epoch = self._epoch(trainer, module)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if epoch != self.epoch or trainer.global_step % interval == 0:
             self._merge(trainer)
@@ -92,13 +82,13 @@ class SkippedSamples(Callback):
             self._report(done, f"epoch {done} of the data")
         self.epoch = epoch
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def end(self, trainer: Trainer) -> None:
         """Report what the last, unfinished epoch has had."""
         self._merge(trainer)
         if not self.error:
             self._report(self.epoch, f"epoch {self.epoch} of the data, so far")
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self) -> None:
         """End with an error, now that the last step is saved.
 
         Raises:
@@ -107,8 +97,8 @@ class SkippedSamples(Callback):
         if self.error:
             raise UserError(self.error)
 
-    def _epoch(self, trainer: Trainer, pl_module: Any) -> int:
-        return int(pl_module.images_seen // trainer.datamodule.order.samples)  # type: ignore[attr-defined]
+    def _epoch(self, trainer: Trainer, module: Any) -> int:
+        return int(module.images_seen // trainer.datamodule.order.samples)  # type: ignore[attr-defined]
 
     def _merge(self, trainer: Trainer) -> None:
         for share in gather(self.new, trainer):

@@ -1,6 +1,4 @@
-"""What the processes of a run know of each other, and which of them keeps the others waiting.
-
-Which process of a run died or hangs: every process tells the others each second how far it is.
+"""Which process of a run died or hangs: every process tells the others each second how far it is.
 
 The store that they tell it to is one of its own: the client of the process group's store may be
 waiting in the main thread. Rank 0 holds it, and who cannot reach it knows that rank 0 is gone.

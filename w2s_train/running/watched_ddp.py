@@ -1,4 +1,4 @@
-"""Lightning's side of the watch: where the run stands, and processes that do not outlive it."""
+"""DDP whose processes watch each other, and do not outlive each other."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 
 from w2s_train.errors import PEER_LOST, Stopped, one_line
-from w2s_train.running.watch import GRACE, Stage, Watch, say
+from w2s_train.running.watch import GRACE, Watch, say
 
 MEET = 600.0  # seconds that processes have to meet, with all that they import before
 PARENT = "W2S_PARENT"  # the process that started this one
@@ -147,17 +147,14 @@ class WatchedDDP(DDPStrategy):
         super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """The same."""
         self.watch.meet()
         return super().broadcast(obj, src)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """The same."""
         self.watch.meet()
         return super().reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """The same."""
         self.watch.meet()
         return super().all_gather(tensor, group, sync_grads)
 
@@ -178,58 +175,3 @@ def watched_strategies(watch: Watch) -> None:
         if entry["strategy"] in (DDPStrategy, WatchedDDP):
             about = {"description": entry["description"], **entry["init_params"], "watch": watch}
             StrategyRegistry.register(name, WatchedDDP, override=True, **about)
-
-
-class Position(Callback):
-    """Tells the watch how far the main thread is; stands before the other callbacks.
-
-    Args:
-        watch: Of this process.
-    """
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Its data is there."""
-        self.watch.begin(trainer.fit_loop.total_batch_idx + 1, trainer.global_step)
-
-    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
-        """The loss is there."""
-        self.watch.at(Stage.IN_THE_BACKWARD_PASS)
-
-    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
-        """The gradients are there, of all processes."""
-        self.watch.at(Stage.TAKING_THE_STEP)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """The other callbacks, then the next batch's data."""
-        self.watch.at(Stage.BETWEEN_TWO_BATCHES)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Images are generated."""
-        self.watch.at(Stage.VALIDATING)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """One batch more; how many a process has may differ."""
-        self.watch.at(Stage.VALIDATING)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """This process's images are there."""
-        self.watch.at(Stage.DONE_WITH_VALIDATING)
-
-    on_test_start = on_predict_start = on_validation_start
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end

@@ -1,26 +1,23 @@
-"""Random access to the samples of shards.
+"""Data sets of shards: training batches by their positions, and every image once.
 
-Reads samples where the tables of their shards say that they are.
-
-Batches from shards: an endless shuffled stream for training, and every image once.
+Samples are numbered from 0 through all shards. `ShardFiles` reads them where the tables of their
+shards say that they are; `Decoded` holds all of them in memory.
 """
 
-import abc
 import dataclasses
 import errno
-import itertools
 import os
 import signal
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
 from w2s_train.errors import UserError, one_line
@@ -31,7 +28,11 @@ from w2s_train.shards.samples import ARRAY_TYPES, FLIPPED, IMAGE_TYPES, Span, pa
 from w2s_train.shards.storage import Storage
 from w2s_train.signals import PREEMPTION
 
+OPEN_SHARDS = 128  # that one process keeps open
+RETRY_SECONDS = 60.0  # before a shard that could not be opened is tried again
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 CHUNK = 256  # samples that are read together when all of them are
+ATTEMPTS = 100  # samples that are tried in place of one that cannot be read
 
 
 class Rows(NamedTuple):
@@ -47,101 +48,6 @@ class Rows(NamedTuple):
     image: Tensor
     label: Tensor
     bad: dict[int, str]
-
-
-class Store(abc.ABC):
-    """Samples of shards, numbered from 0 through all of them."""
-
-    @abc.abstractmethod
-    def read(self, places: Places) -> Rows:
-        """Samples by number, mirrored where ``places`` says so.
-
-        Raises:
-            UserError: Their shapes differ.
-        """
-
-    @abc.abstractmethod
-    def name(self, row: int) -> tuple[str, str]:
-        """Shard and key of a sample."""
-
-    @abc.abstractmethod
-    def fetch(self, shard: int) -> None:
-        """Have a shard at hand that will be read soon."""
-
-    @abc.abstractmethod
-    def stores_mirrored(self) -> bool:
-        """Whether mirrored samples are stored ones; known when all samples have been read once."""
-
-
-class MemoryStore(Store):
-    """All samples of another store, decoded.
-
-    Args:
-        source: Read here, and never again.
-        samples: How many it holds.
-        flip: Samples are going to be mirrored.
-
-    Raises:
-        UserError: None of them can be read, or their shapes differ.
-    """
-
-    def __init__(self, source: Store, samples: int, *, flip: bool) -> None:
-        self.source, self.flip = source, flip
-        self.plain = self._read_all(samples, mirrored=False)
-        # Images are mirrored when needed, which costs little; of arrays the mirrored ones are kept.
-        stored = flip and source.stores_mirrored()
-        self.flipped = self._read_all(samples, mirrored=True) if stored else None
-
-    def _read_all(self, samples: int, *, mirrored: bool) -> Rows:
-        image: Tensor | None = None
-        label, bad = torch.zeros(samples, dtype=torch.int64), dict[int, str]()
-        firsts = range(0, samples, CHUNK)
-        for first in tqdm(firsts, "reading samples", delay=5, disable=None, leave=False):
-            numbers = np.arange(first, min(first + CHUNK, samples))
-            part = self.source.read(Places(numbers, np.full(len(numbers), mirrored)))
-            bad |= {first + i: reason for i, reason in part.bad.items()}
-            label[first : first + len(numbers)] = part.label
-            if len(part.bad) == len(numbers):
-                continue
-            if image is None:
-                image = part.image.new_zeros(samples, *part.image.shape[1:])
-            if image.shape[1:] != part.image.shape[1:] or image.dtype != part.image.dtype:
-                raise UserError(
-                    f"images={tuple(image.shape[1:])}, {tuple(part.image.shape[1:])}: must be of "
-                    f"one shape and type ({' of '.join(self.name(first)[::-1])} differs)"
-                )
-            image[first : first + len(numbers)] = part.image
-        if image is None:
-            reason = next(iter(bad.values()), "there are none")
-            raise UserError(f"train_urls: must hold a readable sample ({reason})")
-        return Rows(image, label, bad)
-
-    def read(self, places: Places) -> Rows:
-        image, label = self.plain.image[places.rows], self.plain.label[places.rows]
-        mirrored = places.mirrored & self.flip
-        turn = torch.from_numpy(mirrored)
-        kept = [self.plain.bad] * len(mirrored)
-        if self.flipped is None:
-            image[turn] = image[turn].flip(-1)
-        else:
-            image[turn] = self.flipped.image[places.rows[mirrored]]
-            kept = [self.flipped.bad if turned else self.plain.bad for turned in mirrored]
-        found = enumerate(zip(kept, places.rows.tolist(), strict=True))
-        return Rows(image, label, {i: bad[row] for i, (bad, row) in found if row in bad})
-
-    def name(self, row: int) -> tuple[str, str]:
-        return self.source.name(row)
-
-    def fetch(self, shard: int) -> None:
-        """Nothing: everything is here."""
-
-    def stores_mirrored(self) -> bool:
-        return self.flipped is not None
-
-
-OPEN_SHARDS = 128  # that one process keeps open
-RETRY_SECONDS = 60.0  # before a shard that could not be opened is tried again
-OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Contents(NamedTuple):
@@ -163,14 +69,7 @@ class Contents(NamedTuple):
         return Span(-1, 0, 0, "", f"it has none of {', '.join(self.fields)}")
 
 
-class Failure(NamedTuple):
-    """Why a shard could not be opened, and when (`time.monotonic`)."""
-
-    reason: str
-    when: float
-
-
-class IndexedStore(Store):
+class ShardFiles:
     """Samples on the disk.
 
     By positioned reads and not through a memory map: where another process truncates a file they
@@ -182,15 +81,20 @@ class IndexedStore(Store):
         flip: Samples are going to be mirrored: images here, arrays by their stored mirror images.
     """
 
-    def __init__(self, shards: Sequence[Shard], storage: Storage, *, flip: bool) -> None:
+    def __init__(self, shards: Sequence[Shard], storage: Storage, *, flip: bool = False) -> None:
         self.shards, self.storage, self.flip = shards, storage, flip
         counts = np.array([shard.samples for shard in shards], np.int64)
-        self.firsts = np.cumsum(counts) - counts
+        self.firsts, self.samples = np.cumsum(counts) - counts, int(counts.sum())
         self._contents: dict[int, Contents] = {}
         self._files: OrderedDict[int, int] = OrderedDict()  # descriptors, by shard
-        self._failures: dict[int, Failure] = {}
+        self._failures: dict[int, tuple[str, float]] = {}  # why a shard was not opened, and when
 
     def read(self, places: Places) -> Rows:
+        """Samples by number, mirrored where ``places`` says so.
+
+        Raises:
+            UserError: Their shapes differ; or shards do not hold what they must.
+        """
         self._close_oldest()
         shards = np.searchsorted(self.firsts, places.rows, "right") - 1
         mirrored = places.mirrored & self.flip
@@ -208,31 +112,47 @@ class IndexedStore(Store):
                 spans[i] = contents.span(self._files[shard], row, mirrored=bool(mirrored[i]))
                 if not spans[i].problem:
                     labels[i] = contents.table.labels[row]
-        image, bad = read_spans(spans, lambda i: " of ".join(self.name(places.rows[i])[::-1]))
+        image, bad = read_spans(spans, lambda i: self.title(places.rows[i]))
         turn = np.flatnonzero(mirrored).tolist()
         turn = [i for i in turn if not spans[i].field.startswith(FLIPPED)]
         if turn and image.ndim > 2:
             image[turn] = image[turn].flip(-1)
         return Rows(image, torch.from_numpy(labels), bad)
 
+    def place(self, row: int) -> tuple[int, int]:
+        """The number of a sample's shard, and its own in there."""
+        shard = int(np.searchsorted(self.firsts, row, "right")) - 1
+        return shard, int(row - self.firsts[shard])
+
     def name(self, row: int) -> tuple[str, str]:
-        number = int(np.searchsorted(self.firsts, row, "right")) - 1
-        shard, place = self.shards[number], int(row - self.firsts[number])
+        """Shard and key of a sample."""
+        number, place = self.place(row)
+        shard = self.shards[number]
         if number in self._failures:
             return shard.url, f"number {place}"
         keys = load_table(shard, self.storage).keys
         return shard.url, str(keys[place]) if place < len(keys) else f"number {place}"
 
-    def fetch(self, shard: int) -> None:
-        # Called in a thread: a shard is only brought here, and opened where it is read.
-        self.storage.local(self.shards[shard].url, self.shards[shard].sha256)
+    def title(self, row: int) -> str:
+        """Both in words."""
+        shard, key = self.name(row)
+        return f"{key} of {shard}"
 
     def field(self, row: int) -> str:
         """The name of the field that holds a sample's data, once it has been read."""
-        number = int(np.searchsorted(self.firsts, row, "right")) - 1
-        return self._contents[number].span(-1, int(row - self.firsts[number]), mirrored=False).field
+        shard, place = self.place(row)
+        return self._contents[shard].span(-1, place, mirrored=False).field
+
+    def fetch(self, shards: Sequence[int]) -> None:
+        """Have shards at hand that will be read soon."""
+        for shard in shards:  # in a thread: only brought here, and opened where they are read
+            try:
+                self.storage.local(self.shards[shard].url, self.shards[shard].sha256)
+            except OSError:
+                continue  # tried again, and reported, when one of its samples is due
 
     def stores_mirrored(self) -> bool:
+        """Whether mirrored samples are stored ones; known when all samples have been read once."""
         found = {field for contents in self._contents.values() for field in contents.fields}
         return not found.isdisjoint(ARRAY_TYPES)
 
@@ -241,9 +161,9 @@ class IndexedStore(Store):
         if number in self._files:
             self._files.move_to_end(number)
             return ""
-        failure = self._failures.get(number)
-        if failure and time.monotonic() < failure.when + RETRY_SECONDS:
-            return failure.reason
+        reason, when = self._failures.get(number, ("", 0.0))
+        if reason and time.monotonic() < when + RETRY_SECONDS:
+            return reason
         shard = self.shards[number]
         try:
             if number not in self._contents:
@@ -255,8 +175,8 @@ class IndexedStore(Store):
         except OSError as error:
             if error.errno in OF_THE_MACHINE:
                 raise UserError(f"shard={shard.url}: cannot be opened ({error})") from error
-            self._failures[number] = Failure(one_line(error), time.monotonic())
-            return self._failures[number].reason
+            self._failures[number] = one_line(error), time.monotonic()
+            return self._failures[number][0]
         return ""
 
     def _descriptor(self, shard: Shard) -> int:
@@ -282,7 +202,60 @@ class IndexedStore(Store):
         return fields
 
 
-ATTEMPTS = 100  # samples that are tried in place of one that cannot be read
+class Decoded:
+    """All samples of shards in memory, decoded once.
+
+    Args:
+        files: Read here, and never again.
+
+    Raises:
+        UserError: None of them can be read, or their shapes differ.
+    """
+
+    def __init__(self, files: ShardFiles) -> None:
+        self.files = files
+        self.plain = self._read_all(mirrored=False)
+        # Images are mirrored when needed, which costs little; of arrays the mirrored ones are kept.
+        stored = files.flip and files.stores_mirrored()
+        self.flipped = self._read_all(mirrored=True) if stored else None
+
+    def read(self, places: Places) -> Rows:
+        """As `ShardFiles.read`."""
+        image, label = self.plain.image[places.rows], self.plain.label[places.rows]
+        mirrored = places.mirrored & self.files.flip
+        turn = torch.from_numpy(mirrored)
+        kept = [self.plain.bad] * len(mirrored)
+        if self.flipped is None:
+            image[turn] = image[turn].flip(-1)
+        else:
+            image[turn] = self.flipped.image[places.rows[mirrored]]
+            kept = [self.flipped.bad if turned else self.plain.bad for turned in mirrored]
+        found = enumerate(zip(kept, places.rows.tolist(), strict=True))
+        return Rows(image, label, {i: bad[row] for i, (bad, row) in found if row in bad})
+
+    def _read_all(self, *, mirrored: bool) -> Rows:
+        samples, image, bad = self.files.samples, torch.zeros(0), dict[int, str]()
+        label = torch.zeros(samples, dtype=torch.int64)
+        firsts = range(0, samples, CHUNK)
+        for first in tqdm(firsts, "reading samples", delay=5, disable=None, leave=False):
+            numbers = range(first, min(first + CHUNK, samples))
+            part = self.files.read(Places.of(numbers, mirrored=mirrored))
+            bad |= {first + i: reason for i, reason in part.bad.items()}
+            label[numbers.start : numbers.stop] = part.label
+            if len(part.bad) == len(numbers):
+                continue
+            if not len(image):
+                image = part.image.new_zeros(samples, *part.image.shape[1:])
+            if image.shape[1:] != part.image.shape[1:] or image.dtype != part.image.dtype:
+                raise UserError(
+                    f"images={tuple(image.shape[1:])}, {tuple(part.image.shape[1:])}: must be of "
+                    f"one shape and type ({self.files.title(first)} differs)"
+                )
+            image[numbers.start : numbers.stop] = part.image
+        if not len(image):
+            reason = next(iter(bad.values()), "there are none")
+            raise UserError(f"train_urls: must hold a readable sample ({reason})")
+        return Rows(image, label, bad)
 
 
 class Skipped(NamedTuple):
@@ -294,78 +267,64 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class ShardStream(IterableDataset):
-    """Endless batches of one process.
-
-    Position p of the order belongs to the batch p // batch_size, counted from ``start``, and these
-    go round: the processes take them in turn, and the workers of a process take its batches in
-    turn, as a `DataLoader` reads from them.
+class ShardBatches(Dataset):
+    """The item of a range of positions is the batch of the samples that lie there.
 
     Items are ``{"image": (B, C, H, W) as stored, "label": (B,) int64, "skipped": [Skipped, ...]}``;
     samples that could not be read are replaced by others, which depend on the position alone.
+    Nothing else does either: who reads an item, and what was read before, changes nothing.
 
     Args:
-        store: Gives samples by number.
+        files: Give samples by number.
         order: Gives numbers by position.
-        batch_size: Rows per batch.
-        rank: This process, of ``world_size``.
-        world_size: Number of processes.
-        start: Position where this run begins: samples that all processes have had before.
+        in_memory: Decode all samples here and now, and keep them.
         prefetch: Have the shards of the next window fetched in the meantime.
+
+    Raises:
+        UserError: See `Decoded`.
     """
 
     def __init__(
         self,
-        store: Store,
+        files: ShardFiles,
         order: StreamOrder,
         *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        start: int = 0,
+        in_memory: bool = False,
         prefetch: bool = False,
     ) -> None:
-        self.store, self.order, self.batch_size = store, order, batch_size
-        self.rank, self.world_size, self.start = rank, world_size, start
-        self.prefetch = prefetch
+        self.files, self.order, self.in_memory = files, order, in_memory
+        self.source = Decoded(files) if in_memory else files
+        self.prefetch, self._fetched = prefetch and not in_memory, list[int]()
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        info = get_worker_info()
-        workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        fetched: list[int] = []
-        for number in itertools.count(worker, workers):
-            first = self.start + (number * self.world_size + self.rank) * self.batch_size
-            if self.prefetch and (upcoming := self.order.upcoming(first)) != fetched:
-                fetched = upcoming
-                shards = upcoming[worker::workers]
-                threading.Thread(target=self._fetch, args=(shards,), daemon=True).start()
-            yield self._batch(first)
-
-    def _fetch(self, shards: list[int]) -> None:
-        for shard in shards:
-            try:
-                self.store.fetch(shard)
-            except OSError:
-                continue  # tried again, and reported, when one of its samples is due
-
-    def _batch(self, first: int) -> dict[str, Any]:
-        places = self.order.at(first, first + self.batch_size)
-        rows = self.store.read(places)
+    def __getitem__(self, positions: range) -> dict[str, Any]:
+        if self.prefetch:
+            self._fetch_upcoming(positions.start)
+        places = self.order.at(positions.start, positions.stop)
+        rows = self.source.read(places)
         skipped = [
-            Skipped((first + i) // self.order.samples, *self.store.name(places.rows[i]), reason)
+            Skipped(positions[i] // self.order.samples, *self.files.name(places.rows[i]), reason)
             for i, reason in rows.bad.items()
         ]
         if rows.bad:
-            rows = self._replace(first, places, rows)
+            rows = self._replace(positions, places, rows)
         return {"image": rows.image, "label": rows.label, "skipped": skipped}
 
-    def _replace(self, first: int, places: Places, rows: Rows) -> Rows:
+    def _fetch_upcoming(self, position: int) -> None:
+        """Of each window once; the worker processes share its shards."""
+        upcoming = self.order.upcoming(position)
+        if upcoming == self._fetched:
+            return
+        self._fetched, info = upcoming, get_worker_info()
+        share = upcoming[info.id :: info.num_workers] if info else upcoming
+        threading.Thread(target=self.files.fetch, args=(share,), daemon=True).start()
+
+    def _replace(self, positions: range, places: Places, rows: Rows) -> Rows:
         """The batch with other samples in place of the bad ones."""
         image, label, left = rows.image, rows.label, dict(rows.bad)
         for attempt in range(ATTEMPTS):
             bad = np.array(sorted(left))
-            numbers = [self.order.substitute(first + i, attempt) for i in bad.tolist()]
-            found = self.store.read(Places(np.array(numbers), places.mirrored[bad]))
+            numbers = [self.order.substitute(positions[i], attempt) for i in bad.tolist()]
+            found = self.source.read(Places(np.array(numbers), places.mirrored[bad]))
             good = [k for k in range(len(bad)) if k not in found.bad]
             if good and len(rows.bad) == len(label):  # until now there was no shape
                 rows = rows._replace(bad={})
@@ -379,57 +338,31 @@ class ShardStream(IterableDataset):
         raise UserError(f"train_urls: must hold readable samples; {ATTEMPTS} were not ({reason})")
 
 
-class ShardImages(IterableDataset):
-    """Every image of some shards once: this process's shards, one after another, nothing shuffled.
+class ShardImages(Dataset):
+    """The item of a range of numbers is the batch of these images, as they are stored.
 
-    Items are ``{"image": (C, H, W) uint8, "place": (shard, number in the shard), "encoding": "png"
-    and the like}``.
-
-    Args:
-        store: Of the shards.
-        rank: This process, of ``world_size``.
-        world_size: Number of processes.
-    """
-
-    def __init__(self, store: IndexedStore, *, rank: int, world_size: int) -> None:
-        self.store, self.rank, self.world_size = store, rank, world_size
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        info = get_worker_info()
-        workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        slot, slots = self.rank * workers + worker, self.world_size * workers
-        for shard in range(slot, len(self.store.shards), slots):
-            first = int(self.store.firsts[shard])
-            for number in range(self.store.shards[shard].samples):
-                row = np.array([first + number])
-                rows = self.store.read(Places(row, np.array([False])))
-                url, key = self.store.name(first + number) if rows.bad else ("", "")
-                for reason in rows.bad.values():
-                    raise UserError(f"urls={url}: must hold readable images; {key}: {reason}")
-                encoding = self.store.field(first + number)
-                if encoding not in IMAGE_TYPES:
-                    types = ", ".join(IMAGE_TYPES)
-                    url, _ = self.store.name(first)
-                    raise UserError(f"urls={url}: must hold images, one of {types}")
-                yield {"image": rows.image[0], "place": (shard, number), "encoding": encoding}
-
-
-class Continued(DataLoader):
-    """Begins where the run stands each time that it is read from: at every virtual epoch.
+    Items are ``{"image": (B, C, H, W) uint8, "place": [(shard, number in the shard), ...],
+    "encoding": ["png" and the like, ...]}``.
 
     Args:
-        stream: What is read.
-        position: Samples that all processes have had.
-        options: Of `DataLoader`; workers must end with each pass, to take over the position.
+        files: Give samples by number.
     """
 
-    def __init__(self, stream: ShardStream, position: Callable[[], int], **options: Any) -> None:
-        super().__init__(stream, **options)
-        self.stream, self.position = stream, position
+    def __init__(self, files: ShardFiles) -> None:
+        self.files = files
 
-    def __iter__(self) -> Any:
-        self.stream.start = self.position()
-        return super().__iter__()
+    def __getitem__(self, numbers: range) -> dict[str, Any]:
+        rows = self.files.read(Places.of(numbers))
+        for i, reason in rows.bad.items():
+            url, key = self.files.name(numbers[i])
+            raise UserError(f"urls={url}: must hold readable images; {key}: {reason}")
+        encodings = [self.files.field(number) for number in numbers]
+        for number, encoding in zip(numbers, encodings, strict=True):
+            if encoding not in IMAGE_TYPES:
+                url, _ = self.files.name(number)
+                raise UserError(f"urls={url}: must hold images, one of {', '.join(IMAGE_TYPES)}")
+        places = [self.files.place(number) for number in numbers]
+        return {"image": rows.image, "place": places, "encoding": encodings}
 
 
 def ignore_signals(worker: int) -> None:

@@ -1,12 +1,9 @@
-"""Where each sample of a shard lies, so that any of them can be read without the ones before it.
+"""The format of shards: what is written beside their samples, so that any can be read directly.
 
 A shard is a plain webdataset tar: members ``KEY.FIELD``, those of one sample one after another,
-``KEY.cls`` its label as text. Its table, ``NAME.table.npz`` beside ``NAME.tar``, is written with
-the shard by `ShardWriter`; other people's shards are scanned once.
-
-Writes shards, their tables and the index of a folder.
-
-Whether a shard is whole, which reading it from its start to its end does not tell.
+``KEY.cls`` its label as text. Its table, ``NAME.table.npz`` beside ``NAME.tar``, says where each
+sample lies; it is written with the shard by `ShardWriter`, and other people's shards are scanned
+once. ``index.json`` states what each shard of a folder holds.
 """
 
 import dataclasses
@@ -29,7 +26,11 @@ from w2s_train.errors import UserError, one_line
 from w2s_train.files import atomic_write, naming, sha256_of
 
 LABEL = "cls"
+TABLE = ".table.npz"
+INDEX = "index.json"
+CLASSES = "classes.txt"  # names of the classes, one a line
 META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members, which are no samples
+Members = dict[str, tuple[int, int]]  # offset and size in bytes of each field of a sample
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,10 @@ class ShardTable:
 
     def save(self, path: Path) -> None:
         """Write it; it appears under its name when whole."""
-        about = dict(keys=self.keys, labels=self.labels, fields=np.array(self.fields))
-        about |= dict(offsets=self.offsets, sizes=self.sizes, bytes=np.array(self.bytes))
-        about |= dict(sha256=np.array(self.sha256), damage=np.array(self.damage))
-        about |= {f"sum_{name}": value for name, value in self.sums.items()}
+        about = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        about |= {f"sum_{name}": value for name, value in about.pop("sums").items()}
         with atomic_write(path) as file:
-            np.savez(file, **about)  # type: ignore[arg-type]
+            np.savez(file, **about)
 
     @classmethod
     def load(cls, path: Path) -> "ShardTable":
@@ -83,17 +82,16 @@ class ShardTable:
         """
         try:
             with np.load(path, allow_pickle=False) as stored:
-                sums = {k.removeprefix("sum_"): stored[k] for k in stored if k.startswith("sum_")}
                 return cls(
-                    stored["keys"],
-                    stored["labels"],
-                    stored["fields"].tolist(),
-                    stored["offsets"],
-                    stored["sizes"],
-                    int(stored["bytes"]),
-                    str(stored["sha256"]),
-                    str(stored["damage"]),
-                    sums,
+                    keys=stored["keys"],
+                    labels=stored["labels"],
+                    fields=stored["fields"].tolist(),
+                    offsets=stored["offsets"],
+                    sizes=stored["sizes"],
+                    bytes=int(stored["bytes"]),
+                    sha256=str(stored["sha256"]),
+                    damage=str(stored["damage"]),
+                    sums={k[4:]: stored[k] for k in stored if k.startswith("sum_")},
                 )
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise OSError(f"{path}: is no table of a shard ({error})") from error
@@ -110,9 +108,9 @@ class ShardTable:
             UserError: It is compressed or no tar, or a sample has no label; names shard and key.
         """
         name = name or str(path)
-        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        samples: dict[str, Members] = {}
         with open(path, "rb", buffering=0) as file:  # headers and labels, and nothing beside
-            damage = scan_members(file, samples, name)
+            damage = _scan_members(file, samples, name)
             size = file.seek(0, 2)
             whole = {
                 key: fields
@@ -133,26 +131,12 @@ class ShardTable:
         return cls(keys, np.array(labels, np.int64), fields, offsets, sizes, size, "", damage)
 
 
-def scan_members(
-    file: IO[bytes],
-    samples: dict[str, dict[str, tuple[int, int]]],
-    name: str,
-    *,
-    compressed: bool = False,
+def _scan_members(
+    file: IO[bytes], samples: dict[str, Members], name: str, *, compressed: bool = False
 ) -> str:
-    """Add the members of a tar to ``samples``.
+    """Add the members of a tar to ``samples``, by key; says what is wrong with it, if anything is.
 
-    Args:
-        file: The tar.
-        samples: Gets offset and size in bytes of each field, by key and name of the field.
-        name: What to call it in messages.
-        compressed: Accept compressed ones, too; offsets are then of what they hold.
-
-    Returns:
-        What is wrong with it; empty if nothing is.
-
-    Raises:
-        UserError: It is no such tar, or a sample has a field twice.
+    Offsets are of what a compressed one holds.
     """
     last = "its start"
     try:
@@ -183,7 +167,7 @@ def scan_members(
     return ""
 
 
-def _label(file: IO[bytes], key: str, members: dict[str, tuple[int, int]], name: str) -> int:
+def _label(file: IO[bytes], key: str, members: Members, name: str) -> int:
     if LABEL not in members:
         raise UserError(f"label: sample {key} of {name} must have one, in {key}.{LABEL}")
     offset, size = members[LABEL]
@@ -196,19 +180,9 @@ def _label(file: IO[bytes], key: str, members: dict[str, tuple[int, int]], name:
         raise UserError(f"label={text[:20]}: must be {kind} (sample {key} of {name})") from None
 
 
-INDEX = "index.json"
-CLASSES = "classes.txt"  # names of the classes, one a line
-TABLE = ".table.npz"
-
-
 def table_path(shard: Path) -> Path:
     """Where the table of a shard lies: ``train-000000.table.npz`` beside ``train-000000.tar``."""
-    return shard.with_name(table_name(shard.name))
-
-
-def table_name(shard: str) -> str:
-    """The name of a shard's table, for that of the shard."""
-    return shard.removesuffix(".tar") + TABLE
+    return shard.with_name(shard.name.removesuffix(".tar") + TABLE)
 
 
 def is_written(shard: Path) -> bool:
@@ -288,7 +262,6 @@ def write_index(folder: Path) -> dict[str, Any]:
 
     Returns:
         What was written.
-
     """
     shards = {}
     for path in sorted(folder.glob(f"*{TABLE}")):
@@ -306,6 +279,35 @@ def write_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """The shards that the index of a folder lists; none where it has no index.
+
+    Raises:
+        UserError: It is something else.
+    """
+    path = folder / INDEX
+    return parse_index(path.read_text(), str(path)) if path.is_file() else {}
+
+
+def parse_index(text: str, name: str) -> dict[str, Any]:
+    """The shards that an index lists.
+
+    Args:
+        text: Its contents.
+        name: Where it is.
+
+    Raises:
+        UserError: It is something else.
+    """
+    try:
+        shards = json.loads(text)["shards"]
+        for entry in shards.values():
+            int(entry["samples"]), int(entry["bytes"]), str(entry["sha256"]), list(entry["labels"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"index={name}: must be the index of a folder of shards") from None
+    return shards
+
+
 def check_whole(shard: Path) -> None:
     """Refuse a shard that has been cut off, or has a member twice.
 
@@ -321,7 +323,7 @@ def check_whole(shard: Path) -> None:
         raise UserError(f"shard={shard}: must be as long as when it was written, it is not")
     with open(shard, "rb") as file:
         try:
-            damage = scan_members(file, {}, str(shard), compressed=True)
+            damage = _scan_members(file, {}, str(shard), compressed=True)
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             damage = one_line(error)
     if damage:

@@ -11,8 +11,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from w2s_train.errors import UserError
-from w2s_train.shards.format import INDEX, ShardTable, table_name, table_path
-from w2s_train.shards.storage import Storage, is_pipe, is_remote, parse_index, split_url
+from w2s_train.shards.format import INDEX, ShardTable, parse_index, read_index, table_path
+from w2s_train.shards.storage import Storage, is_pipe, is_remote, split_url
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _table_file(shard: Shard, path: Path, storage: Storage) -> Path:
     if not shard.sha256:
         raise FileNotFoundError(f"{shard.url}: no index tells of it")
     folder, name = split_url(shard.url)
-    return storage.local(f"{folder}/{table_name(name)}", version=shard.sha256)
+    return storage.local(f"{folder}/{table_path(Path(name))}", version=shard.sha256)
 
 
 def check_labels(shards: Sequence[Shard], num_classes: int, storage: Storage) -> None:
@@ -111,11 +111,10 @@ def check_labels(shards: Sequence[Shard], num_classes: int, storage: Storage) ->
 
 
 def _read_index(folder: str, storage: Storage) -> dict[str, Any]:
-    if is_remote(folder):
-        text = storage.text(f"{folder}/{INDEX}")
-        return parse_index(text, f"{folder}/{INDEX}") if text else {}
-    path = Path(folder) / INDEX
-    return parse_index(path.read_text(), str(path)) if path.is_file() else {}
+    if not is_remote(folder):
+        return read_index(Path(folder))
+    text = storage.text(url := f"{folder}/{INDEX}")
+    return parse_index(text, url) if text else {}
 
 
 def _listed(url: str, entry: dict[str, Any]) -> Shard:

@@ -1,19 +1,19 @@
-"""The order of an endless training stream: a pure function of seed, epoch and position.
+"""What is trained on and what is generated, in which order, and which of it a process does.
 
-Position p is the p-th sample of the whole run, over all processes; epoch e = p // N holds each of N
-samples once. In every epoch the shards are permuted and cut into windows of about `window` samples,
-and the samples of a window are permuted. Nothing here knows of processes, workers or batches: who
-reads which positions does not change what lies there, so a run may stop at any position and go on
-from it on another number of processes.
-
-What to generate: seeds and labels, dealt out to processes, without what is done already.
+The training stream is a pure function of seed, epoch and position. Position p is the p-th sample of
+the whole run, over all processes; epoch e = p // N holds each of N samples once. In every epoch the
+shards are permuted and cut into windows of about `window` samples, and the samples of a window are
+permuted. The order knows nothing of processes, workers or batches: who reads which positions does
+not change what lies there, so a run may stop at any position and go on from it on another number of
+processes. `Positions` deals positions out to processes, `Remaining` the images of a plan.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, Sampler
 
 
 class Places(NamedTuple):
@@ -21,6 +21,11 @@ class Places(NamedTuple):
 
     rows: np.ndarray
     mirrored: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[int], *, mirrored: bool = False) -> "Places":
+        """Of these rows, all of them mirrored or none."""
+        return cls(np.asarray(rows, np.int64), np.full(len(rows), mirrored))
 
     @classmethod
     def join(cls, parts: Sequence["Places"]) -> "Places":
@@ -111,6 +116,31 @@ class StreamOrder:
         return start, self._window[1]
 
 
+class Positions(Sampler[range]):
+    """The positions of each batch of one process, endlessly: the processes take batches in turn.
+
+    It lives in the main process, so that whoever reads a batch need not know where the run stands.
+
+    Args:
+        position: Gives the samples that all processes have had; asked each time that one begins to
+            iterate, as at every virtual epoch.
+        batch_size: Rows per batch.
+        rank: This process, of ``world_size``.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self, position: Callable[[], int], batch_size: int, rank: int, world_size: int
+    ) -> None:
+        self.position, self.batch_size = position, batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[range]:
+        size = self.batch_size
+        first = self.position() + self.rank * size  # of now, not of the first batch's time
+        return (range(p, p + size) for p in itertools.count(first, self.world_size * size))
+
+
 class GenerationPlan(Dataset):
     """Item i is the i-th seed, with the i-th of the labels, which repeat.
 
@@ -132,10 +162,8 @@ class GenerationPlan(Dataset):
         return {"index": index, "seed": seed, "label": label, "setting": setting}
 
 
-class Remaining(DistributedSampler):
+class Remaining(Sampler[int]):
     """This process's share of what a plan has left: nothing padded, nothing twice.
-
-    A `DistributedSampler` by type, so that Lightning puts none of its own in its place.
 
     Args:
         plan: The plan.
@@ -144,13 +172,13 @@ class Remaining(DistributedSampler):
     """
 
     def __init__(self, plan: GenerationPlan, rank: int, world_size: int) -> None:
-        super().__init__(plan, world_size, rank, shuffle=False)
-        self.plan, self.done = plan, set[int]()  # indices that need no image any more
+        self.plan, self.rank, self.world_size = plan, rank, world_size
+        self.done = set[int]()  # indices that need no image any more
 
     def __iter__(self) -> Iterator[int]:  # a generator: looks at `done` when the first is asked for
         left = [i for i in range(len(self.plan)) if i not in self.done]
-        yield from left[self.rank :: self.num_replicas]
+        yield from left[self.rank :: self.world_size]
 
     def __len__(self) -> int:
         """Of the whole plan; fewer come where some are done."""
-        return len(range(self.rank, len(self.plan), self.num_replicas))
+        return len(range(self.rank, len(self.plan), self.world_size))

@@ -1,7 +1,4 @@
-"""One sample of a shard: undecoded fields by name, and the tensors that they hold.
-
-Reads fields of samples at their places in files, and decodes them into one batch.
-"""
+"""Samples of shards: their fields, undecoded one after another or decoded at their places."""
 
 import io
 import lzma
@@ -26,6 +23,7 @@ Sample = dict[str, Any]
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 ARRAY_TYPES = ("npy", "bf16.npy")  # bfloat16 is stored as its bits, uint16
 FLIPPED = "flip."  # before the name of an array: the same of the mirrored image
+SHORT = "the file ends before it does"
 MOST_CLASSES = 2**20  # more are a mistake, and counts of each would fill the memory
 
 
@@ -123,9 +121,6 @@ def to_float(stored: Tensor) -> Tensor:
     return stored.float()
 
 
-SHORT = "the file ends before it does"
-
-
 class Span(NamedTuple):
     """Where a field of one sample lies.
 
@@ -154,19 +149,20 @@ def read_spans(spans: Sequence[Span], name: Callable[[int], str]) -> tuple[Tenso
     Raises:
         UserError: Samples of different shapes or types.
     """
-    together = _read_arrays(spans)
-    if together is not None:
-        return together
-    decoded: dict[int, Tensor] = {}
     bad = {i: span.problem for i, span in enumerate(spans) if span.problem}
-    for i, span in enumerate(spans):
-        if i in bad:
-            continue
-        content = os.pread(span.file, span.size, span.offset)
+    readable = [i for i in range(len(spans)) if i not in bad]
+    together = _read_arrays(spans, readable)
+    if together is not None:
+        return together[0], bad | together[1]
+    decoded: dict[int, Tensor] = {}
+    for i in readable:
+        file, offset, size, field, _ = spans[i]
+        content = os.pread(file, size, offset)
         try:
-            if len(content) < span.size:
+            if len(content) < size:
                 raise EOFError(SHORT)
-            decoded[i] = decode(content, span.field)
+            image = field in IMAGE_TYPES
+            decoded[i] = decode_image(content) if image else decode_array(content, field)
         except Exception as error:  # decoders raise all kinds on broken data; counted and reported
             bad[i] = one_line(error)
     if not decoded:
@@ -182,38 +178,28 @@ def read_spans(spans: Sequence[Span], name: Callable[[int], str]) -> tuple[Tenso
     return torch.stack([decoded.get(i, blank) for i in range(len(spans))]), bad
 
 
-def decode(content: bytes, field: str) -> Tensor:
-    """A field of a sample as a tensor."""
-    if field in IMAGE_TYPES:
-        return decode_image(content)
-    assert field.endswith(ARRAY_TYPES)
-    return decode_array(content, field)
-
-
-def _read_arrays(spans: Sequence[Span]) -> tuple[Tensor, dict[int, str]] | None:
+def _read_arrays(
+    spans: Sequence[Span], readable: list[int]
+) -> tuple[Tensor, dict[int, str]] | None:
     """The same for arrays of one type and shape, several times as fast; None for all others.
 
     Their files are equal in size and begin with the same header, which is decoded once.
     """
-    readable = [i for i, span in enumerate(spans) if not span.problem]
     if not readable or len({spans[i].size for i in readable}) > 1:
         return None
     if not all(spans[i].field.endswith(ARRAY_TYPES) for i in readable):
         return None
-    bad = {i: span.problem for i, span in enumerate(spans) if span.problem}
-    size = spans[readable[0]].size
+    _, _, size, field, _ = spans[readable[0]]
     buffer = np.empty((len(spans), size), np.uint8)
-    for i in readable:
-        if os.preadv(spans[i].file, [buffer[i]], spans[i].offset) < size:
-            bad[i] = SHORT
-    whole = [i for i in readable if i not in bad]
+    read = {i: os.preadv(spans[i].file, [buffer[i]], spans[i].offset) for i in readable}
+    whole = [i for i in readable if read[i] == size]
     header = _header(buffer[whole[0]]) if whole else None
     if header is None or (buffer[whole, : header.size] != buffer[whole[0], : header.size]).any():
         return None
     array = buffer[:, header.size :].view(header.dtype).reshape(len(spans), *header.shape)
-    bits16 = spans[readable[0]].field.endswith("bf16.npy")
     tensor = torch.from_numpy(array)
-    return (tensor.view(torch.bfloat16) if bits16 else tensor), bad
+    tensor = tensor.view(torch.bfloat16) if field.endswith("bf16.npy") else tensor
+    return tensor, {i: SHORT for i in readable if read[i] < size}
 
 
 class Header(NamedTuple):

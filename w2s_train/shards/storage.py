@@ -1,16 +1,13 @@
-"""Which shards a pattern names.
+"""Where shards come from: which of them a pattern names, and a local file for each.
 
-Where shards come from: local files, fsspec's remote ones through a cache, pipes by a switch.
-
-What cannot be read at any place, because it is remote or compressed, is copied into the cache.
+What cannot be read at any place, because it is remote or compressed, is copied into a cache. Remote
+files are fsspec's; commands run by a switch only.
 """
 
-import errno
 import fnmatch
 import glob
 import gzip
 import hashlib
-import json
 import lzma
 import os
 import shutil
@@ -19,19 +16,24 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import fsspec
 from braceexpand import braceexpand
 from filelock import FileLock
 
 from w2s_train.errors import UserError, one_line
-from w2s_train.files import sha256_of
+from w2s_train.files import OF_THE_DISK, sha256_of
 from w2s_train.secrets import redacted
-from w2s_train.shards.format import INDEX
+from w2s_train.shards.format import read_index
 
 # Of fsspec's file systems those that only fetch bytes: others unpack, chain or render templates.
 PROTOCOLS = ("http", "https", "s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "abfss", "memory")
+COMPRESSED = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+CUT = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+ATTEMPTS, WAIT = 3, 1.0  # downloads of one file, and seconds before the second, doubled each time
+GIGABYTE = 1e9
+Result = TypeVar("Result")
 
 
 def is_remote(url: str) -> bool:
@@ -101,35 +103,11 @@ def _expand_local(pattern: str, what: str) -> list[str]:
     else:
         found = {pattern} if Path(pattern).is_file() else set()
     if not glob.has_magic(folder):  # what should be there as well
-        listed = _listed(Path(folder))
-        found |= {os.path.join(folder, each) for each in fnmatch.filter(listed, name)}
+        listed = fnmatch.filter(read_index(Path(folder)), name)
+        found |= {os.path.join(folder, each) for each in listed}
     if not found:
         raise UserError(f"{what}: must name existing files; {pattern or 'nothing'} does not")
     return sorted(found)
-
-
-def _listed(folder: Path) -> list[str]:
-    path = folder / INDEX
-    return list(parse_index(path.read_text(), str(path))) if path.is_file() else []
-
-
-def parse_index(text: str, name: str) -> dict[str, Any]:
-    """The shards that an index lists.
-
-    Args:
-        text: Its contents.
-        name: Where it is.
-
-    Raises:
-        UserError: It is something else.
-    """
-    try:
-        shards = json.loads(text)["shards"]
-        for entry in shards.values():
-            int(entry["samples"]), int(entry["bytes"]), str(entry["sha256"]), list(entry["labels"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"index={name}: must be the index of a folder of shards") from None
-    return shards
 
 
 def _expand_remote(pattern: str, name: str) -> list[str]:
@@ -146,23 +124,6 @@ def _expand_remote(pattern: str, name: str) -> list[str]:
     if not found:
         raise UserError(f"{name}={pattern}: must name existing files; none match")
     return found
-
-
-ATTEMPTS, WAIT = 3, 1.0  # downloads of one file, and seconds before the second, doubled each time
-GIGABYTE = 1e9
-FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # of no use to try again
-Result = TypeVar("Result")
-COMPRESSED = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-CUT = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
-
-
-def is_missing(error: BaseException) -> bool:
-    """Whether a file is not there, and not merely out of reach: fsspec says the same of both."""
-    if not isinstance(error, FileNotFoundError | PermissionError):
-        return False
-    cause = error.__cause__
-    status = getattr(cause, "status", None)
-    return cause is None or isinstance(cause, FileNotFoundError) or status in (401, 403, 404)
 
 
 class Storage:
@@ -238,7 +199,7 @@ class Storage:
         try:
             return _repeated(lambda: _read_text(url))
         except Exception as error:  # each file system has its own
-            if is_missing(error):
+            if _is_missing(error):
                 return None
             reason = one_line(error.__cause__ or error)
             raise UserError(f"train_urls={url}: cannot be read ({reason})") from error
@@ -279,13 +240,22 @@ class Storage:
             total -= each
 
 
+def _is_missing(error: BaseException) -> bool:
+    """Whether a file is not there, and not merely out of reach: fsspec says the same of both."""
+    if not isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    cause = error.__cause__
+    status = getattr(cause, "status", None)
+    return cause is None or isinstance(cause, FileNotFoundError) or status in (401, 403, 404)
+
+
 def _repeated(action: Callable[[], Result]) -> Result:
     """What an action gives; networks fail now and then, so it is tried a few times."""
     for attempt in range(ATTEMPTS - 1):
         try:
             return action()
         except Exception as error:  # each file system has its own
-            if is_missing(error) or (isinstance(error, OSError) and error.errno in FINAL):
+            if _is_missing(error) or (isinstance(error, OSError) and error.errno in OF_THE_DISK):
                 raise
             time.sleep(WAIT * 2**attempt)
     return action()

@@ -1,20 +1,15 @@
 """What every weak source offers."""
 
 import abc
-import contextlib
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput
-from w2s_train.schedule import Timeline
 
-Dtype = Literal["float32", "bfloat16"]  # of the matrices of frozen copies
+Fresh = Callable[[], tuple[NoisySample, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,10 +37,7 @@ class WeakSource(nn.Module, abc.ABC):
     keep_hidden: tuple[int, ...] = ()  # blocks whose tokens the strong pass must keep; see `DiT`
     needs_label: bool = False  # weak for want of the label: meaningless in unconditional training
     from_training: bool = False  # its state is made by training: none in a fresh process
-    scale_limit: float = (
-        0.9  # scales from here on are refused: faults were seen, see `Extrapolation`
-    )
-    timeline: Timeline = Timeline()  # how long the run is, from `plan`
+    scale_limit: float = 0.9  # scales from here on are refused, see `Extrapolation`
 
     def bind(self, network: DiT) -> None:  # noqa: B027
         """Build what depends on the network: a copy, a head. Called once, before training.
@@ -54,17 +46,16 @@ class WeakSource(nn.Module, abc.ABC):
             UserError: The source does not fit the network.
         """
 
-    def plan(self, timeline: Timeline) -> None:
-        """Learn how long the run will be; called before it starts.
+    def plan(self, total: int | None, last: int | None) -> int:
+        """The first optimizer step at which the source can predict; called before a run starts.
+
+        Args:
+            total: Steps of the plan, which shares of it refer to; None is unknown.
+            last: Step at which the run ends; None is unknown.
 
         Raises:
             UserError: The source would never be used.
         """
-        self.timeline = timeline
-
-    @property
-    def first_step(self) -> int:
-        """The first optimizer step at which the source can predict."""
         return 0
 
     @property
@@ -87,60 +78,11 @@ class WeakSource(nn.Module, abc.ABC):
             strong: The strong pass at the same rows.
         """
 
-    def after_step(self, network: DiT, step: Step) -> None:  # noqa: B027
-        """Follow the network; called after each optimizer step, with the state behind it."""
+    def after_step(self, network: DiT, step: Step, fresh: Fresh) -> None:  # noqa: B027
+        """Follow the network, or learn; called after each optimizer step.
 
-    def learns_at(self, step: Step) -> bool:
-        """Whether `learn` is to be called after this optimizer step."""
-        return False
-
-    def learn(self, noisy: NoisySample, y: Tensor, step: Step) -> None:
-        """Take a training step of one's own, on the last batch with fresh timesteps and noise."""
-        raise NotImplementedError
-
-    def steps(self, name: str) -> int:
-        """An attribute that may be a share of the run as a number of optimizer steps."""
-        return self.timeline.steps(name, getattr(self, name))
-
-
-def frozen_copy(network: DiT, dtype: Dtype = "float32") -> DiT:
-    """A copy that no optimizer reaches.
-
-    In "bfloat16" the weights that autocast casts at every step are kept so; under bf16-mixed the
-    copy then predicts the same, bit for bit. Embeddings and norms, which it leaves alone, stay.
-    """
-    frozen = copy.deepcopy(network).float().requires_grad_(False).eval()
-    for module in frozen.modules():
-        if dtype == "bfloat16" and isinstance(module, nn.Linear | nn.Conv2d):
-            module.bfloat16()
-    return frozen
-
-
-def frozen_velocity(network: DiT, noisy: NoisySample, y: Tensor) -> Tensor:
-    """The velocity (B, C, H, W) of a frozen copy; one in bfloat16 computes as in bf16-mixed."""
-    half = network.final_layer.linear.weight.dtype == torch.bfloat16
-    device = noisy.x_t.device.type
-    with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
-        return network(noisy.x_t, noisy.t, y).velocity
-
-
-def check_partner(weak: DiT, network: DiT, where: str) -> None:
-    """Refuse a weak network that does not see the data of ``network``, or is larger.
-
-    Args:
-        weak: The weak network.
-        network: The network being trained.
-        where: ``name=value`` of the config, for the message.
-
-    Raises:
-        UserError: Another input, other classes, or more parameters.
-    """
-    for name in ("input_size", "in_channels", "num_classes"):
-        theirs, ours = getattr(weak, name), getattr(network, name)
-        if theirs != ours:
-            raise UserError(f"{where}: has {name} {theirs}, must have {ours} as the network")
-    theirs, ours = (sum(p.numel() for p in n.parameters()) for n in (weak, network))
-    if theirs > 1.02 * ours:  # a little more is another last layer or normalization
-        raise UserError(
-            f"{where}: has {theirs:,} parameters, must have at most the network's {ours:,}"
-        )
+        Args:
+            network: The network being trained, with the weights behind the step.
+            step: Where training stands.
+            fresh: Draws timesteps and noise anew for the last batch; gives it with its labels.
+        """

@@ -11,15 +11,9 @@ from torch import Tensor
 from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput, saved_network
-from w2s_train.schedule import Steps, Timeline
-from w2s_train.weak.base import (
-    Dtype,
-    Step,
-    WeakSource,
-    check_partner,
-    frozen_copy,
-    frozen_velocity,
-)
+from w2s_train.models.average import Dtype, as_kept, check_partner, frozen_copy
+from w2s_train.schedule import Steps, check_reached, whole_steps
+from w2s_train.weak.base import Fresh, Step, WeakSource
 
 
 class Checkpoint(WeakSource):
@@ -62,7 +56,8 @@ class Checkpoint(WeakSource):
         return f"Checkpoint({self.where}, {self.weights})"
 
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
-        return frozen_velocity(self.network, noisy, y)
+        with as_kept(self.network):
+            return self.network(noisy.x_t, noisy.t, y).velocity
 
 
 class Snapshot(WeakSource):
@@ -114,26 +109,22 @@ class Snapshot(WeakSource):
     def describe(self) -> str:
         return f"Snapshot({self.step:g}, {self.weights})"
 
-    def plan(self, timeline: Timeline) -> None:
-        super().plan(timeline)
-        timeline.check("step", self.step)
+    def plan(self, total: int | None, last: int | None) -> int:
+        self.first_step = whole_steps("step", self.step, total)
+        self.interval: int | None = None  # of `refresh_every`, in steps
+        check_reached("step", self.step, self.first_step, last)
         if self.refresh_every is not None:
-            self.steps("refresh_every")
-
-    @property
-    def first_step(self) -> int:
-        """The step of the snapshot."""
-        return self.steps("step")
+            self.interval = whole_steps("refresh_every", self.refresh_every, total)
+        return self.first_step
 
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
-        return frozen_velocity(self.network, noisy, y)
+        with as_kept(self.network):
+            return self.network(noisy.x_t, noisy.t, y).velocity
 
-    def after_step(self, network: DiT, step: Step) -> None:
+    def after_step(self, network: DiT, step: Step, fresh: Fresh) -> None:
         age = step.number - self.first_step
         due = age >= 0 and not self.taken  # later than its step if a resumed run has another plan
-        if self.refresh_every is not None:
-            due = due or (age > 0 and age % self.steps("refresh_every") == 0)
-        if due:
+        if due or (self.interval and age > 0 and age % self.interval == 0):
             source = step.average if self.weights == "ema" else network
             assert source is not None
             self.network.load_state_dict(source.state_dict())

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2s_train.errors import UserError
+from w2s_train.errors import require
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput
+from w2s_train.models.average import check_partner
 from w2s_train.optim import Readback, keep_fused, step_only_if
-from w2s_train.weak.base import Step, WeakSource, check_partner
+from w2s_train.weak.base import Fresh, Step, WeakSource
 
 
 class CoTrained(WeakSource):
@@ -39,11 +40,9 @@ class CoTrained(WeakSource):
 
     def __init__(self, network: DiT | None = None, lr: float | None = None, every: int = 4) -> None:
         super().__init__()
-        if every < 1:
-            raise UserError(f"every={every}: must be at least 1")
-        if lr is not None and not 0 <= lr < float("inf"):
-            raise UserError(f"lr={lr}: must be a finite number, at least 0")
-        self.network, self.lr, self.every = network, lr, every
+        if lr is not None:
+            require("lr", lr, "[0, inf)")
+        self.network, self.lr, self.every = network, lr, require("every", every, "[1, inf)")
         self.optimizer: torch.optim.Optimizer | None = None
         self.restored: dict[str, Any] = {}
         self.judged: list[tuple[int, Readback]] = []  # steps, and whether their gradient is finite
@@ -63,11 +62,11 @@ class CoTrained(WeakSource):
         assert self.network is not None
         return self.network(noisy.x_t, noisy.t, y).velocity
 
-    def learns_at(self, step: Step) -> bool:
-        return step.number % self.every == 0
-
-    def learn(self, noisy: NoisySample, y: Tensor, step: Step) -> None:
+    def after_step(self, network: DiT, step: Step, fresh: Fresh) -> None:
+        if step.number % self.every:
+            return
         assert self.network is not None
+        noisy, y = fresh()
         self._report()
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(self.learned, weight_decay=0.0, fused=True)

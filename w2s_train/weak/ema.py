@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, require
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiT, DiTOutput, WeightAverage
-from w2s_train.models.average import check_decay
-from w2s_train.schedule import Steps, Timeline
-from w2s_train.weak.base import Dtype, Step, WeakSource, frozen_copy, frozen_velocity
+from w2s_train.models.average import Dtype, as_kept, frozen_copy
+from w2s_train.schedule import Steps, check_reached, whole_steps
+from w2s_train.weak.base import Fresh, Step, WeakSource
 
 
 class EMA(WeakSource):
@@ -43,12 +43,11 @@ class EMA(WeakSource):
         super().__init__()
         if 0.5 <= lag < 1:
             raise UserError(f"lag={lag}: must be below 0.5 as a share: it guides from 2 lag on")
-        if update_every < 1:
-            raise UserError(f"update_every={update_every}: must be at least 1")
         if dtype != "float32" and not lag:
             raise UserError(f"dtype={dtype}: must be float32 without a lag: the average itself is")
         self.dtype: Dtype = dtype
-        self.decay, self.lag, self.update_every = check_decay("decay", decay), lag, update_every
+        self.update_every = require("update_every", update_every, "[1, inf)")
+        self.decay, self.lag = require("decay", decay, "[0, 1)"), lag
 
     def bind(self, network: DiT) -> None:
         self.average = WeightAverage(network, self.decay**self.update_every)
@@ -72,30 +71,26 @@ class EMA(WeakSource):
     def describe(self) -> str:
         return f"EMA({self.decay:g}, lag {self.lag:g})"
 
-    def plan(self, timeline: Timeline) -> None:
-        super().plan(timeline)
-        timeline.check("lag", self.lag, self.first_step)
-        if self.lag and self.update_every > self.steps("lag"):
+    def plan(self, total: int | None, last: int | None) -> int:
+        self.lag_steps = whole_steps("lag", self.lag, total)
+        first = 2 * self.lag_steps  # before, the copy in use would be the untrained network
+        check_reached("lag", self.lag, first, last)
+        if self.lag and self.update_every > self.lag_steps:
             raise UserError(
-                f"update_every={self.update_every}: must be at most the lag, "
-                f"{self.steps('lag')} steps"
+                f"update_every={self.update_every}: must be at most the lag, {self.lag_steps} steps"
             )
-
-    @property
-    def first_step(self) -> int:
-        """Before twice the lag, the copy in use would be the untrained network."""
-        return 2 * self.steps("lag")
+        return first
 
     def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         weak = self.used if self.lag else self.average.module
-        return frozen_velocity(weak, noisy, y)
+        with as_kept(weak):
+            return weak(noisy.x_t, noisy.t, y).velocity
 
     @torch.no_grad()
-    def after_step(self, network: DiT, step: Step) -> None:
+    def after_step(self, network: DiT, step: Step, fresh: Fresh) -> None:
         if step.number % self.update_every == 0:
             self.average.update(network, step.good)
-        if self.lag and step.number % self.steps("lag") == 0:
+        if self.lag and step.number % self.lag_steps == 0:
             self.used.load_state_dict(self.waiting.state_dict())
             self.waiting.load_state_dict(self.average.module.state_dict())
-            if step.number >= self.first_step:
-                self.old_enough = True
+            self.old_enough = self.old_enough or step.number >= 2 * self.lag_steps

@@ -1,6 +1,6 @@
-"""Points of the synthetic study as shards: see `w2s_train/leaves.py`.
+"""Points of the mixture in `leaves.py` as shards; takes a few seconds.
 
-Run ``python data/leaves.py`` or let `ShardDataModule(prepare="leaves")` do it:
+    python experiments/leaves/make.py
 
     data/leaves/few-{000000..000003}.tar    16,384 points of 4 classes that fork twice
     data/leaves/many-{000000..000003}.tar   16,384 points of 24 plain classes
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from leaves import Leaves
 
-from w2s_train.leaves import Leaves
 from w2s_train.shards import ShardWriter, write_index
 
 FOLDER = Path("data/leaves")

@@ -1,0 +1,218 @@
+"""What happens around a step, in the order in which it happens.
+
+A batch comes: the watch knows, draws are seeded, the guard notes its samples, the alarm looks at
+what was logged last. Then Lightning has the module compute loss and gradients. Where they complete
+an optimizer step, the module measures loss and norm, the guard judges them, and in the same
+collective all processes agree whether to stop and whether to save; the module is told whether the
+step is good, and clips and takes it or not.
+
+After it: skipped samples are compared, a stop that was agreed upon is prepared, too many bad steps
+lead back to a checkpoint, and last a checkpoint is written, before an evaluation that may follow.
+After a batch of an evaluation: what the scorers have taken in is kept, and who was asked to stops.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from w2s_train.errors import Stopped
+from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer
+from w2s_train.running.blow_up import BlowUp
+from w2s_train.running.checkpoints import Checkpoints, validation_follows
+from w2s_train.running.guard import Guard
+from w2s_train.running.record import Record
+from w2s_train.running.samples import SkippedSamples, reseed
+from w2s_train.running.stop import Stop
+from w2s_train.running.watch import Stage, Watch
+
+
+@dataclass(eq=False)
+class Run(Checkpoint):
+    """The one callback that keeps a run alive; as a `Checkpoint` it comes after all others."""
+
+    guard: Guard
+    checkpoints: Checkpoints
+    watch: Watch
+    stop: Stop
+    record: Record
+    evaluation: ResumableEvaluation
+    scorers: Sequence[Scorer]  # of the trainer, in their order
+    seed: int  # of the run
+
+    def __post_init__(self) -> None:
+        self.samples, self.blow_up = SkippedSamples(), BlowUp()
+        self.agreement = self.guard.agreement
+        self.steps = 0  # of the optimizer, before the batch at hand
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"guard": self.guard.state_dict(), "samples": self.samples.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, state in state_dict.items():
+            {"guard": self.guard, "samples": self.samples}[name].load_state_dict(state)
+
+    # ---- the beginning ---------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage != "predict":  # which has nothing to save, and ends at once
+            self.stop.listen()
+        if stage == "fit":
+            self.checkpoints.clear(trainer)
+            if trainer.is_global_zero:
+                self.record.write_config()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self.record.write_start(trainer)
+        self.guard.start(trainer)
+
+    def finish_evaluation(self, trainer: Trainer, module: Any) -> None:
+        """Finish the evaluation that a stop has left, before training goes on."""
+        self.evaluation.finish(trainer, module, self.scorers)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.samples.start(trainer, pl_module)
+        self.checkpoints.start(trainer, pl_module)
+
+    # ---- a step ----------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        number, rows = trainer.fit_loop.total_batch_idx, len(batch["label"])
+        self.watch.begin(number + 1, trainer.global_step)
+        reseed(self.seed, trainer.global_rank, number, pl_module.device)
+        self.stop.take_time()
+        self.steps = trainer.global_step
+        self.guard.note(pl_module.images_seen + trainer.global_rank * rows, rows)
+        if self.guard.enabled:
+            self.blow_up.look(pl_module.last_metrics, trainer.global_step)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        self.watch.at(Stage.IN_THE_BACKWARD_PASS)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+        self.watch.at(Stage.TAKING_THE_STEP)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Before gradients are clipped; of a batch that only accumulates, this is not called."""
+        loss, norm = pl_module.measure(optimizer)
+        self.agreement.wish(**self._asked, save=self.checkpoints.wish(trainer))
+        good = self.guard.judge(trainer, loss, norm)  # and what all processes wish
+        pl_module.accept(good, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.watch.at(Stage.BETWEEN_TWO_BATCHES)
+        self.samples.note(batch["skipped"])
+        if trainer.global_step == self.steps:
+            return  # the gradients of half a step would be lost
+        self.samples.after_step(trainer, pl_module)
+        follows = validation_follows(trainer, batch_idx)
+        if self.agreement.stop:
+            self.stop.decide(preempt=self.agreement.decided["preempt"])
+            if not follows:  # else it is begun, and left: the next start finds it under way
+                self.stop.end_training(trainer)
+        if self.guard.out_of_patience(trainer):
+            self.checkpoints.finish(trainer)
+            self.guard.go_back(trainer, pl_module)
+        self.checkpoints.report(trainer)
+        due = follows or self.agreement.decided["save"]
+        if due or self.checkpoints.stays(trainer.global_step):
+            self.checkpoints.save(trainer, pl_module)
+            self.agreement.saved()
+
+    # ---- an evaluation ---------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.watch.at(Stage.VALIDATING)
+        self.evaluation.start(trainer, pl_module, self.scorers)
+        self.stop.forget_time()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.watch.at(Stage.VALIDATING)
+        self.evaluation.take(dataloader_idx, batch)
+        self.stop.take_time()
+        if self.stop.status or any(self._asked.values()):
+            self._leave_together(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.watch.at(Stage.DONE_WITH_VALIDATING)
+        self.evaluation.merge(trainer)
+        self._leave_together(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.evaluation.end(trainer)
+        self.checkpoints.changed()  # the next one holds what the evaluation has cost
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end
+
+    def _leave_together(self, trainer: Trainer) -> None:
+        """The first collective after the batches, for those that leave and those that do not."""
+        self.agreement.wish(**self._asked)
+        nothing = torch.zeros(0, device=trainer.strategy.root_device)
+        self.agreement.decide(self.agreement.settle(nothing).tolist())
+        if self.agreement.stop:
+            self.stop.decide(preempt=self.agreement.decided["preempt"])
+        if self.stop.status:
+            self.evaluation.save()
+            self.checkpoints.finish(trainer)
+            message = "in the middle of an evaluation; the next start goes on with it"
+            raise Stopped(message, self.stop.status)
+
+    @property
+    def _asked(self) -> dict[str, bool]:
+        return self.stop.wishes(saving=self.checkpoints.seconds)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.watch.at(Stage.VALIDATING)
+
+    def on_predict_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self.watch.at(Stage.VALIDATING)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.watch.at(Stage.DONE_WITH_VALIDATING)
+
+    # ---- the end ---------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.samples.end(trainer)
+        self.guard.hear(trainer)
+        self.checkpoints.end(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self.record.ended()
+        self.samples.check()
+        if self.stop.status:
+            rank_zero_info(f"stopped at step {trainer.global_step}; continue with --ckpt_path last")
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        if trainer.is_global_zero:
+            self.record.ended(exception)
+        self.record.release()
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:
+            self.record.print_scores()
+        self.record.release()
