@@ -1,9 +1,12 @@
 """Entry point of the ``lightning`` command: answers at once, imports heavy things late."""
 
+import argparse
 import os
 import sys
+from pathlib import Path
 
 from w2s_train import __version__
+from w2s_train.errors import UserError
 from w2s_train.signals import PREEMPTION, REQUESTS
 
 HELP = f"""\
@@ -32,6 +35,21 @@ options:
 
 try:  lightning fit -c configs/digits_w2s.yaml
 """
+EXPORT_HELP = """\
+usage: lightning export --ckpt_path CHECKPOINT --output FOLDER [options]
+
+Writes the weights of a checkpoint as FOLDER/model.safetensors with FOLDER/config.json, for programs
+without Lightning, or as a DiTTransformer2DModel of diffusers.
+
+  --ckpt_path PATH      a checkpoint, or a run folder, of which the last one is taken
+  --output FOLDER       must not exist yet
+  --weights NAME        ema, the running average (by default), or raw, the live weights
+  --format NAME         safetensors (by default) or diffusers
+  -h, --help            this text
+
+try:  lightning export --ckpt_path runs/digits_w2s --output exported
+"""
+EXPORT_CHOICES = {"weights": ("ema", "raw"), "format": ("safetensors", "diffusers")}
 COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference", "export", "compare")
 
 
@@ -49,9 +67,7 @@ def main(args: list[str] | None = None) -> None:
 
         compare(args[1:])
     elif args[0] == "export":
-        from w2s_train.command.export import run as export
-
-        export(args[1:])
+        _export(args[1:])
     else:
         # Read once, when torch loads: threads that wait must sleep. Spinning threads made a small
         # network 50 times slower on a machine whose cores were shared.
@@ -60,6 +76,47 @@ def main(args: list[str] | None = None) -> None:
             # From now on, and not only when everything is loaded: jobs are preempted at any time.
             REQUESTS.reset()
             REQUESTS.listen(*PREEMPTION)
+        from w2s_train.command.config import check_arguments
+
+        try:
+            check_arguments(args[1:])
+        except UserError as error:
+            sys.exit(f"error: {error}")
         from w2s_train.command.run import run
 
         run(None if args == sys.argv[1:] else args)
+
+
+def _export(args: list[str]) -> None:
+    if "-h" in args or "--help" in args:
+        print(EXPORT_HELP, end="")
+        return
+    try:
+        given = _parse_export(args)
+        from w2s_train.command.export import export
+
+        export(given.ckpt_path, Path(given.output), given.weights, given.format)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"written: {given.output}")
+
+
+def _parse_export(args: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--output")
+    for name, values in EXPORT_CHOICES.items():
+        parser.add_argument(f"--{name}", default=values[0])
+    try:
+        given, unknown = parser.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}") from error
+    if unknown:
+        options = ", ".join(f"--{name}" for name in vars(given))
+        raise UserError(f"option={unknown[0]}: must be one of {options}")
+    for name, value in vars(given).items():
+        if not value:
+            raise UserError(f"{name}=null: must be given")
+        if value not in EXPORT_CHOICES.get(name, [value]):
+            raise UserError(f"{name}={value}: must be {' or '.join(EXPORT_CHOICES[name])}")
+    return given

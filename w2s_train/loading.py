@@ -2,14 +2,12 @@
 
 A class path is an order to import and to call. Of everything that is installed, few things are safe
 to call with arguments of a stranger's choice; those stand here. The switch ``--allow_imports`` adds
-packages, on the command line and nowhere else: a config cannot allow itself anything.
-
-A module from one of its checkpoints, which may come from a stranger.
+packages, on the command line and nowhere else: a config cannot allow itself anything. A module is
+built from its checkpoint, which may come from a stranger, by the same rules.
 """
 
 import argparse
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from typing import Any, TypeVar, get_type_hints
@@ -23,8 +21,8 @@ from w2s_train.models.saved import read_checkpoint
 
 SWITCH = "--allow_imports"
 OURS = """
-    autoencoder callbacks evaluation features guidance interpolant metrics models objective sampler
-    schedule segment timesteps weak
+    autoencoder callbacks features guidance interpolant metrics models objective sampler schedule
+    segment timesteps weak
 """
 TRAINERS = "accelerators callbacks loggers plugins profilers strategies cli.ReduceLROnPlateau"
 ALLOWED = [
@@ -33,26 +31,53 @@ ALLOWED = [
     "lightning.fabric.plugins",  # where environments and the writing of checkpoints are defined
     "torch.optim",
 ]
+# What old configs and checkpoints name and nothing has any more, with the last commit that had it.
+REMOVED: dict[str, dict[str, tuple[Any, str]]] = {  # class -> argument -> its default, the commit
+    "w2s_train.segment.Extrapolation": {"share": (1.0, "b8536ed")},
+}
 LEAVES = (
     "must be leaves.LeavesScores, with PYTHONPATH=experiments/leaves and --allow_imports leaves "
     "(experiments/leaves/README.md); commit b8536ed ran it last"
 )
-MOVED = {  # class paths that were ours, or packages of such; the last commit that knew them
+MOVED = {  # class -> what to do instead
     "w2s_train.callbacks.LeavesScores": LEAVES,
-    "w2s_train.callbacks.leaves": LEAVES,
-    "w2s_train.leaves": LEAVES,
+    "w2s_train.callbacks.leaves.LeavesScores": LEAVES,
 }
-Module = TypeVar("Module")
+Module = TypeVar("Module", bound=nn.Module)
 trusted = list[str]()  # packages that the switch adds
 
 
-def moved(message: str) -> str | None:
-    """What to say of a class path that moved away; None if the parser's message names no such."""
-    for path in re.findall(r"class_path '([\w.]+)'", message):
-        for gone, advice in MOVED.items():
-            if _within(path, [gone]):
-                return f"class_path={path}: {advice}"
-    return None
+def without_removed(node: Any, key: str = "") -> Any:
+    """A config or settings, as plain values, less arguments that are gone and say nothing.
+
+    Args:
+        node: All of it, or a part; is changed in place.
+        key: The dotted key of that part.
+
+    Raises:
+        UserError: Such an argument is not at its default, or a class has moved away.
+    """
+    if isinstance(node, dict):
+        if isinstance(arguments := node.get("init_args"), dict):
+            _remove(arguments, str(node.get("class_path")), key)
+        for name, value in node.items():
+            without_removed(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            without_removed(value, f"{key}[{i}]")
+    elif isinstance(node, str) and node in MOVED:
+        raise UserError(f"{key or 'class_path'}={node}: {MOVED[node]}")
+    return node
+
+
+def _remove(arguments: dict[str, Any], path: str, key: str) -> None:
+    for name, (default, commit) in REMOVED.get(path, {}).items():
+        value = arguments.pop(name, default)
+        if value != default:
+            raise UserError(
+                f"{key}.init_args.{name}={value}: is gone, must be {default} or left out; commit "
+                f"{commit} ran it last".removeprefix(".")
+            )
 
 
 def restrict_imports(args: list[str]) -> list[str]:
@@ -159,9 +184,6 @@ def instantiate(cls: type[Module], settings: dict[str, Any]) -> Module:
     return parser.instantiate_classes(config).module
 
 
-Module = TypeVar("Module", bound=nn.Module)
-
-
 def load_module(cls: type[Module], path: str) -> Module:
     """The module as its checkpoint's settings and weights say.
 
@@ -181,7 +203,7 @@ def load_module(cls: type[Module], path: str) -> Module:
         raise UserError(f"path={path}: must be a checkpoint with the settings of its module")
     settings = {key: value for key, value in settings.items() if key != "_instantiator"}
     try:
-        module: Any = instantiate(cls, settings)
+        module: Any = instantiate(cls, without_removed(settings))
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"])
     except (argparse.ArgumentError, TypeError, ValueError, KeyError, RuntimeError) as error:

@@ -1,8 +1,12 @@
-"""Configs that cannot be meant, and what to tell who wrote them."""
+"""Configs that cannot be meant, and what to tell who wrote them.
+
+What `check_arguments` finds is said before torch is loaded, so nothing heavy is imported here.
+"""
 
 import inspect
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -12,16 +16,103 @@ from typing import Any
 import yaml
 
 from w2s_train.errors import UserError, one_line
-from w2s_train.loading import moved
 
+PARTS = "trainer model data checkpoint guard watch".split()
+# The first word of every key, and the options that are no keys.
+KEYS = """
+    seed_everything ckpt_path weights_only verbose return_predictions
+    output format seeds classes columns scale urls dataset split keep_features
+    config print_config help allow_imports profile $schema
+""".split()
+ALIASES = 20  # of YAML, in one file
 COUNTS = (
     "val_check_interval",
     "check_val_every_n_epoch",
     "log_every_n_steps",
     "accumulate_grad_batches",
 )
-ALIASES = 20  # of YAML, in one file
 RATES = ("lr", "weight_decay", "gradient_clip_val")
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a mapping with the same key twice, of which YAML would keep the last, and bombs."""
+
+    aliases = 0
+
+    def compose_node(self, *where: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            self.aliases += 1
+            if self.aliases > ALIASES:
+                raise UserError(f"*: must stand at most {ALIASES} times: aliases grow like powers")
+        return super().compose_node(*where)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise UserError(f"{key.value}: stands twice, again in line {line}; must stand once")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def check_arguments(args: list[str]) -> None:
+    """Refuse files, and first words of keys, that cannot be meant.
+
+    Raises:
+        UserError: A config is missing or no mapping; a file of YAML, also one that a config or an
+            option names for a part, cannot be read; there is no such part or option.
+    """
+    for option, following in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = option.partition("=")
+        value = value if equals else following
+        if name in ("-c", "--config"):
+            _check_config(value)
+        elif option.startswith("-c"):
+            _check_config(option[2:])
+        elif option.startswith("--") and len(option) > 2:
+            _check_key(name[2:], f"unrecognized arguments: {option}")
+            _check_part(Path(value))
+
+
+def _check_config(value: str) -> None:
+    if not os.path.isfile(value):
+        if ": " in value:
+            return  # no path, but YAML itself: the parser reads it
+        raise UserError(f"config={value}: must be an existing file")
+    content = _read(Path(value))
+    if not isinstance(content, dict):
+        raise UserError(f"config={value}: must hold keys with values")
+    for key, part in content.items():
+        _check_key(str(key), f"{value}: does not accept option '{key}'")
+        if isinstance(part, str):
+            _check_part(Path(value).parent / part)
+
+
+def _check_part(path: Path) -> None:
+    if path.suffix in (".yaml", ".yml") and os.path.isfile(path):
+        _read(path)
+
+
+def _check_key(key: str, message: str) -> None:
+    if key.partition(".")[0].rstrip("+") not in [*PARTS, *KEYS]:
+        raise UserError(f"{message}; {_keys()}")
+
+
+def _keys() -> str:
+    return f"keys are {', '.join(PARTS)}, seed_everything, ckpt_path"
+
+
+def _read(path: Path) -> Any:
+    try:
+        content = yaml.load(path.read_text("utf-8"), StrictLoader)
+        json.dumps(content, default=str, skipkeys=True)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        # also: not UTF-8, lists as keys, a mapping that contains itself
+        raise UserError(f"{path}: must be YAML; {one_line(error)}") from error
+    return content
 
 
 def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -96,8 +187,6 @@ def explain(message: str, parts: dict[str, Any]) -> str:
         message: The error, of any number of lines.
         parts: The classes behind the top-level keys.
     """
-    if gone := moved(message):
-        return gone
     line = " ".join(message.replace("Parser key ", "").split())
     if denied := re.search(r"Importing '([\w.]+)' is not allowed", line):
         return (
@@ -114,58 +203,9 @@ def explain(message: str, parts: dict[str, Any]) -> str:
         part = unknown[1].split(".")[0]
         if part in parts:
             return f"{line}; {part} accepts {_parameters(parts[part])}"
-        return f"{line}; keys are {', '.join(parts)}, seed_everything, ckpt_path"
+        return f"{line}; {_keys()}"
     return line
 
 
 def _parameters(function: Any) -> str:
     return ", ".join(name for name in inspect.signature(function).parameters if name != "kwargs")
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping with the same key twice, of which YAML would keep the last."""
-
-    def compose_node(self, *where: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            self.aliases = getattr(self, "aliases", 0) + 1
-            if self.aliases > ALIASES:
-                raise UserError(f"*: must stand at most {ALIASES} times: aliases grow like powers")
-        return super().compose_node(*where)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise UserError(f"{key.value}: stands twice, again in line {line}; must stand once")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def check_files(args: list[str]) -> None:
-    """Refuse configs, and files that they name for a part, which are no YAML or have a key twice.
-
-    Raises:
-        UserError: One is.
-    """
-    for option, value in zip(args, [*args[1:], ""], strict=True):
-        if option in ("-c", "--config"):
-            _check_file(Path(value))
-        elif option.startswith(("-c", "--config=")):
-            _check_file(Path(option.removeprefix("--config=").removeprefix("-c")))
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        return
-    try:
-        content = yaml.load(path.read_text("utf-8"), _UniqueKeys)
-        json.dumps(content, default=str, skipkeys=True)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        # also: not UTF-8, lists as keys, a mapping that contains itself
-        raise UserError(f"{path}: must be YAML; {one_line(error)}") from error
-    for value in content.values() if isinstance(content, dict) else ():
-        if isinstance(value, str) and value.endswith((".yaml", ".yml")):
-            _check_file(path.parent / value)

@@ -1,20 +1,16 @@
-"""A network of a checkpoint as a folder: weights, and what has to be known to use them.
+"""``lightning export``: a checkpoint's network as a folder, with what has to be known to use it.
 
-A `DiT` as diffusers' ``DiTTransformer2DModel``, which is the same network but for its rates.
-
-Both embed t by cosines and sines at 128 rates, ours 10,000^(-i/128), theirs 10,000^(-i/127). For t
-in [0, 1] all of them are smooth: with phi and phi' the two embeddings there is a matrix D with
+`DiT` is diffusers' ``DiTTransformer2DModel`` but for its rates. Both embed t by cosines and sines
+at 128 rates, ours 10,000^(-i/128), theirs 10,000^(-i/127). For t in [0, 1] all of them are smooth:
+with phi and phi' the two embeddings there is a matrix D with
 
     phi(a t + b) = (1 + D)^T phi'(t)        to 2e-8, for every t in [0, 1],
 
 where a and b are our ``time_scale`` and ``time_shift``. The first layer of the time MLP takes it
 up, W' = W (1 + D)^T, and the two networks agree to the rounding of float32. Where a = 1, b = 0, no
 entry of D exceeds 0.003.
-
-The command line of ``lightning export``.
 """
 
-import argparse
 import json
 import math
 import os
@@ -34,6 +30,16 @@ from w2s_train.models.saved import read_checkpoint, saved_network
 from w2s_train.secrets import redacted
 
 CONVENTION = "x_t = alpha(t) x + sigma(t) noise; t = 0 is data, t = 1 is noise; v = d x_t / d t"
+FREQUENCIES = 256
+GRID = 4001  # times in [0, 1] at which D is fitted; it is tested at others
+EXACT = 1e-7  # of an embedding, whose entries are up to 1
+KINDS = ("weight", "bias")
+PARTS = {  # of a block, theirs and ours, beside attention
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
 
 
 def export(
@@ -62,17 +68,18 @@ def export(
     if output.exists():
         raise UserError(f"output={output}: must not exist yet")
     network = saved_network(str(path), weights).eval()
-    about = describe(read_checkpoint(str(path)), network, weights)
+    about = _about(read_checkpoint(str(path)), network, weights)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         if format == "diffusers":
-            write_diffusers(network, partial)
-            (partial / "w2s_train.json").write_text(json.dumps(about, indent=1) + "\n")
+            _write_diffusers(network, partial)
+            name = "w2s_train.json"
         else:
-            state = {name: value.contiguous() for name, value in network.state_dict().items()}
+            state = {key: value.contiguous() for key, value in network.state_dict().items()}
             save_file(state, partial / "model.safetensors")
-            (partial / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+            name = "config.json"
+        (partial / name).write_text(json.dumps(about, indent=1) + "\n")
         os.replace(partial, output)
     except OSError as error:
         raise UserError(f"output={output}: must be a folder to write to ({error})") from error
@@ -94,14 +101,8 @@ def _newest(folder: Path) -> Path:
     return folder / "last.ckpt"
 
 
-def describe(content: dict[str, Any], network: DiT, weights: str) -> dict[str, Any]:
-    """What has to be known of the weights of a checkpoint.
-
-    Args:
-        content: Of the checkpoint.
-        network: Of it.
-        weights: Which of its weights.
-    """
+def _about(content: dict[str, Any], network: DiT, weights: str) -> dict[str, Any]:
+    """What has to be known of the weights of a checkpoint's network."""
     settings = redacted(content.get("hyper_parameters") or {})
     objective = (settings.get("objective") or {}).get("init_args") or {}
     return {
@@ -117,25 +118,9 @@ def describe(content: dict[str, Any], network: DiT, weights: str) -> dict[str, A
     }
 
 
-FREQUENCIES = 256
-GRID = 4001  # times in [0, 1] at which D is fitted; it is tested at others
-EXACT = 1e-7  # of an embedding, whose entries are up to 1
-KINDS = ("weight", "bias")
-PARTS = {  # of a block, theirs and ours, beside attention
-    "norm1.linear": "adaLN_modulation.1",
-    "attn1.to_out.0": "attn.proj",
-    "ff.net.0.proj": "mlp.fc1",
-    "ff.net.2": "mlp.fc2",
-}
-
-
-def write_diffusers(network: DiT, folder: Path) -> None:
-    """Write the folder that ``DiTTransformer2DModel.from_pretrained`` reads.
-
-    Raises:
-        UserError: diffusers is missing, or has no such network.
-    """
-    check(network)
+def _write_diffusers(network: DiT, folder: Path) -> None:
+    """Write the folder that ``DiTTransformer2DModel.from_pretrained`` reads."""
+    _check(network)
     try:
         from diffusers import DiTTransformer2DModel  # optional, and takes seconds to import
     except (ImportError, RuntimeError) as error:  # it wraps errors of what it imports
@@ -153,16 +138,12 @@ def write_diffusers(network: DiT, folder: Path) -> None:
         num_embeds_ada_norm=network.num_classes,
         norm_eps=1e-6,
     )
-    theirs.load_state_dict(convert(network))
+    theirs.load_state_dict(_convert(network))
     theirs.save_pretrained(str(folder), safe_serialization=True)
 
 
-def check(network: DiT) -> None:
-    """Refuse what diffusers' class cannot be.
-
-    Raises:
-        UserError: Says which argument, and what it must be.
-    """
+def _check(network: DiT) -> None:
+    """Refuse what diffusers' class cannot be."""
     arguments = network.arguments
     must = {"qk_norm": False, "mlp_ratio": 4, "out_channels": network.in_channels}
     for name, value in must.items():
@@ -173,16 +154,12 @@ def check(network: DiT) -> None:
         raise UserError("pos_embed: must be the fixed table of sines for format=diffusers")
 
 
-def convert(network: DiT) -> dict[str, Tensor]:
+def _convert(network: DiT) -> dict[str, Tensor]:
     """The weights under diffusers' names."""
     ours = network.state_dict()
     state = {f"pos_embed.proj.{kind}": ours[f"x_embedder.proj.{kind}"] for kind in KINDS}
-    time = {
-        "linear_1.weight": ours["t_embedder.mlp.0.weight"],
-        "linear_1.bias": ours["t_embedder.mlp.0.bias"],
-        "linear_2.weight": ours["t_embedder.mlp.2.weight"],
-        "linear_2.bias": ours["t_embedder.mlp.2.bias"],
-    }
+    layers = {"linear_1": "t_embedder.mlp.0", "linear_2": "t_embedder.mlp.2"}
+    time = {f"{a}.{kind}": ours[f"{b}.{kind}"] for a, b in layers.items() for kind in KINDS}
     change = rates_change(network.time_scale, network.time_shift)
     time["linear_1.weight"] = (time["linear_1.weight"].double() @ change).float()
     for i in range(network.depth):
@@ -231,58 +208,3 @@ def embed(t: Tensor, divisor: int) -> Tensor:
         -math.log(10_000) * torch.arange(FREQUENCIES // 2, dtype=torch.float64) / divisor
     )
     return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-HELP = """\
-usage: lightning export --ckpt_path CHECKPOINT --output FOLDER [options]
-
-Writes the weights of a checkpoint as FOLDER/model.safetensors with FOLDER/config.json, for programs
-without Lightning, or as a DiTTransformer2DModel of diffusers.
-
-  --ckpt_path PATH      a checkpoint, or a run folder, of which the last one is taken
-  --output FOLDER       must not exist yet
-  --weights NAME        ema, the running average (by default), or raw, the live weights
-  --format NAME         safetensors (by default) or diffusers
-  -h, --help            this text
-
-try:  lightning export --ckpt_path runs/digits_w2s --output exported
-"""
-CHOICES = {"weights": ("ema", "raw"), "format": ("safetensors", "diffusers")}
-
-
-def run(args: list[str]) -> None:
-    """Export; a user's error ends it with one line and status 1."""
-    if "-h" in args or "--help" in args:
-        print(HELP, end="")
-        return
-    try:
-        parsed = _parse(args)
-
-        export(parsed.ckpt_path, Path(parsed.output), parsed.weights, parsed.format)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(f"written: {parsed.output}")
-
-
-def _parse(args: list[str]) -> argparse.Namespace:
-    """Raises UserError for what is not an option, or has no or a wrong value."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--ckpt_path")
-    parser.add_argument("--output")
-    for name, values in CHOICES.items():
-        parser.add_argument(f"--{name}", default=values[0])
-    try:
-        parsed, unknown = parser.parse_known_args(args)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error.argument_name}: {error.message}") from error
-    if unknown:
-        raise UserError(
-            f"option={unknown[0]}: must be one of --ckpt_path, --output, --weights, --format"
-        )
-    for name in ("ckpt_path", "output"):
-        if not getattr(parsed, name):
-            raise UserError(f"{name}=null: must be given")
-    for name, values in CHOICES.items():
-        if getattr(parsed, name) not in values:
-            raise UserError(f"{name}={getattr(parsed, name)}: must be {' or '.join(values)}")
-    return parsed

@@ -1,10 +1,4 @@
-"""What the C library does with freed memory.
-
-glibc gives large blocks back to the system when they are freed, and faults them in again, page by
-page, when the same step allocates them anew: on a CPU, thousands of page faults per step.
-
-What the ``lightning`` command does once it knows that it has work to do.
-"""
+"""What the ``lightning`` command does once it knows that it has work to do."""
 
 import argparse
 import ctypes
@@ -13,21 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from w2s_train import callbacks
 from w2s_train.autoencoder import latents_beside
-from w2s_train.command.config import check_files, check_numbers, check_pipe, explain, locate
+from w2s_train.command.config import StrictLoader, check_numbers, check_pipe, explain, locate
 from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError, one_line
 from w2s_train.evaluation.images import ImageWriter
 from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer
 from w2s_train.files import OF_THE_DISK
-from w2s_train.loading import check_functions, restrict_imports
+from w2s_train.loading import check_functions, restrict_imports, without_removed
 from w2s_train.module import DiffusionModule
 from w2s_train.running.checkpoint_io import CheckpointFiles
 from w2s_train.running.checkpoints import Checkpoints
@@ -42,22 +38,9 @@ from w2s_train.running.watch import Watch
 from w2s_train.running.watched_ddp import watched_strategies
 from w2s_train.secrets import redacted, show_no_secrets
 
-# Parameters of mallopt(3), of which glibc alone has these.
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
-
-
-def keep_freed_memory() -> bool:
-    """Keep what is freed for the next step; whether the C library can."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    wanted = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**28, MMAP_THRESHOLD: 2**30}
-    return all([mallopt(name, value) for name, value in wanted.items()])
-
-
 PROFILE = "--profile"  # a switch and no key: it belongs to no experiment, and into no config
-COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference")
-PARTS = {
+QUIET = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "strict"}
+CLASSES = {
     "trainer": DiffusionTrainer,
     "model": DiffusionModule,
     "data": ShardDataModule,
@@ -68,13 +51,30 @@ PARTS = {
 
 
 class Command(LightningCLI):
-    """All that a trainer does, with a run folder derived from the names of the configs."""
+    """All that a trainer does, with a run folder derived from the names of the configs.
+
+    Args:
+        args: Of the command line; the command first.
+        options: Those of Lightning's class.
+    """
+
+    def __init__(self, args: list[str], **options: Any) -> None:
+        self.given = args
+        super().__init__(DiffusionModule, ShardDataModule, args=args, **options)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Methods of the trainer, and which of their arguments are no options."""
         ours = {name: {"model", "datamodule"} for name in ("sample", "reference")}
         return {**LightningCLI.subcommands(), **ours}
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Of the command that was given; the others need a name only."""
+        if subcommand == self.given[0]:
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Parts that every run has, and one seed for everything."""
@@ -84,8 +84,7 @@ class Command(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse them, and keep what the command line itself says."""
-        self.given = list[str](args)
+        """Parse them, and check what parsers do not see."""
         super().parse_arguments(parser, [arg for arg in args if arg != PROFILE])
         subcommand = self.config.subcommand
         self.profile = PROFILE in args
@@ -256,18 +255,38 @@ def compose(args: list[str] | None, run: bool = True) -> Command:
         argparse.ArgumentError: An unknown key or a wrong type.
     """
     args = restrict_imports(sys.argv[1:] if args is None else args)
-    check_files(args)
-    quiet = {"exit_on_error": False, "allow_abbrev": False}
+    set_loader("strict", read_strictly, exceptions=(yaml.YAMLError,))
+    for name in callbacks.__all__:  # configs name them so, whichever file defines them
+        getattr(callbacks, name).__module__ = callbacks.__name__
     return (Command if run else Composition)(
-        DiffusionModule,
-        ShardDataModule,
-        args=args,
+        args,
         trainer_class=DiffusionTrainer,
         auto_configure_optimizers=False,
         save_config_callback=None,
-        parser_kwargs={name: quiet for name in COMMANDS} | quiet,
+        parser_kwargs={name: dict(QUIET) for name in Command.subcommands()} | QUIET,
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
     )
+
+
+def read_strictly(text: str) -> Any:
+    """What a parser reads a config, and every value, with: YAML without what cannot be meant."""
+    yaml.load(text, StrictLoader)
+    return without_removed(get_loader("yaml")(text))
+
+
+def keep_freed_memory() -> bool:
+    """Keep what is freed for the next step; whether the C library can.
+
+    glibc gives large blocks back to the system, and faults them in again, page by page, when the
+    same step allocates them anew: on a CPU, thousands of page faults per step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    # Parameters of mallopt(3), of which glibc alone has these.
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    wanted = {trim_threshold: 2**31 - 1, top_pad: 2**28, mmap_threshold: 2**30}
+    return all([mallopt(name, value) for name, value in wanted.items()])
 
 
 def run(args: list[str] | None) -> None:
@@ -278,7 +297,7 @@ def run(args: list[str] | None) -> None:
     try:
         command = compose(args)
     except argparse.ArgumentError as error:
-        sys.exit(f"error: {redacted(explain(str(error), PARTS))}")
+        sys.exit(f"error: {redacted(explain(str(error), CLASSES))}")
     except (UserError, MisconfigurationException, ProcessRaisedException) as error:
         # From another process the message is a traceback with the reason last.
         reason, ours = str(error).strip().splitlines()[-1], "w2s_train.errors.UserError: "

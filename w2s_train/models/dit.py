@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange
-from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -90,6 +89,8 @@ class DiTBlock(nn.Module):
     """Attention and MLP, both modulated by the condition."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+        from timm.layers import Attention, Mlp  # brings all of timm's models: seconds
+
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(
@@ -188,6 +189,8 @@ class DiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.depth, self.num_classes = hidden_size, depth, num_classes
         self.num_heads, self.time_scale, self.time_shift = num_heads, time_scale, time_shift
+
+        from timm.layers import PatchEmbed  # late, as above
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
