@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from run import ROOT, load
+from run import ROOT, jobs, load
 
 from w2s_train.compare.arms import commit_name
 from w2s_train.compare.charts import COLOURS
@@ -49,12 +49,13 @@ def interval(mean: float, std: float, n: int) -> str:
 
 
 def compared(study: str) -> Comparison:
-    """The runs of a study against its baseline; a run that cannot be used is an error.
+    """The runs of a study against its baseline, retired arms left out; one that fails is an error.
 
     Raises:
         SystemExit: A run is left out, or there are too few.
     """
-    findings, times = read_all([f"experiments/{study}/runs/*"]), step_times(study)
+    recorded = sorted(str(j.record.relative_to(ROOT)) for j in jobs(study) if j.record.is_dir())
+    findings, times = read_all(recorded), step_times(study)
     runs = [with_times(run, times) for run in findings.runs]
     try:
         found = compare(replace(findings, runs=runs), Options(baseline="none"))
