@@ -247,7 +247,8 @@ def summary(found: dict[str, Comparison]) -> str:
     best = [best_guidance(f"{study}_guidance", rows[study]["none"]) for study in SETS]
     cells = [each[0] if each else "–" for each in best]
     counts = " and ".join(str(each[1]) for each in best if each)
-    lines.append(f"| `none`, guided | null class | {' | '.join(cells)} | 1.00 | {counts} |")
+    head = "| `none`, guided | null class, while sampling |"
+    lines.append(f"{head} {' | '.join(cells)} | 1.00 | {counts} |")
     return "\n".join([*lines, "", SUMMARY_NOTE]) + "\n"
 
 
