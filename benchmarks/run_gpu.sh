@@ -28,11 +28,11 @@ part() {
 
 everything() {
     local step="$python benchmarks/step.py" bf16="--precision bf16-mixed --limit LIMIT"
-    local recipes=none,sgg,sgg_paper,sgg_release,sgg_fast,branch,layer_skip,ema
+    local recipes=none,sgg_reversed,sgg_paper,sgg_release,branch,layer_skip,ema
     local b2="--networks b2 --compile on" xl2="--networks xl2 --compile blocks"
     local sampled="b2 --precision 32-true,bf16-mixed --compile off,on" rounds=100
     if [ "$mode" = --cpu ]; then
-        recipes=none,sgg,branch
+        recipes=none,sgg_reversed,branch
         b2="--networks tiny --rounds 3 --batch 10" xl2=$b2
         sampled="tiny --compile off" rounds=10
     fi

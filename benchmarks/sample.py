@@ -44,7 +44,7 @@ SAMPLERS: dict[str, Callable[[int], Sampler]] = {
     "maruyama": lambda steps: EulerMaruyama(LinearInterpolant(), steps),
 }
 # Overlays of configs/guidance that need no file of their own.
-GUIDANCES = ("none", "cfg", "autoguidance", "sgg", "adg", "tv_cfg")
+GUIDANCES = ("none", "cfg", "autoguidance", "segmented", "adg", "tv_cfg")
 PRECISIONS = ("32-true", "bf16-mixed")
 EAGER = {"off": True, "on": False}
 

@@ -1,6 +1,6 @@
 """Times the training step of each recipe, as ratios to the baseline's.
 
-    python benchmarks/step.py --networks tiny,s2 --recipes none,sgg,branch --json OUT.json
+    python benchmarks/step.py --networks tiny,s2 --recipes none,sgg_reversed,branch --json OUT.json
     python benchmarks/step.py --networks s2 --precision 32-true,bf16-mixed --compile off,on
     python benchmarks/step.py --networks b2 -- --model.network.init_args.gradient_checkpointing=true
 

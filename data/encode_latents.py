@@ -3,7 +3,7 @@ r"""Encode shards of images with a diffusers AutoencoderKL, once, before trainin
     python data/encode_latents.py "data/imagenet256/train-*.tar" \
         --autoencoder stabilityai/sd-vae-ft-mse --output data/imagenet256_latents
 
-Needs ``pip install w2s_train[latents]``. Each shard becomes one of the same name, keys and labels,
+Needs ``pip install -e ".[latents]"``. Each shard becomes one of the same name, keys and labels,
 with the moments of the posterior, mean and log-variance (2C, h, w), of each image (``.npy``) and of
 its mirror image (``.flip.npy``); with ``--dtype bfloat16`` their bits (``.bf16.npy`` and
 ``.flip.bf16.npy``). Training samples the posterior anew each time. Beside them:

@@ -1,7 +1,7 @@
 """Train the arms of a study: every arm with every seed, as its study.yaml says.
 
     python experiments/run.py mnist                 everything that is not done yet
-    python experiments/run.py mnist --arms none sgg --seeds 10 --jobs 2
+    python experiments/run.py mnist --arms none head_above --seeds 10 --jobs 2
     python experiments/run.py mnist --limit 500     stop after as many seconds
     python experiments/run.py mnist --arms none --seeds 10 --again    from scratch, as a check
     python experiments/run.py mnist --commands      only print the commands
@@ -133,11 +133,16 @@ def jobs(
     for seed in chosen("seeds", seeds, sorted(set().union(*own.values()))):
         for arm in (arm for arm in arms if seed in own[arm]):
             place = Path("runs", *(["again"] if again else []), study, f"{arm}-{seed}")
-            words = shlex.split(about["command"]) + options_of(about["arms"][arm], seed)
-            words += ["--seed_everything", str(seed), "--trainer.default_root_dir", str(place)]
-            words += ["--ckpt_path", "last"] if words[1] == "fit" else []
+            words = command(about["command"], about["arms"][arm], seed, place)
             found.append(Job(study, arm, seed, words, ROOT / place))
     return found
+
+
+def command(common: str, added: str | dict[str, Any], seed: int, place: Path) -> list[str]:
+    """The words of a run: what is common to its study, what its arm adds, seed and folder."""
+    words = shlex.split(common) + options_of(added, seed)
+    words += ["--seed_everything", str(seed), "--trainer.default_root_dir", str(place)]
+    return words + (["--ckpt_path", "last"] if words[1] == "fit" else [])
 
 
 def keep(job: Job) -> None:

@@ -127,7 +127,7 @@ BAD = {
     ),
     "no such guidance": ([guidance("Magic")], ["Magic"]),
     "guidance border": (
-        ["-c", "configs/guidance/sgg.yaml", "--model.guidance.init_args.border=1.5"],
+        ["-c", "configs/guidance/segmented.yaml", "--model.guidance.init_args.border=1.5"],
         ["border=1.5", "(0, 1)"],
     ),
     "untrained null class": (
@@ -259,7 +259,7 @@ def test_the_saved_config_repeats_the_run(command, monkeypatch, tmp_path: Path):
 
     from w2s_train.cli import main
 
-    folder = command("fit", "-c", "configs/weak/sgg.yaml")
+    folder = command("fit", "-c", "configs/weak/sgg_reversed.yaml")
     again = tmp_path / "again"
     options = ["--trainer.default_root_dir", str(again)]
     main(["fit", "-c", str(folder / "config.yaml"), *options])
@@ -296,7 +296,7 @@ def test_the_run_folder_is_named_after_the_configs(tmp_path: Path, monkeypatch):
 
 
 def test_logs_hold_what_people_expect(command):
-    folder = command("fit", "-c", "configs/weak/sgg.yaml")
+    folder = command("fit", "-c", "configs/weak/sgg_reversed.yaml")
     columns = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
     expected = {"step", "train/loss", "train/gradient_norm", "train/learning_rate"}
     expected |= {f"train/quarter_{q}/strong_loss" for q in ("0-0.25", "0.75-1")}

@@ -117,7 +117,7 @@ def test_the_baseline_differs_in_its_segments_only():
 def test_the_small_examples_have_the_segments_that_the_studies_favour(config: str):
     own, stated = (
         yaml.safe_load((ROOT / "configs" / path).read_text())["model"]["objective"]["init_args"]
-        for path in (f"{config}_w2s.yaml", "weak/sgg.yaml")
+        for path in (f"{config}_w2s.yaml", "weak/sgg_reversed.yaml")
     )
     assert own["segments"] == stated["segments"]
 
@@ -163,7 +163,7 @@ def test_validate_with_every_guidance(command):
         if name == "learned":
             source = learned / "checkpoints" / "last.ckpt"
             options.append(f"--model.guidance.init_args.path={source}")
-        elif name == "sgg":
+        elif name == "segmented":
             options.append("--model.guidance.init_args.high_noise.init_args.scale=8")
         else:
             options.append("--model.guidance.init_args.scale=8")

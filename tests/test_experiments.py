@@ -32,6 +32,7 @@ import run
 STUDIES = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/study.yaml"))
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)")
 RUNS = sorted((ROOT / "experiments").glob("*/runs/*/scores.json"))
+RENAMED = yaml.safe_load((ROOT / "experiments" / "renamed.yaml").read_text())
 
 
 def test_every_table_and_page_is_what_the_stored_scores_say():
@@ -92,21 +93,32 @@ def holds(found: object, expected: object) -> bool:
     return found == expected
 
 
+def described(study: str, name: str) -> list[str]:
+    """The command of a recorded run: as its study says; of a retired arm, as it did."""
+    arm, _, seed = name.rpartition("-")
+    retired = RENAMED["retired"].get(arm)
+    if retired and study in retired["studies"]:
+        common = run.load(study)["command"]
+        return run.command(common, retired["added"], int(seed), Path("runs", study, name))
+    (job,) = [job for job in run.jobs(study) if job.name == name]
+    return job.command
+
+
 @pytest.mark.parametrize("scores", RUNS, ids=lambda path: f"{path.parts[-4]}/{path.parts[-2]}")
 def test_a_record_is_of_the_run_that_the_study_describes(scores):
     """The stored config says what the files and options of the study's command say today."""
     study, name = scores.parts[-4], scores.parts[-2]
-    (job,) = [job for job in run.jobs(study) if job.name == name]
+    command = described(study, name)
     entries = json.loads(scores.read_text())
     assert all(len(entry["protocol"]["git_commit"]) == 40 for entry in entries)  # and not dirty
-    if job.command[1] == "validate":
-        wanted = json.loads(job.command[job.command.index("--model.guidance") + 1])
+    if command[1] == "validate":
+        wanted = json.loads(command[command.index("--model.guidance") + 1])
         assert len({entry["guidance"] for entry in entries}) == len(entries) == len(wanted)
         return
     expected: object = {}
-    for path in overlays(job.command):
+    for path in overlays(command):
         expected = merged(expected, plain(yaml.safe_load((ROOT / path).read_text())))
-    for key, value in itertools.pairwise(job.command):
+    for key, value in itertools.pairwise(command):
         if key.startswith(("--model.", "--trainer.", "--data.")):
             for part in reversed(key.removeprefix("--").split(".")):
                 value = {part: yaml.safe_load(value) if isinstance(value, str) else value}
@@ -115,7 +127,63 @@ def test_a_record_is_of_the_run_that_the_study_describes(scores):
     for part in ("model", "trainer", "data"):
         if isinstance(expected[part], dict):  # else the path of a config
             assert holds(plain(stored)[part], expected[part]), part
-    assert stored["seed_everything"] == job.seed
+    assert f"{name.rpartition('-')[0]}-{stored['seed_everything']}" == name
+
+
+def arm_and_seed(folder: str) -> tuple[str, str]:
+    """Of runs/STUDY/ARM-SEED."""
+    arm, _, seed = Path(folder).name.rpartition("-")
+    return arm, seed
+
+
+def test_renamed_yaml_says_what_every_recorded_run_was_called():
+    """Its own folder has the arm of today, or what the table makes it; the table has no more."""
+    used = set()
+    for scores in RUNS:
+        config = scores.parent / "config.yaml"
+        if not config.is_file():
+            continue  # guidance at sampling: the study alone names the arm
+        study = scores.parts[-4]
+        today, seed = arm_and_seed(str(scores.parent))
+        then, its_seed = arm_and_seed(
+            yaml.safe_load(config.read_text())["trainer"]["default_root_dir"]
+        )
+        names = RENAMED["recorded"].get(study, {}).get(then, then)
+        assert seed == its_seed
+        assert today in (names if isinstance(names, list) else [names]), scores
+        used.add((study, then, today))
+    for study, names in RENAMED["recorded"].items():
+        for then, today in names.items():
+            for name in today if isinstance(today, list) else [today]:
+                assert (study, then, name) in used, f"{study}: no record of {then}, now {name}"
+
+
+def test_old_names_are_gone_and_new_ones_are_there():
+    arms = {arm for study in STUDIES for arm in run.load(study)["arms"]}
+    assert not set(RENAMED["arms"]) & arms and set(RENAMED["arms"].values()) <= arms
+    assert not set(RENAMED["retired"]) & arms
+    for old, new in RENAMED["files"].items():
+        assert not (ROOT / old).exists() and (ROOT / new).is_file()
+    used = {path for study in STUDIES for job in run.jobs(study) for path in overlays(job.command)}
+    assert not set(RENAMED["files"]) & used
+
+
+NAMED = ("configs/**/*.yaml", "configs/*.md", "docs/*.md", "experiments/*.md", "experiments/*/*.md")
+NAMED += ("experiments/*/study.yaml", "experiments/*/step_time.json", "benchmarks/*.json")
+NAMED += ("experiments/*/comparison/*", "experiments/*.py", "data/*.md", "README.md")
+ALONE = re.compile(r"(?<![\w./])sgg(?![\w])")
+
+
+def test_no_recipe_is_called_sgg_alone():
+    """It has meant three. Commands are history; the study in the plane has its own arms."""
+    found = []
+    for path in (path for pattern in NAMED for path in sorted(ROOT.glob(pattern))):
+        if path.name == "migration.md" or "leaves" in path.parts:
+            continue
+        for line in path.read_text().splitlines():
+            if "benchmarks/step.py --" not in line and ALONE.search(line):
+                found.append((str(path.relative_to(ROOT)), line[:100]))
+    assert not found
 
 
 def plain(config: object) -> object:
@@ -134,7 +202,7 @@ def plain(config: object) -> object:
     ("options", "said"),
     [
         (["nothing"], "error: study=nothing: must be one of "),
-        (["mnist", "--arms", "gss"], "error: arms=gss: must be one of none, sgg, "),
+        (["mnist", "--arms", "gss"], "error: arms=gss: must be one of none, sgg_reversed, "),
         (["mnist", "--seeds", "9"], "error: seeds=9: must be one of 10, 11, 12"),
     ],
 )

@@ -50,14 +50,14 @@ def save(folder: Path, name: str = "last", **options) -> Path:
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
-def test_the_lines_of_the_readme(tmp_path: Path, weights: str):
+def test_the_lines_of_the_page(tmp_path: Path, weights: str):
     """They load the network in a process that cannot import Lightning; same velocities, bitwise."""
     path = save(tmp_path)
     main(
         ["export", "--ckpt_path", str(tmp_path / "run"), "--weights", weights]
         + ["--output", str(tmp_path / "exported")]
     )
-    section = (ROOT / "README.md").read_text().partition("\n## Export\n")[2]
+    section = (ROOT / "docs" / "checkpoints.md").read_text().partition("\n## Export\n")[2]
     lines = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     assert len(lines.splitlines()) <= 10
     script = f"{WITHOUT_LIGHTNING}\n{lines}\n"

@@ -74,7 +74,7 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def adm_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """torch-fidelity's Inception-v3 with random weights, as a state dict."""
-    reason = "torch-fidelity is not installed: pip install w2s_train[adm]"
+    reason = "torch-fidelity is not installed: pip install -e '.[adm]'"
     ported = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason=reason)
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:  # its constructor always loads weights
@@ -226,7 +226,7 @@ def test_adm_is_torch_fidelitys(adm_file: Path, monkeypatch):
 
 def test_adm_needs_its_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs `pip install w2s_train\[adm\]`"):
+    with pytest.raises(ValueError, match=r"needs `pip install -e '.\[adm\]'`"):
         ADMFeatures().check_files()
 
 

@@ -40,7 +40,7 @@ def test_images_are_those_of_the_cpu(network: DiT):
     assert (on_cpu - on_gpu).abs().max() <= 1
 
 
-@pytest.mark.parametrize("name", ["sgg_paper", "sgg_fast", "layer_skip", "ema", "separate"])
+@pytest.mark.parametrize("name", ["sgg_paper", "layer_skip", "ema", "separate"])
 def test_the_host_waits_for_nothing_in_a_step(command, monkeypatch, name: str):
     """CUDA itself says so; from the fourth step on, when everything is where it belongs."""
     real, checked = DiffusionModule.optimizer_step, []

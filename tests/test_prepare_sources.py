@@ -192,7 +192,7 @@ def test_huggingface_errors(prepare, rows, tmp_path: Path, monkeypatch: pytest.M
         prepare("huggingface", path, "--image-column", "other", "--label-column", "other", *out)
     prepare("huggingface", path, "--label-column", "other", *out)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'w2s_train\[huggingface\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[huggingface\]'"):
         prepare("huggingface", path, *out)
 
 

@@ -83,7 +83,7 @@ def test_a_step_is_three_forward_passes(load):
 def test_a_step_is_the_trainers(timed):
     """Precision, clipping, counting and the average are those of a run."""
     clip = 1e-3
-    arm = timed("sgg", "bf16-mixed", f"--trainer.gradient_clip_val={clip}")
+    arm = timed("sgg_reversed", "bf16-mixed", f"--trainer.gradient_clip_val={clip}")
     module, seen = arm.module, set()
     before = [p.clone() for p in (*module.network.parameters(), *module.ema.parameters())]
     module.network.blocks[0].mlp.fc1.register_forward_hook(lambda *args: seen.add(args[2].dtype))
@@ -175,7 +175,7 @@ def test_arguments_of_other_benchmarks(load, monkeypatch, words: str, message: s
 
 
 def test_unknown_recipes_are_refused(load, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["step.py", "--recipes=sgg,none,gss"])
+    monkeypatch.setattr(sys, "argv", ["step.py", "--recipes=head_above,none,gss"])
     with pytest.raises(SystemExit, match="error: recipes=gss: must be of .*branch, "):
         load("step").main()
 
@@ -184,7 +184,7 @@ def test_entries_as_markdown(load, monkeypatch, capsys, tmp_path):
     """A line for each; what is no list of entries is an error of one line."""
     path, main = tmp_path / "a.json", load("as_markdown").main
     about = dict(git_commit="0123456789", machine="M", torch="T", command="C")
-    entry = {"recipe": "sgg", "ratio": 1.2, "ratio_quartiles": [1.15, 1.254], **about}
+    entry = {"recipe": "branch", "ratio": 1.2, "ratio_quartiles": [1.15, 1.254], **about}
     for text, fields in (("[]", ["ratio"]), ("{}", ["ratio"]), (json.dumps([entry]), ["rate"])):
         path.write_text(text)
         monkeypatch.setattr(sys, "argv", ["as_markdown.py", str(path), *fields])
@@ -193,7 +193,7 @@ def test_entries_as_markdown(load, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["as_markdown.py", str(path), "recipe", "ratio"])
     main()
     assert capsys.readouterr().out.splitlines() == [
-        *("| recipe | ratio |", "|---|---|", "| sgg | 1.20 (1.15 to 1.25) |", ""),
+        *("| recipe | ratio |", "|---|---|", "| branch | 1.20 (1.15 to 1.25) |", ""),
         "Commit `0123456`, M, torch T: `C`",
     ]
 

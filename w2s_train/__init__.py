@@ -1,3 +1,3 @@
 """Train diffusion transformers towards weak-to-strong targets and score them unguided."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

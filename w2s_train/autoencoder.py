@@ -94,7 +94,7 @@ class StableDiffusionVAE(Autoencoder):
 
     Shards hold the posterior's moments, mean and log-variance (B, 2C, h, w), or samples of it
     (B, C, h, w). A latent z becomes the network's input by z ``scale``, or channel by channel by
-    (z - mean) / std. Needs ``pip install w2s_train[latents]`` to decode; training does not load it.
+    (z - mean) / std. Needs ``pip install -e ".[latents]"`` to decode; training does not load it.
 
     Args:
         path: Local folder of the autoencoder, or ``OWNER/NAME`` or ``OWNER/NAME/SUBFOLDER`` of the

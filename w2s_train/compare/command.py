@@ -30,7 +30,7 @@ options:
   --output DIR          where the files go; by default comparison
   -h, --help            this text
 
-try:  lightning compare 'runs/none-*' 'runs/sgg-*'
+try:  lightning compare 'runs/none-*' 'runs/head_above-*'
 """
 OPTIONS = ("metric", "weights", "guidance", "baseline", "unfinished", "output")
 

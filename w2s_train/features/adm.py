@@ -20,7 +20,7 @@ class ADMFeatures(FeatureExtractor):
     The evaluator feeds uint8 images of their own size to the 2015-12-05 graph, which resizes them
     to 299x299 bilinearly without anti-aliasing and with TensorFlow 1's pixel centers. Papers on
     ImageNet report FID-50k of this protocol; it is not clean-fid's, hence the other name. Needs
-    ``pip install w2s_train[adm]``.
+    ``pip install -e ".[adm]"``.
 
     Args:
         folder: Where the weights are kept (96 MB); downloaded there on first use.
@@ -37,7 +37,7 @@ class ADMFeatures(FeatureExtractor):
 
     def check_files(self) -> None:
         if importlib.util.find_spec("torch_fidelity") is None:
-            raise UserError("features=ADMFeatures: needs `pip install w2s_train[adm]`")
+            raise UserError("features=ADMFeatures: needs `pip install -e '.[adm]'`")
         super().check_files()
 
     def load(self) -> None:
