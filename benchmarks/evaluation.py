@@ -24,7 +24,7 @@ def evaluation(rounds: int) -> dict[str, Any]:
     data.prepare_data()
     fid.load(module, data)
     fid.extractor.to(device)
-    sums, n = FeatureSums(fid.extractor.num_features).to(device), data.generation_batch_size
+    sums, n = FeatureSums(fid.extractor.num_features, device), data.generation_batch_size
     assert fid.reference is not None
     times: dict[str, list[float]] = {
         name: [] for name in ("generation", "features", "sums", "distance")

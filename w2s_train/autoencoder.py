@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w2s_train.errors import UserError, one_line
+from w2s_train.errors import UserError, one_line, require
 from w2s_train.shards.samples import to_float
 from w2s_train.shards.storage import Storage, is_pipe, is_remote, split_url
 
@@ -121,11 +121,10 @@ class StableDiffusionVAE(Autoencoder):
         super().__init__()
         if scale is not None and statistics is not None:
             raise UserError(f"scale={scale}: must be left out where statistics={statistics} are")
-        if scale is not None and not 0 < scale < math.inf:
-            raise UserError(f"scale={scale}: must be a finite number above 0")
+        if scale is not None:
+            require("scale", scale, "(0, inf)")
         for name, value in dict(channels=channels, decode_batch=decode_batch).items():
-            if value < 1:
-                raise UserError(f"{name}={value}: must be at least 1")
+            require(name, value, "[1, inf)")
         self.path, self.channels, self.decode_batch = path, channels, decode_batch
         self.statistics_path, self.statistics = statistics, tuple[Tensor, ...]()
         mean = torch.zeros(channels)

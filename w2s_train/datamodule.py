@@ -13,7 +13,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, require
 from w2s_train.secrets import redacted
 from w2s_train.shards import ShardBatches, ShardFiles, ShardImages, Storage, expand_urls
 from w2s_train.shards.dataset import ignore_signals
@@ -94,15 +94,12 @@ class ShardDataModule(LightningDataModule):
         positive |= dict(global_batch_size=1 if global_batch_size is None else global_batch_size)
         positive |= dict(generation_batch_size=generation_batch_size, sampling_seeds=sampling_seeds)
         for name, value in positive.items():
-            if value < 1:
-                raise UserError(f"{name}={value}: must be at least 1")
+            require(name, value, "[1, inf)")
         for name, value in dict(num_workers=num_workers, shuffle=shuffle, seed=seed).items():
-            if value < 0:
-                raise UserError(f"{name}={value}: must be at least 0")
-        if not 0 <= max_skipped <= 1:
-            raise UserError(f"max_skipped={max_skipped}: must be in [0, 1]")
-        if cache_gigabytes is not None and not cache_gigabytes > 0:
-            raise UserError(f"cache_gigabytes={cache_gigabytes}: must be above 0")
+            require(name, value, "[0, inf)")
+        require("max_skipped", max_skipped, "[0, 1]")
+        if cache_gigabytes is not None:
+            require("cache_gigabytes", cache_gigabytes, "(0, inf)")
         self.prepare_data_per_node = False  # nodes share the project's folder
         self.script = find_script(prepare) if prepare else None
         self.storage = Storage(cache, cache_gigabytes, allow_pipe)

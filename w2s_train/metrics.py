@@ -8,7 +8,7 @@ import abc
 import torch
 from torch import Tensor
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, require
 from w2s_train.features import FeatureExtractor
 
 
@@ -48,17 +48,6 @@ class FeatureMetric(abc.ABC):
         """
 
 
-def check_at_least(name: str, value: int, least: int) -> int:
-    """``value`` itself.
-
-    Raises:
-        UserError: It is below ``least``.
-    """
-    if value < least:
-        raise UserError(f"{name}={value}: must be at least {least}")
-    return value
-
-
 class KernelDistance(FeatureMetric):
     """KID: the squared maximum mean discrepancy with the kernel (x.y / F + 1)^3, unbiased
     (Binkowski et al., 2018), averaged over random subsets. 0 at best, and below 0 by chance.
@@ -73,8 +62,8 @@ class KernelDistance(FeatureMetric):
     """
 
     def __init__(self, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> None:
-        self.subsets = check_at_least("subsets", subsets, 1)
-        self.subset_size = check_at_least("subset_size", subset_size, 2)
+        self.subsets = require("subsets", subsets, "[1, inf)")
+        self.subset_size = require("subset_size", subset_size, "[2, inf)")
         self.seed = seed
 
     def compute(
@@ -106,7 +95,7 @@ class InceptionScore(FeatureMetric):
     needs_reference = False
 
     def __init__(self, splits: int = 10) -> None:
-        self.splits = check_at_least("splits", splits, 1)
+        self.splits = require("splits", splits, "[1, inf)")
 
     def check(self, generated: int | None, reference: int, extractor: FeatureExtractor) -> None:
         if not extractor.has_probabilities:
@@ -137,7 +126,7 @@ class PrecisionRecall(FeatureMetric):
     """
 
     def __init__(self, neighbours: int = 3) -> None:
-        self.neighbours = check_at_least("neighbours", neighbours, 1)
+        self.neighbours = require("neighbours", neighbours, "[1, inf)")
 
     def check(self, generated: int | None, reference: int, extractor: FeatureExtractor) -> None:
         fewest = reference if generated is None else min(generated, reference)

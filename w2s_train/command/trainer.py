@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from w2s_train.autoencoder import Vectors
 from w2s_train.datamodule import ReferenceImages, ShardDataModule
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, require
 from w2s_train.evaluation.fid import FID
 from w2s_train.evaluation.images import (
     GridWriter,
@@ -96,8 +96,7 @@ class DiffusionTrainer(Trainer):
                 "exactly one FID, for the output" if scorers else "a FID, which needs a reference"
             )
             raise UserError(f"trainer.callbacks: must hold {rule}; these are {len(scorers)}")
-        if keep_features < 0:
-            raise UserError(f"keep_features={keep_features}: must be at least 0")
+        require("keep_features", keep_features, "[0, inf)")
         source = redacted(urls or datamodule.train_urls)
         name = Path(source).resolve().parent.name if urls else datamodule.dataset
         writers = [

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, require
 from w2s_train.evaluation.scorer import Scorer, gather
 from w2s_train.scores import grid_name
 from w2s_train.shards import ShardWriter
@@ -50,8 +50,7 @@ class SampleGrid(Scorer):
 
     def __init__(self, num_images: int = 64, columns: int = 8, scale: int = 1) -> None:
         for name, value in dict(num_images=num_images, columns=columns, scale=scale).items():
-            if value < 1:
-                raise UserError(f"{name}={value}: must be at least 1")
+            require(name, value, "[1, inf)")
         self.num_images, self.columns, self.scale = num_images, columns, scale
 
     def describe(self) -> str:
@@ -174,8 +173,7 @@ class GridWriter(SampleWriter):
     def __init__(self, output: Path, columns: int = 8, scale: int = 1) -> None:
         super().__init__(output)
         for name, value in dict(columns=columns, scale=scale).items():
-            if value < 1:
-                raise UserError(f"{name}={value}: must be at least 1")
+            require(name, value, "[1, inf)")
         self.columns, self.scale = columns, scale
         self.images: dict[int, Tensor] = {}
 

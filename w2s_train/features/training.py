@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, require
 from w2s_train.features.classifiers import Classifier
 
 
@@ -32,10 +32,8 @@ class Regularization:
     batch_norm: bool = False
 
     def __post_init__(self) -> None:
-        if self.crop < 0:
-            raise UserError(f"crop={self.crop}: must be at least 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"label_smoothing={self.label_smoothing}: must be in [0, 1)")
+        require("crop", self.crop, "[0, inf)")
+        require("label_smoothing", self.label_smoothing, "[0, 1)")
 
     def augment(self, images: Tensor) -> Tensor:
         """Crop and flip (B, C, H, W), each image by its own draw; draws nothing if both are off."""

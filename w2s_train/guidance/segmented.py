@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from w2s_train.errors import UserError
+from w2s_train.errors import require
 from w2s_train.guidance.base import Guidance, VelocityField
 from w2s_train.models import DiT
 from w2s_train.objective import Objective
@@ -25,8 +25,7 @@ class Segmented(Guidance):
     """
 
     def __init__(self, border: float, low_noise: Guidance, high_noise: Guidance) -> None:
-        if not 0 < border < 1:
-            raise UserError(f"border={border}: must be in (0, 1)")
+        require("border", border, "(0, 1)")
         self.border, self.low_noise, self.high_noise = border, low_noise, high_noise
 
     @property

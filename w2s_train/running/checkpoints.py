@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from w2s_train.checkpoint_file import newest_first, point_to, remove, step_of
-from w2s_train.errors import DIVERGED, PEER_LOST, Stopped, UserError, one_line
+from w2s_train.errors import DIVERGED, PEER_LOST, Stopped, UserError, one_line, require
 from w2s_train.evaluation.scorer import gather
 from w2s_train.running.checkpoint_io import CheckpointFiles
 
@@ -87,12 +87,11 @@ class Checkpoints:
         every_minutes: float | None = 15.0,
         keep: int | None = None,
     ) -> None:
-        if every_n_train_steps < 1:
-            raise UserError(f"every_n_train_steps={every_n_train_steps}: must be at least 1")
-        if every_minutes is not None and not every_minutes > 0:
-            raise UserError(f"every_minutes={every_minutes}: must be above 0")
-        if keep is not None and keep < LEAST:
-            raise UserError(f"keep={keep}: must be at least {LEAST}")
+        require("every_n_train_steps", every_n_train_steps, "[1, inf)")
+        if every_minutes is not None:
+            require("every_minutes", every_minutes, "(0, inf)")
+        if keep is not None:
+            require("keep", keep, f"[{LEAST}, inf)")
         self.every_n_train_steps, self.keep = every_n_train_steps, keep
         self.every_minutes = every_minutes
         self.seconds = 0.0  # that a save takes from its beginning until it is on the disk

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from w2s_train.checkpoint_file import damage, newest_first, read_file, step_of
-from w2s_train.errors import DIVERGED, Stopped, UserError
+from w2s_train.errors import DIVERGED, Stopped, require
 from w2s_train.evaluation.scorer import gather
 from w2s_train.optim import Readback
 from w2s_train.running.agreement import Agreement
@@ -104,12 +104,10 @@ class Guard:
         enabled: bool = True,
     ) -> None:
         for name, value in dict(loss_spike=loss_spike, gradient_spike=gradient_spike).items():
-            if value is not None and not value > 1:
-                raise UserError(f"{name}={value}: must be above 1")
-        if patience < 1:
-            raise UserError(f"patience={patience}: must be at least 1")
-        if rollbacks < 0:
-            raise UserError(f"rollbacks={rollbacks}: must be at least 0")
+            if value is not None:
+                require(name, value, "(1, inf)")
+        require("patience", patience, "[1, inf)")
+        require("rollbacks", rollbacks, "[0, inf)")
         self.spikes = Spikes([limit or math.inf for limit in (loss_spike, gradient_spike)])
         self.patience, self.rollbacks, self.enabled = patience, rollbacks, enabled
         self.agreement = Agreement()  # on more than the step: its numbers travel with the guard's

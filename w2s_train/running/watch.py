@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed
 
-from w2s_train.errors import PEER_LOST, Stopped, UserError, one_line
+from w2s_train.errors import PEER_LOST, Stopped, one_line, require
 from w2s_train.signals import REQUESTS
 
 BEAT = 1.0  # seconds between two signs of life
@@ -151,8 +151,7 @@ class Watch:
     """
 
     def __init__(self, timeout_minutes: float = 15.0) -> None:
-        if not 0 < timeout_minutes < math.inf:
-            raise UserError(f"timeout_minutes={timeout_minutes}: must be above 0")
+        require("timeout_minutes", timeout_minutes, "(0, inf)")
         self.timeout = 60 * timeout_minutes  # seconds
         self.silent = min(60, self.timeout / 2)  # without a sign of life
         self.batch = self.step = self.meetings = self.moves = 0
