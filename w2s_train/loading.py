@@ -9,7 +9,6 @@ A module from one of its checkpoints, which may come from a stranger.
 
 import argparse
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from typing import Any, TypeVar, get_type_hints
@@ -33,26 +32,8 @@ ALLOWED = [
     "lightning.fabric.plugins",  # where environments and the writing of checkpoints are defined
     "torch.optim",
 ]
-LEAVES = (
-    "must be leaves.LeavesScores, with PYTHONPATH=experiments/leaves and --allow_imports leaves "
-    "(experiments/leaves/README.md); commit b8536ed ran it last"
-)
-MOVED = {  # class paths that were ours, or packages of such; the last commit that knew them
-    "w2s_train.callbacks.LeavesScores": LEAVES,
-    "w2s_train.callbacks.leaves": LEAVES,
-    "w2s_train.leaves": LEAVES,
-}
 Module = TypeVar("Module")
 trusted = list[str]()  # packages that the switch adds
-
-
-def moved(message: str) -> str | None:
-    """What to say of a class path that moved away; None if the parser's message names no such."""
-    for path in re.findall(r"class_path '([\w.]+)'", message):
-        for gone, advice in MOVED.items():
-            if _within(path, [gone]):
-                return f"class_path={path}: {advice}"
-    return None
 
 
 def restrict_imports(args: list[str]) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from w2s_train.errors import UserError, one_line
-from w2s_train.loading import moved
 
 COUNTS = (
     "val_check_interval",
@@ -96,8 +95,6 @@ def explain(message: str, parts: dict[str, Any]) -> str:
         message: The error, of any number of lines.
         parts: The classes behind the top-level keys.
     """
-    if gone := moved(message):
-        return gone
     line = " ".join(message.replace("Parser key ", "").split())
     if denied := re.search(r"Importing '([\w.]+)' is not allowed", line):
         return (
