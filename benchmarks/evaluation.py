@@ -9,8 +9,8 @@ import torch
 from common import ROOT, synchronize
 
 from w2s_train.command.run import compose
-from w2s_train.evaluation.fid import FID, FeatureSums
-from w2s_train.features.frechet import Moments, frechet_distance
+from w2s_train.evaluation.fid import FID
+from w2s_train.features.frechet import FeatureSums, frechet_distance
 
 DIGITS = str(ROOT / "configs" / "digits_w2s.yaml")
 
@@ -44,8 +44,7 @@ def evaluation(rounds: int) -> dict[str, Any]:
         images = timed("generation", module.generate, seeds, labels)
         features = timed("features", fid.extractor, images)
         timed("sums", sums.update, features)
-        moments = Moments.from_sums(sums.total.cpu(), sums.outer.cpu(), n * (i + 1))
-        timed("distance", frechet_distance, moments, fid.reference.moments)
+        timed("distance", frechet_distance, sums.moments(), fid.reference.moments)
     medians = {name: statistics.median(found[1:]) for name, found in times.items()}
     per_image = {f"{name}_ms": medians[name] / n for name in ("generation", "features", "sums")}
     whole = sum(per_image.values())

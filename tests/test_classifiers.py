@@ -120,7 +120,8 @@ def test_distance_between_the_halves_of_mnist():
     halves = [moments(half) for half in features.split(30_000)]
     assert frechet_distance(*halves) == pytest.approx(0.0011096, rel=5e-4)
     stats = np.load(SHARED / "features" / "mnist_stats.npz")
-    np.testing.assert_allclose(moments(features).sigma, stats["train_cov"], rtol=1e-6, atol=1e-9)
+    # Features are float32, and those of another processor.
+    np.testing.assert_allclose(moments(features).sigma, stats["train_cov"], rtol=1e-6, atol=1e-7)
 
 
 def test_weights_of_the_shared_form(tmp_path: Path):

@@ -134,13 +134,6 @@ BAD = {
         ["--model.label_dropout=0.0", source("NullClass")],
         ["model.label_dropout=0.0", "above 0 for NullClass"],
     ),
-    "a callback that moved": (
-        [
-            "--trainer.callbacks={class_path: w2s_train.callbacks.LeavesScores, "
-            "init_args: {num_classes: 4, depth: 1}}"
-        ],
-        ["class_path=w2s_train.callbacks.LeavesScores: must be leaves.LeavesScores", "b8536ed"],
-    ),
     "no such seed": (["--seed_everything=-1"], ["seed_everything=-1", "[0, 4294967295]"]),
     "no steps": (["--trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
     "no epochs": (["--trainer.check_val_every_n_epoch=0"], ["check_val_every_n_epoch=0"]),

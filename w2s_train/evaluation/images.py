@@ -129,11 +129,9 @@ class SampleWriter(Callback, abc.ABC):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write one batch."""
         self.write(trainer, outputs.cpu(), {key: rows.tolist() for key, rows in batch.items()})
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish."""
         trainer.strategy.barrier("all images are there")
         self.finish(trainer)
 

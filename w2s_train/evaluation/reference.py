@@ -76,7 +76,6 @@ class ReferenceWriter(Callback):
             )
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the extractor."""
         self.extractor.load()
         self.extractor.to(pl_module.device)
         size = self.extractor.num_features
@@ -93,8 +92,7 @@ class ReferenceWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take in one batch of images (B, C, H, W) uint8."""
-        features = self.extractor(outputs)
+        features = self.extractor(outputs)  # of images (B, C, H, W) uint8
         self.sums.update(features)
         self.shapes.add(shape_name(outputs.shape[1:]))
         self.encodings |= set(batch["encoding"])
@@ -110,7 +108,6 @@ class ReferenceWriter(Callback):
         return numbers[order], features[order]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the processes' shares together and write the file."""
         sums = summed(self.sums, trainer)
         kept, *names = zip(*gather((self.kept, self.shapes, self.encodings), trainer), strict=True)
         if not trainer.is_global_zero:

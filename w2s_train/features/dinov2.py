@@ -3,13 +3,10 @@
 import hashlib
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.functional import normalize
 
 from w2s_train.errors import UserError
 from w2s_train.features.base import FeatureExtractor
@@ -61,6 +58,8 @@ class DINOv2Features(FeatureExtractor):
     def __init__(
         self, model: str = "vit_large_patch14_dinov2.lvd142m", weights: str | None = None
     ) -> None:
+        import timm  # late: seconds
+
         super().__init__(weights)
         if not timm.is_model(model):
             raise UserError(f"model={model}: must be a model of timm")
@@ -72,6 +71,8 @@ class DINOv2Features(FeatureExtractor):
             raise UserError(f"weights={self.weights}: must be a .safetensors file")
 
     def load(self) -> None:
+        import timm
+
         self.check_files()
         published = self._published()
         state = published.state_dict()
@@ -87,8 +88,11 @@ class DINOv2Features(FeatureExtractor):
         self.network = network.eval().requires_grad_(False)
         self.num_features = network.num_features
 
-    def _published(self) -> VisionTransformer:
-        """The network at the image size of its weights."""
+    def _published(self) -> nn.Module:
+        """The vision transformer at the image size of its weights."""
+        import timm
+        from timm.models.vision_transformer import VisionTransformer
+
         path = "" if self.weights is None else str(self.weights)
         try:
             network = timm.create_model(
@@ -115,5 +119,7 @@ class DINOv2Features(FeatureExtractor):
         return f"timm {self.model} sha256:{self.digest}, class token, resize bicubic {SIZE}"
 
     def features(self, images: Tensor) -> Tensor:
+        from torchvision.transforms.functional import normalize
+
         x = resize_bicubic(images.expand(-1, 3, -1, -1), SIZE) / 255
         return self.network(normalize(x, MEAN, STD))
