@@ -1,0 +1,46 @@
+"""Bad options and malicious files, given to the whole command, whose parsers are built once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from lightning.pytorch.cli import LightningCLI
+
+from w2s_train.cli import main
+from w2s_train.command.run import Command
+
+MINIMAL = ROOT / "tests" / "minimal.yaml"
+
+
+PARSERS = dict[str, dict[str, Any]]()  # by the name of the command; no option changes them
+
+
+def setup_once(command: Any, *args: Any) -> None:
+    """In place of `Command.setup_parser`."""
+    name = command.given[0]
+    if name not in PARSERS:
+        LightningCLI.setup_parser(command, *args)
+        keys = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
+        PARSERS[name] = {key: getattr(command, key) for key in keys}
+    vars(command).update(PARSERS[name])
+
+
+def refusal(folder: Path, *options: str, name: str = "fit", base: Path = MINIMAL) -> str:
+    """The one line with which the command refuses options; its folder is never made.
+
+    Args:
+        folder: Of the run that must not begin.
+        options: Beside those of the base.
+        name: Of the command.
+        base: The config that they are added to.
+    """
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.chdir(ROOT)
+        patch.setattr(Command, "setup_parser", setup_once)
+        main([name, "-c", str(base), f"--trainer.default_root_dir={folder}", *options])
+    message = str(stop.value.code)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    assert not folder.exists()
+    return message
