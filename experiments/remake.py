@@ -280,8 +280,8 @@ def best_guidance(study: str, baseline: Row) -> tuple[str, int] | None:
     name = min(settings, key=lambda setting: statistics.fmean(settings[setting]))
     plain, best = ([[value] for value in settings[key]] for key in ("none", name))
     (steps,) = {score.protocol.steps for score in scores}
-    text = interval(*(f(settings[name]) for f in (statistics.fmean, statistics.stdev)), len(best))
-    verdict = judge(best, plain, higher_is_better=False)
+    mean, std = statistics.fmean(settings[name]), statistics.stdev(settings[name])
+    text, verdict = interval(mean, std, len(best)), judge(best, plain, higher_is_better=False)
     return with_verdict(text, verdict), evaluations(name, steps)
 
 
