@@ -29,11 +29,11 @@ import matplotlib.pyplot as plt
 from PIL import Image
 from run import ROOT, jobs, load
 
+from w2s_train.compare.arms import commit_name
 from w2s_train.compare.charts import COLOURS
 from w2s_train.compare.command import files as reports
 from w2s_train.compare.comparison import Comparison, Options, Result, Row, compare
 from w2s_train.compare.numbers import Judgement, half_width, judge
-from w2s_train.compare.protocol import commit_name
 from w2s_train.compare.runs import Run, read_all
 from w2s_train.errors import UserError
 from w2s_train.sampler import Euler
@@ -281,8 +281,7 @@ def best_guidance(study: str, baseline: Row) -> tuple[str, int] | None:
     plain, best = ([[value] for value in settings[key]] for key in ("none", name))
     (steps,) = {score.protocol.steps for score in scores}
     mean, std = statistics.fmean(settings[name]), statistics.stdev(settings[name])
-    text = interval(mean, std, len(best))
-    verdict = judge(best, plain, higher_is_better=False)
+    text, verdict = interval(mean, std, len(best)), judge(best, plain, higher_is_better=False)
     return with_verdict(text, verdict), evaluations(name, steps)
 
 

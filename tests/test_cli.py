@@ -144,7 +144,7 @@ BAD = {
     ),
     "no such guidance": ([guidance("Magic")], ["Magic"]),
     "guidance border": (
-        ["-c", "configs/guidance/sgg.yaml", "--model.guidance.init_args.border=1.5"],
+        ["-c", "configs/guidance/segmented.yaml", "--model.guidance.init_args.border=1.5"],
         ["border=1.5", "(0, 1)"],
     ),
     "untrained null class": (

@@ -24,7 +24,8 @@ CUT = """#!{python}
 import os, sys
 words = sys.argv[1:]
 short = ["--data.num_generated", "20", "--data.num_workers", "0", "--model.generation_block", "20"]
-few = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--data.batch_size", "8"]
+short += ["--model.sampler.init_args.steps", "5"]
+few = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "4", "--data.batch_size", "8"]
 more = {{
     "fit": [*few, *short],
     "validate": short,
