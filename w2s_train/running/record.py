@@ -26,7 +26,7 @@ from w2s_train import __version__
 from w2s_train.checkpoint_file import check_local, damage, newest_first
 from w2s_train.errors import NO_PROGRESS, PEER_LOST, Stopped, UserError
 from w2s_train.files import atomic_write
-from w2s_train.scores import git_commit
+from w2s_train.scores import Record, git_commit, read_record
 from w2s_train.secrets import redacted
 
 
@@ -92,12 +92,6 @@ STARTS = "starts.json"
 OURS = "config.yaml environment.json metrics.csv scores.json checkpoints samples code logs".split()
 RESTARTS = 3  # without progress, before another one is refused
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
-
-
-def read_scores(folder: Path) -> list[dict[str, Any]]:
-    """The scores of a run, oldest first; none if there is no ``scores.json``."""
-    path = folder / "scores.json"
-    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:
@@ -237,20 +231,23 @@ def print_scores(folder: Path) -> None:
     table = Table(title="scores")
     for column in ("step", "metric", "value", "weights", "guidance", "n", "wall-clock"):
         table.add_column(column, justify="right")
-    for score in read_scores(folder):
-        protocol = score["protocol"]
+    scored = (folder / "scores.json").is_file()
+    record = read_record(folder) if scored else Record([], [])
+    for score in record.scores:
         table.add_row(
-            str(score["step"]),
-            score["metric"],
-            f"{score['value']:.4f}",
-            score["weights"],
-            score["guidance"],
-            str(protocol["n"]),
-            f"{protocol['wall_clock_seconds']:.0f} s",
+            str(score.step),
+            score.metric,
+            f"{score.value:.4f}",
+            score.weights,
+            score.guidance,
+            str(score.protocol.n),
+            f"{score.protocol.wall_clock_seconds:.0f} s",
         )
     console = Console(width=None if sys.stdout.isatty() else 100)
     if table.row_count:
         console.print(table)
+    for fault in record.faults:
+        print(f"not in the table: {fault.message}")
     print(f"run folder: {folder}")
 
 
