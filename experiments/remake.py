@@ -2,8 +2,9 @@
 
     python experiments/remake.py                    every study, and the pages that show its tables
     python experiments/remake.py digits mnist       these studies only
-    python experiments/remake.py --check            change nothing; fail where a table, a comparison
-                                                    or a page would change (figures are not read)
+    python experiments/remake.py --check            change nothing; fail where numbers would change
+                                                    in a table, comparison.json or .md, or a page
+                                                    (figures and comparison.html are not read)
 
 A study of trainings gets comparison/ (as `lightning compare` makes it, with the times of
 step_time.json), table.md and, if it has a `figure`, wall_clock.png; one of guidance at sampling
@@ -29,11 +30,12 @@ import matplotlib.pyplot as plt
 from PIL import Image
 from run import ROOT, jobs, load
 
-from w2s_train.compare.arms import commit_name
 from w2s_train.compare.charts import COLOURS
-from w2s_train.compare.command import files as reports
 from w2s_train.compare.comparison import Comparison, Options, Result, Row, compare
 from w2s_train.compare.numbers import Judgement, half_width, judge
+from w2s_train.compare.page import page
+from w2s_train.compare.protocol import commit_name
+from w2s_train.compare.report import files as reports
 from w2s_train.compare.runs import Run, read_all
 from w2s_train.errors import UserError
 from w2s_train.sampler import Euler
@@ -334,14 +336,11 @@ def _curve(axis: Any, row: Row, colour: str) -> None:
 
 
 def texts(study: str, comparison: Comparison | None) -> dict[Path, str]:
-    """The files of a study, figures left out."""
+    """The files of a study that hold its numbers."""
     folder = ROOT / "experiments" / study
     if comparison is None:
         return {folder / "table.md": guidance_table(study)}
-    files = {
-        folder / "comparison" / name: content.decode()
-        for name, content in reports(comparison).items()
-    }
+    files = {folder / "comparison" / name: text for name, text in reports(comparison).items()}
     return {folder / "table.md": training_table(study, comparison), **files}
 
 
@@ -386,6 +385,9 @@ def main() -> None:
     if not options.studies:
         files[ROOT / SUMMARY] = summary(found)
     files |= pages(files)
+    if not options.check:
+        shown = ROOT / "experiments"
+        files |= {shown / s / "comparison/comparison.html": page(c) for s, c in found.items()}
     changed = [p for p, text in files.items() if not p.is_file() or p.read_text() != text]
     for path in changed:
         print(f"{'differs' if options.check else 'written'}: {path.relative_to(ROOT)}")

@@ -15,6 +15,12 @@ from w2s_train.compare.runs import read
 from w2s_train.scores import grid_name
 
 
+@pytest.fixture(autouse=True)
+def nothing_drawn(monkeypatch: pytest.MonkeyPatch):
+    """Charts take longer than all the rest, and no test here looks at them."""
+    monkeypatch.setattr("w2s_train.compare.page.chart", lambda *_, **__: "")
+
+
 def edit(folder: Path, change) -> None:
     """Rewrite the scores of a run."""
     path = folder / "scores.json"

@@ -6,11 +6,15 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 from run_folders import BRANCH
 
 from w2s_train.compare import charts
+from w2s_train.compare.comparison import Point
+from w2s_train.compare.numbers import Interval
 
 
 class Page(HTMLParser):
@@ -29,7 +33,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>$title & |'
+EVIL = '<img src=x onerror="alert(1)"></svg><script>alert(2)</script>$title & {{ 7 * 7 }} |'
 
 
 def test_nothing_of_a_run_becomes_markup(make, arms, compare, tmp_path: Path):
@@ -46,7 +50,26 @@ def test_nothing_of_a_run_becomes_markup(make, arms, compare, tmp_path: Path):
     assert "<b>bold&amp;" in page.text and f"sampler={EVIL}" in page.text
     assert page.text.count(EVIL) >= 2
     markdown = (tmp_path / "out" / "comparison.md").read_text()
-    assert "<script>" in markdown and "$title & \\|" in markdown
+    assert "<script>" in markdown and "$title & {{ 7 * 7 }} \\|" in markdown
+
+
+def test_nothing_of_a_score_becomes_markup(arms, compare, tmp_path: Path):
+    """Metric, weights and guidance stand in headings and at charts; fonts need not have letters."""
+    texts = {"metric": f"fid {EVIL} 得点 \u202e\ud800$x^2$", "weights": EVIL, "guidance": EVIL}
+    same = {key: texts[key] for key in ("weights", "guidance")}
+    for path in arms:
+        scores = json.loads((path / "scores.json").read_text())
+        new = [s | texts | {"protocol": s["protocol"] | same} for s in scores]
+        (path / "scores.json").write_text(json.dumps(new))
+    compare(*arms, "--weights", EVIL, "--guidance", EVIL)
+    page = Page((tmp_path / "out" / "comparison.html").read_text())
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert not any(key.startswith("on") for _, attrs in page.elements for key in attrs)
+    shown = texts["metric"].replace("\ud800", "\\ud800")
+    assert page.text.count(f"{shown} (log scale)") == 3
+    assert f"{shown}, lower is better" in page.text and f"guidance {EVIL}" in page.text
+    images = [attrs["aria-label"] for tag, attrs in page.elements if attrs.get("role") == "img"]
+    assert f"{shown} against images seen: none, branch" in images
 
 
 def test_the_page_needs_nothing_else(arms, compare, tmp_path: Path):
@@ -59,6 +82,7 @@ def test_the_page_needs_nothing_else(arms, compare, tmp_path: Path):
     assert all(attrs.get("alt") for tag, attrs in page.elements if tag == "img")
     assert dict(page.elements)["html"]["lang"] == "en" and "title" in tags
     charts_ = [attrs["aria-label"] for tag, attrs in page.elements if attrs.get("role") == "img"]
+    assert tags.count("svg") == 3 + 2 * 2  # charts; an arm's look in the table and in the legend
     assert charts_ == [
         f"fd_digits against {x}: none, branch"
         for x in ("optimizer steps", "images seen", "training time, seconds")
@@ -76,26 +100,59 @@ def test_the_table_in_markdown(arms, compare, tmp_path: Path):
     assert "| reference.dataset | digits |" in lines
 
 
-def test_axes():
-    assert charts.nice_ticks(0, 1800, 4) == [0, 500, 1000, 1500, 2000]
-    assert charts.nice_ticks(2.0, 2.0, 4) == [2.0, 2.5]
-    assert charts.log_ticks(1.2, 43.0) == pytest.approx([1, 2, 5, 10, 20, 50])
-    axis = charts.y_axis([1.0, 100.0], 300.0, 100.0)
-    assert (axis.log, axis(1.0), axis(10.0), axis(100.0)) == (True, 300, pytest.approx(200), 100)
-    assert not charts.y_axis([0.0, 100.0], 300.0, 100.0).log
-    assert not charts.y_axis([11.0, 100.0], 300.0, 100.0).log
-    assert [charts.number(x) for x in (0.05, 1500, 40000, 2.5e6, 0)] == [
-        "0.05",
-        "1,500",
-        "40K",
-        "2.5M",
-        "0",
-    ]
+def test_ticks_are_short():
+    numbers = [charts.number(x) for x in (0.05, 1500, 40000, 2.5e6, 0)]
+    assert numbers == ["0.05", "1,500", "40K", "2.5M", "0"]
 
 
 def test_styles_differ():
     looks = [charts.style(i) for i in range(140)]
-    assert len(set(looks)) == 140
+    assert len({str(look) for look in looks}) == 140
+
+
+def drawn(*values: float, last: int = 300, share: float | None = 0.1) -> str:
+    """The chart of one arm, whose scores are equally far apart and whose last step is given."""
+    points = []
+    for i, value in enumerate(values, 1):
+        ends = None if share is None else Interval(value - share * abs(value), value * (1 + share))
+        points.append(Point(last * i // len(values), 0.0, None, value, None, ends))
+    curve = charts.Curve(charts.style(0), [(float(point.step), point) for point in points])
+    return charts.chart([curve], "optimizer steps", log=charts.is_log(points))
+
+
+def labels(svg: str) -> list[str]:
+    """The texts of a chart: x ticks, what x is, y ticks."""
+    return re.findall("<text[^>]*>([^<]*)</text>", svg)
+
+
+def test_axes():
+    x = ["0", "100", "200", "300", "optimizer steps"]
+    assert labels(drawn(8.0, 4.0, 2.0)) == [*x, "2", "4", "6", "8"]
+    assert labels(drawn(43.0, 9.0, 1.2)) == [*x, "1", "2", "5", "10", "20", "50"]
+    assert labels(drawn(5e4, 3.0, 1.2)) == [*x, "1", "10", "100", "1,000", "10K"]
+    assert labels(drawn(0.0, 50.0, 100.0)) == [*x, "0", "25", "50", "75", "100"]
+    assert labels(drawn(12.0, 50.0, 90.0)) == [*x, "20", "40", "60", "80", "100"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "values",
+    [(2.0,), (0.0,), (5.0, 5.0), (-3.0, 1.0), (1e-300, 1e100), (-1e100, 1e100), (1.0, 1.0000001)],
+)
+def test_odd_numbers_are_drawn(values: tuple[float, ...]):
+    """One point, none but 0, equal ones, far apart ones; with a band or none, at step 0."""
+    for last in (0, 1, 10**15):
+        for share in (0.1, None):
+            svg = drawn(*values, last=last, share=share)
+            assert svg.count("fill-opacity: 0.16") == (share is not None)
+            assert len(labels(svg)) >= 5 and not re.search("nan|inf", svg)
+            assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_the_same_chart_is_the_same_text_whatever_the_user_prefers():
+    plain = drawn(8.0, 4.0, 2.0)
+    with matplotlib.rc_context({"text.usetex": True, "savefig.bbox": "tight", "font.size": 40}):
+        assert drawn(8.0, 4.0, 2.0) == plain
 
 
 # ---- in a browser ----------------------------------------------------------------------------

@@ -46,6 +46,30 @@ def test_every_table_and_page_is_what_the_stored_scores_say():
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
+def test_the_check_sees_another_number_and_no_other_picture(tmp_path, monkeypatch, capsys):
+    study = tmp_path / "experiments/mnist_unconditional"
+    shutil.copytree(ROOT / "experiments/mnist_unconditional", study)
+    for module in (remake, run):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)  # where it goes itself, and stays
+    monkeypatch.setattr(sys, "argv", ["remake.py", "--check"])
+
+    def differing() -> list[str]:
+        with pytest.raises(SystemExit) as caught:
+            remake.main()
+        lines = capsys.readouterr().out.splitlines()
+        assert bool(caught.value.code) == bool(lines)
+        return [line.partition("comparison/")[2] for line in lines]
+
+    (study / "comparison/comparison.html").write_text("another picture")
+    assert differing() == []
+    for name in ("comparison.json", "comparison.md"):
+        path = study / "comparison" / name
+        path.write_text(re.sub(r"(\d\.\d+)(\D)", r"\g<1>1\2", path.read_text(), count=1))
+        assert differing() == [name]
+        path.write_text((ROOT / path.relative_to(tmp_path)).read_text())
+
+
 def test_links_lead_somewhere():
     pages = [
         path for pattern in (*remake.PAGES, "data/*.md", "*.md") for path in ROOT.glob(pattern)

@@ -1,15 +1,13 @@
-"""What runs leave for other tools: ``scores.json`` (docs/scores.md), and the names of grids.
-
-The run folder: what it holds, and that one run owns it.
-"""
+"""What runs leave for other tools: ``scores.json`` (docs/scores.md), and the names of grids."""
 
 import functools
 import json
 import re
 import subprocess
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 from filelock import FileLock
 
@@ -22,124 +20,60 @@ HIGHER = ("inception_score", "precision", "recall", "density", "coverage")
 LOWER = ("fid", "fd_", "sfid", "kid", "outliers", "energy_distance", "velocity_error")
 LARGEST = 1e100  # sums and squares of smaller numbers are finite
 
-
-@dataclass(frozen=True)
-class Kind:
-    """What a key may hold.
-
-    Args:
-        types: JSON types that are accepted; bool counts as none of them.
-        allowed: The same in words, for the message.
-        optional: The key may be absent or null.
-        least: Smallest number.
-    """
-
-    types: tuple[type, ...]
-    allowed: str
-    optional: bool = False
-    least: float = -LARGEST
-
-    def take(self, entry: dict[str, Any], key: str) -> Any:
-        """The value of a key.
-
-        Raises:
-            UserError: Missing, of another type, not finite or too small.
-        """
-        value = entry.get(key)
-        if value is None and self.optional:
-            return None
-        good = isinstance(value, self.types) and not isinstance(value, bool) and value != {}
-        if isinstance(value, int | float):
-            good = good and self.least <= value <= LARGEST
-        if not good:
-            text = json.dumps(value)
-            text = text if len(text) <= 100 else f"{text[:100]}..."
-            raise UserError(f"{key}={text}: must be {self.allowed}")
-        return value
-
-
-TEXT = Kind((str,), "a text")
-NUMBER = Kind((int, float), "a finite number")
-COUNT = Kind((int,), "a whole number of at least 0", least=0)
-SECONDS = Kind((int, float), "seconds, at least 0", least=0)
-MAYBE_SECONDS = replace(SECONDS, optional=True)
-MAYBE_TEXT = replace(TEXT, optional=True)
-MAYBE_COUNT = replace(COUNT, optional=True)
-MAYBE_NUMBER = replace(NUMBER, optional=True)
-REFERENCE = Kind((dict, str), 'a fingerprint: {"dataset": ..., ...}, or the name of a density')
-RANGE = Kind((list,), "[first, last], whole numbers, last not below first")
-PROTOCOL = Kind((dict,), "an object")
-
-
-def _key(kind: Kind) -> Any:
-    return field(metadata={"kind": kind})
+Seconds = Annotated[float, "at least 0"]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a score came about; keys that are not listed here are ignored."""
+    """How a score came about; ``| None`` says that a key may be absent, others are ignored."""
 
-    sampler: str = _key(TEXT)
-    steps: int = _key(COUNT)
-    guidance: str = _key(TEXT)
-    weights: str = _key(TEXT)
-    ema_decay: float | None = _key(MAYBE_NUMBER)
-    autoencoder: str = _key(TEXT)
-    precision: str = _key(TEXT)
-    step: int = _key(COUNT)
-    images_seen: int = _key(COUNT)
-    metric_settings: str | None = _key(MAYBE_TEXT)
-    reference_features: int | None = _key(MAYBE_COUNT)
-    extractor: str | None = _key(MAYBE_TEXT)
-    reference: dict[str, Any] = _key(REFERENCE)
-    n: int = _key(COUNT)
-    seeds: tuple[int, int] = _key(RANGE)
-    evaluation_seconds: float | None = _key(MAYBE_SECONDS)
-    wall_clock_seconds: float = _key(SECONDS)
-    training_seconds: float | None = _key(MAYBE_SECONDS)
-    git_commit: str | None = _key(MAYBE_TEXT)
+    sampler: str
+    steps: int
+    guidance: str
+    weights: str
+    ema_decay: float | None
+    autoencoder: str
+    precision: str
+    step: int
+    images_seen: int
+    metric_settings: str | None
+    reference_features: int | None
+    extractor: str | None
+    reference: dict[str, Any]
+    n: int
+    seeds: tuple[int, int]
+    evaluation_seconds: Seconds | None
+    wall_clock_seconds: Seconds
+    training_seconds: Seconds | None
+    git_commit: str | None
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "Protocol":
-        """Check and convert.
-
-        Raises:
-            UserError: A key that is missing or cannot be used.
-        """
-        values = {key.name: key.metadata["kind"].take(entry, key.name) for key in fields(cls)}
-        reference, seeds = values["reference"], values["seeds"]
-        if isinstance(reference, str):  # of the synthetic study, where the name says everything
-            values["reference"] = reference = {"dataset": reference}
-        if not reference.get("dataset"):
-            raise UserError(f"reference={json.dumps(reference)}: must be {REFERENCE.allowed}")
-        if len(seeds) != 2 or any(type(s) is not int for s in seeds) or seeds[0] > seeds[1]:
-            raise UserError(f"seeds={json.dumps(seeds)}: must be {RANGE.allowed}")
-        values["seeds"] = (seeds[0], seeds[1])
-        return cls(**values)
+        """Checked; a UserError names a key that is missing or cannot be used."""
+        if isinstance(name := entry.get("reference"), str):  # a density, of which that says all
+            entry = entry | {"reference": {"dataset": name}}
+        values = _values(cls, entry)
+        return cls(**values | {"seeds": tuple(values["seeds"])})
 
 
 @dataclass(frozen=True)
 class Score:
     """One element of ``scores.json``."""
 
-    schema: int = _key(COUNT)
-    metric: str = _key(TEXT)
-    value: float = _key(NUMBER)
-    step: int = _key(COUNT)
-    weights: str = _key(TEXT)
-    guidance: str = _key(TEXT)
-    protocol: Protocol = _key(PROTOCOL)
+    schema: int
+    metric: str
+    value: float
+    step: int
+    weights: str
+    guidance: str
+    protocol: Protocol
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "Score":
-        """Check and convert.
-
-        Raises:
-            UserError: Another schema; a key that is missing or cannot be used.
-        """
+        """Checked; a UserError names another schema, or a key as above."""
         if not isinstance(entry, dict):
             raise UserError(f"entry={json.dumps(entry)}: must be an object")
-        values = {key.name: key.metadata["kind"].take(entry, key.name) for key in fields(cls)}
+        values = _values(cls, entry)
         if values["schema"] != SCHEMA:
             raise UserError(f"schema={values['schema']}: must be {SCHEMA}, for this w2s_train")
         protocol = Protocol.from_json(values["protocol"])
@@ -147,6 +81,39 @@ class Score:
             if values[key] != getattr(protocol, key):
                 raise UserError(f"{key}={values[key]}: must equal protocol.{key}")
         return cls(**values | {"protocol": protocol})
+
+
+# What a key may hold, by its annotation, and in words; JSON's true and false are no numbers.
+KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    str: (lambda v: isinstance(v, str), "a text"),
+    int: (lambda v: type(v) is int and 0 <= v <= LARGEST, "a whole number of at least 0"),
+    float: (lambda v: type(v) in (int, float) and abs(v) <= LARGEST, "a finite number"),
+    Seconds: (lambda v: type(v) in (int, float) and 0 <= v <= LARGEST, "seconds, at least 0"),
+    dict[str, Any]: (
+        lambda v: isinstance(v, dict) and bool(v.get("dataset")),
+        'a fingerprint: {"dataset": ..., ...}, or the name of a density',
+    ),
+    tuple[int, int]: (
+        lambda v: isinstance(v, list) and [*map(type, v)] == [int, int] and v[0] <= v[1],
+        "[first, last], whole numbers, last not below first",
+    ),
+    Protocol: (lambda v: isinstance(v, dict) and bool(v), "an object"),
+}
+
+
+def _values(cls: type, entry: dict[str, Any]) -> dict[str, Any]:
+    """The checked values of the keys of a class; a UserError names one that cannot be used."""
+    values = {}
+    for key in fields(cls):
+        value, options = entry.get(key.name), get_args(key.type)
+        optional = type(None) in options
+        fits, allowed = KINDS[options[0] if optional else key.type]
+        if not fits(value) and not (optional and value is None):
+            text = json.dumps(value)
+            text = text if len(text) <= 100 else f"{text[:100]}..."
+            raise UserError(f"{key.name}={text}: must be {allowed}")
+        values[key.name] = value
+    return values
 
 
 @dataclass(frozen=True)
@@ -165,7 +132,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Record:
-    """What a ``scores.json`` holds: at least one score, oldest first, and unusable entries."""
+    """What a ``scores.json`` holds: scores, oldest first, and entries that cannot be used."""
 
     scores: list[Score]
     faults: list[Fault]
@@ -187,7 +154,7 @@ def read_record(folder: Path) -> Record:
     """As `read_scores`, but entries that cannot be used are returned beside the others.
 
     Raises:
-        UserError: No file, none with a usable score, or one that cannot be read.
+        UserError: No file, none with an entry, or one that cannot be read.
     """
     path = folder / "scores.json"
     if not path.is_file():
@@ -204,8 +171,6 @@ def read_record(folder: Path) -> Record:
             scores.append(Score.from_json(entry))
         except UserError as error:
             faults.append(Fault(entry, f"scores.json[{i}]: {error}"))
-    if not scores:
-        raise UserError(faults[0].message)
     return Record(scores, faults)
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from w2s_train.compare.comparison import Comparison, Options, compare
-from w2s_train.compare.page import page
-from w2s_train.compare.report import markdown, terminal, to_json
+from w2s_train.compare.report import files, terminal
 from w2s_train.compare.runs import read_all
 from w2s_train.errors import UserError
 
@@ -30,7 +29,7 @@ options:
   --output DIR          where the files go; by default comparison
   -h, --help            this text
 
-try:  lightning compare 'runs/none-*' 'runs/head_above-*'
+try:  lightning compare runs/digits_baseline runs/digits_w2s
 """
 OPTIONS = ("metric", "weights", "guidance", "baseline", "unfinished", "output")
 
@@ -80,26 +79,21 @@ def _parse(args: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def files(comparison: Comparison) -> dict[str, bytes]:
-    """The reports by the names of their files."""
-    made = {"md": markdown(comparison), "json": to_json(comparison), "html": page(comparison)}
-    # Names of folders need not be UTF-8.
-    return {
-        f"comparison.{suffix}": text.encode("utf-8", "backslashreplace")
-        for suffix, text in made.items()
-    }
-
-
 def write(comparison: Comparison, folder: Path) -> None:
     """Write the three files.
 
     Raises:
         UserError: The folder cannot be written to.
     """
+    # Late: it brings matplotlib, for which neither help nor an error need wait.
+    from w2s_train.compare.page import page
+
+    made = {**files(comparison), "comparison.html": page(comparison)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files(comparison).items():
-            (folder / name).write_bytes(content)
+        for name, text in made.items():
+            # Names of folders need not be UTF-8.
+            (folder / name).write_bytes(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise UserError(f"output={folder}: must be a folder to write to; {error}") from error
 

@@ -1,7 +1,4 @@
-"""The comparison: arms against a baseline, at equal steps and at equal training time.
-
-One sample grid per arm: same step and setting and, where possible, same training seed.
-"""
+"""The comparison: arms against a baseline, at equal steps and at equal training time."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -32,14 +29,7 @@ BASELINE = Judgement(1.0, None, 0.0, None, "baseline")
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid of generated images.
-
-    Args:
-        arm: Name of the arm.
-        run: The run that wrote it.
-        step: Of the network.
-        png: The file.
-    """
+    """An arm's grid of generated images: the run that wrote it, the network's step, the file."""
 
     arm: str
     run: Run
@@ -140,15 +130,14 @@ def compare(findings: Findings, options: Options) -> Comparison:
     Raises:
         UserError: Fewer than two arms can be compared, or an option does not fit the runs.
     """
-    refused, notes = list(findings.refused), list[str]()
+    runs, refused, notes = findings.runs, list(findings.refused), list[str]()
     try:
-        if not findings.runs:
+        if not runs:
             raise UserError("runs=null: must be at least two arms; no run can be read")
-        selection = select(findings.runs, options.metric, options.weights, options.guidance)
+        selection = select(runs, options.metric, options.weights, options.guidance)
         higher = higher_is_better(selection.metric)
-        rules, series = admit(
-            with_selection(findings.runs, selection, refused), selection, refused, notes
-        )
+        runs = with_selection(runs, selection, refused)
+        rules, series = admit(runs, selection, refused, notes)
         arms = group(series, refused)
         baseline = find_baseline(arms, options.baseline)
         if len(arms) < 2:
@@ -157,8 +146,14 @@ def compare(findings: Findings, options: Options) -> Comparison:
         raise UserError("\n".join([*refused, str(error)])) from error
     step, ranges = _common_step(arms)
     _note_runs(arms, step, notes)
+    at_step = _results(arms, lambda one: one.at_step(step), baseline.name, higher)
+    timed: dict[str, Result] = {}
     seconds = _common_seconds(arms, baseline, notes)
-    rows = _rows(arms, baseline.name, step, seconds, higher, notes)
+    if seconds is not None:
+        timed = _results(arms, lambda one: one.at_seconds(seconds), baseline.name, higher)
+        _note_untimed(arms, seconds, notes)
+    rows = [_row(arm, at_step[arm.name], timed.get(arm.name)) for arm in arms]
+    rows = _in_order(rows, baseline.name, higher)
     order = [row.name for row in rows]
     arms.sort(key=lambda arm: order.index(arm.name))
     return Comparison(
@@ -210,25 +205,6 @@ def _common_seconds(arms: Sequence[Arm], baseline: Arm, notes: list[str]) -> flo
     return max((min(found[seeds] for found in ends) for seeds in shared), default=None)
 
 
-def _rows(
-    arms: Sequence[Arm],
-    baseline: str,
-    step: int,
-    seconds: float | None,
-    higher: bool,
-    notes: list[str],
-) -> list[Row]:
-    at_step = _results(arms, lambda one: one.at_step(step), baseline, higher)
-    timed: dict[str, Result] = {}
-    if seconds is not None:
-        timed = _results(arms, lambda one: one.at_seconds(seconds), baseline, higher)
-        _note_untimed(arms, seconds, notes)
-    rows = [_row(arm, at_step[arm.name], timed.get(arm.name)) for arm in arms]
-    base = next(row for row in rows if row.name == baseline)
-    rows.sort(key=lambda r: (r is not base, r.at_step.mean * (-1 if higher else 1)))
-    return [replace(row, time_ratio=_ratio(row, base)) for row in rows]
-
-
 def _note_untimed(arms: Sequence[Arm], seconds: float, notes: list[str]) -> None:
     for one in (one for arm in arms for one in arm.series):
         if not one.at_seconds(seconds):
@@ -236,10 +212,13 @@ def _note_untimed(arms: Sequence[Arm], seconds: float, notes: list[str]) -> None
             notes.append(f"{one.run.folder}: has {why} and takes no part at equal time")
 
 
-def _ratio(row: Row, base: Row) -> float | None:
-    if not row.seconds_per_step or not base.seconds_per_step:
-        return None
-    return row.seconds_per_step / base.seconds_per_step
+def _in_order(rows: Sequence[Row], baseline: str, higher: bool) -> list[Row]:
+    """The baseline first, then the best; each with what its steps cost against the baseline's."""
+    base = next(row for row in rows if row.name == baseline)
+    alone = base.seconds_per_step
+    ratios = [x / alone if (x := row.seconds_per_step) and alone else None for row in rows]
+    rows = [replace(row, time_ratio=ratio) for row, ratio in zip(rows, ratios, strict=True)]
+    return sorted(rows, key=lambda r: (r.name != baseline, r.at_step.mean * (-1 if higher else 1)))
 
 
 def _shared(found: Sequence[Scores]) -> list[list[float]]:

@@ -11,6 +11,7 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
@@ -22,8 +23,7 @@ FLOOR = 0.013  # gaps below 1.3 % are inconclusive for FID at 50K images, howeve
 DRAWS = 5000  # of the bootstrap
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """The two ends of a 95 % interval."""
 
     low: float

@@ -1,7 +1,4 @@
-"""Which scores of the runs may be compared: one metric, one protocol.
-
-Arms: runs of the same config with different seeds.
-"""
+"""Which scores of the runs may be compared: one metric, one protocol; and in which arms."""
 
 import itertools
 import json
@@ -22,6 +19,7 @@ Scores = dict[Range, float]
 # EMA is a setting of the arm.
 AGREE = ("sampler", "steps", "autoencoder", "precision", "extractor", "n", "metric_settings")
 NOTED = ("reference.versions", "data.train_urls")  # may differ; a note says so
+SHOWN_IN_NAME = 3  # settings that tell arms of one name apart
 
 
 @dataclass(frozen=True)
@@ -35,13 +33,14 @@ class Selection:
     def __str__(self) -> str:
         return f"{self.metric}, weights {self.weights}, guidance {self.guidance}"
 
+    @classmethod
+    def holding(cls, score: Score) -> "Selection":
+        """The one that a score belongs to."""
+        return cls(score.metric, score.weights, score.guidance)
+
     def of(self, run: Run) -> list[Score]:
         """Those of one run, oldest first."""
-        return [score for score in run.scores if _selection(score) == self]
-
-
-def _selection(score: Score) -> Selection:
-    return Selection(score.metric, score.weights, score.guidance)
+        return [score for score in run.scores if self.holding(score) == self]
 
 
 def select(runs: Sequence[Run], metric: str | None, weights: str, guidance: str) -> Selection:
@@ -50,8 +49,7 @@ def select(runs: Sequence[Run], metric: str | None, weights: str, guidance: str)
     Raises:
         UserError: No run has such a score; the message lists what there is.
     """
-    per_run = [list(dict.fromkeys(map(_selection, run.scores))) for run in runs]
-    there = [selection for some in per_run for selection in some]
+    there = [s for run in runs for s in dict.fromkeys(map(Selection.holding, run.scores))]
     if metric is None:
         fitting = [s for s in there if (s.weights, s.guidance) == (weights, guidance)] or there
         names = [s.metric for s in fitting]
@@ -68,19 +66,15 @@ def select(runs: Sequence[Run], metric: str | None, weights: str, guidance: str)
 def with_selection(runs: Sequence[Run], selection: Selection, refused: list[str]) -> list[Run]:
     """The runs with such scores, none of which is unusable; ``refused`` gets a line for others."""
     kept = []
+    wanted = f"weights={selection.weights}, guidance={selection.guidance}"
     for run in runs:
-        hit = [f for f in run.faults if f.may_be_of(*astuple(selection))]
-        if hit:
-            refused.append(f"{run.folder}: {hit[0].message}")
-        elif selection.of(run):
+        hit = [f.message for f in run.faults if f.may_be_of(*astuple(selection))]
+        has = sorted({f"{s.metric} ({s.weights}, {s.guidance})" for s in run.scores})
+        if not hit and selection.of(run):
             kept.append(run)
-        else:
-            has = sorted({f"{s.metric} ({s.weights}, {s.guidance})" for s in run.scores})
-            refused.append(
-                f"{run.folder}: metric={selection.metric}: no score with "
-                f"weights={selection.weights}, guidance={selection.guidance}; "
-                f"it has {', '.join(has)}"
-            )
+            continue
+        lacking = f"metric={selection.metric}: no score with {wanted}; it has {', '.join(has)}"
+        refused.append(f"{run.folder}: {hit[0] if hit else lacking}")
     return kept
 
 
@@ -153,7 +147,8 @@ class Series:
         points = [(step, x) for step, x in self.seconds.items() if x is not None and step > 0]
         points = [(0, 0.0), *points] if len(points) == 1 else points
         pairs = itertools.pairwise(points)
-        return _median([(x - before) / (step - last) for (last, before), (step, x) in pairs])
+        paces = [(x - before) / (step - last) for (last, before), (step, x) in pairs]
+        return statistics.median(paces) if paces else None
 
 
 def facts(score: Score, run: Run) -> dict[str, Any]:
@@ -191,13 +186,10 @@ class Rules:
         agreeing = [found for _, found in first if not clashes(found, ruling)]
         keys = dict.fromkeys(key for found in agreeing for key in found)
         ruling = {key: _most(found[key] for found in agreeing if key in found) for key in keys}
-        ranges = [
-            frozenset(
-                s.protocol.seeds for s in selection.of(run) if not clashes(facts(s, run), ruling)
-            )
-            for run in runs
-        ]
-        there = [found for found in ranges if found]
+        there = []
+        for run in runs:
+            fitting = [s for s in selection.of(run) if not clashes(facts(s, run), ruling)]
+            there += [frozenset(s.protocol.seeds for s in fitting)] if fitting else []
         most = max(there, key=lambda r: (there.count(r), sum(r <= other for other in there)))
         return cls(ruling, most)
 
@@ -272,10 +264,6 @@ def admit(
     return rules, kept
 
 
-def _median(numbers: list[float]) -> float | None:
-    return statistics.median(numbers) if numbers else None
-
-
 def _ranges(ranges: Iterable[Range]) -> str:
     return ", ".join(f"{first}-{last}" for first, last in sorted(ranges))
 
@@ -294,17 +282,9 @@ def _most(items: Iterable[Any]) -> Any:
     return items[keys.index(Counter(keys).most_common(1)[0][0])]
 
 
-SHOWN_IN_NAME = 3  # settings that tell arms of one name apart
-
-
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in their seeds only.
-
-    Args:
-        name: As in the tables.
-        series: Of its runs, by training seed.
-    """
+    """Runs that differ in their seeds only: their name in the tables, and their scores by seed."""
 
     name: str
     series: list[Series]

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from w2s_train.compare.comparison import Comparison, Point, Result, Row
-from w2s_train.compare.numbers import CONFIDENCE, FLOOR, Interval, percent
+from w2s_train.compare.numbers import CONFIDENCE, FLOOR, percent
 from w2s_train.compare.protocol import short
 
 SCHEMA = 1
@@ -53,10 +53,9 @@ def seconds(value: float | None) -> str:
 
 def points(comparison: Comparison) -> list[str]:
     """What the two parts of the table are headed with."""
-    heads = [f"step {comparison.step:,}"]
-    return heads + (
-        [f"{seconds(comparison.seconds)} of training"] if comparison.seconds is not None else []
-    )
+    timed = comparison.seconds is not None
+    at_time = [f"{seconds(comparison.seconds)} of training"] if timed else []
+    return [f"step {comparison.step:,}", *at_time]
 
 
 def cells(row: Row, result: Result | None) -> list[str]:
@@ -79,8 +78,8 @@ def tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
 def _line(row: Row, result: Result | None) -> list[str]:
     seeds = ", ".join(map(str, result.seeds if result else []))
     mean, *rest = cells(row, result)
-    if result and result.sampling_std is not None:
-        mean += f", {sampling(result)}"
+    if result and (more := sampling(result)):
+        mean += f", {more}"
     return [row.name, seeds, mean, *rest, seconds(row.seconds_per_step), ratio(row.time_ratio)]
 
 
@@ -91,6 +90,11 @@ def protocol_lines(comparison: Comparison) -> list[tuple[str, str]]:
     shared = {"metric": chosen.metric, "weights": chosen.weights, "guidance": chosen.guidance}
     everything = shared | comparison.protocol | {"sampling seeds": seeds}
     return [(key, short(value)) for key, value in everything.items() if value is not None]
+
+
+def files(comparison: Comparison) -> dict[str, str]:
+    """The reports by the names of their files, without the page."""
+    return {"comparison.md": markdown(comparison), "comparison.json": to_json(comparison)}
 
 
 def terminal(comparison: Comparison) -> list[Table]:
@@ -140,12 +144,11 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 def to_json(comparison: Comparison) -> str:
     """``comparison.json``."""
     chosen = comparison.selection
+    shared = {"weights": chosen.weights, "guidance": chosen.guidance} | comparison.protocol
     content = {
         "schema": SCHEMA,
         "metric": chosen.metric,
-        "protocol": {"weights": chosen.weights, "guidance": chosen.guidance}
-        | comparison.protocol
-        | {"seeds": comparison.sampling_seeds},
+        "protocol": shared | {"seeds": comparison.sampling_seeds},
         "baseline": comparison.baseline,
         "arms": [_arm(row, comparison) for row in comparison.rows],
         "refused": comparison.refused,
@@ -180,26 +183,23 @@ def _result(result: Result) -> dict[str, Any]:
         "mean": result.mean,
         "std": result.std,
         "sampling_std": result.sampling_std,
-        "interval": _interval(result.interval),
+        "interval": result.interval,
         "ratio_to_baseline": judgement.ratio,
-        "ratio_interval": _interval(judgement.interval),
+        "ratio_interval": judgement.interval,
         "gap": judgement.gap,
         "noise": judgement.noise,
         "verdict": judgement.verdict,
     }
 
 
-def _interval(interval: Interval | None) -> list[float] | None:
-    return None if interval is None else [interval.low, interval.high]
-
-
 def _point(point: Point) -> dict[str, Any]:
+    low, high = point.interval or (None, None)
     return {
         "step": point.step,
         "images_seen": point.images_seen,
         "training_seconds": point.training_seconds,
         "mean": point.mean,
         "std": point.std,
-        "low": point.interval.low if point.interval else None,
-        "high": point.interval.high if point.interval else None,
+        "low": low,
+        "high": high,
     }

@@ -166,6 +166,8 @@ def read(folder: Path) -> Run:
         raise UserError(f"config.yaml: seed_everything={seed}: must be a whole number")
     settings = {k: v for k, v in flatten(config).items() if k not in SEEDS_AND_PLACES}
     record = read_record(folder)
+    if not record.scores:
+        raise UserError(record.faults[0].message)
     notes: list[str] = []
     machine = _machine(folder / "environment.json", notes)
     return Run(folder, int(seed), settings, record.scores, record.faults, machine, notes)
