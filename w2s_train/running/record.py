@@ -214,8 +214,8 @@ class Record:
         for column in ("step", "metric", "value", "weights", "guidance", "n", "wall-clock"):
             table.add_column(column, justify="right")
         found = (self.folder / "scores.json").is_file()
-        scores, faults = read_record(self.folder) if found else ([], [])
-        for score in scores:
+        record = read_record(self.folder) if found else None
+        for score in record.scores if record else ():
             table.add_row(
                 str(score.step),
                 score.metric,
@@ -227,6 +227,6 @@ class Record:
             )
         if table.row_count:
             Console(width=None if sys.stdout.isatty() else 100).print(table)
-        for fault in faults:
+        for fault in record.faults if record else ():
             print(f"not in the table: {fault.message}")
         print(f"run folder: {self.folder}")
