@@ -8,7 +8,7 @@ from conftest import ROOT
 from lightning.pytorch.cli import LightningCLI
 
 from w2s_train.cli import main
-from w2s_train.command.run import Command
+from w2s_train.command.run import Command, compose
 
 MINIMAL = ROOT / "tests" / "minimal.yaml"
 
@@ -26,21 +26,27 @@ def setup_once(command: Any, *args: Any) -> None:
     vars(command).update(PARSERS[name])
 
 
-def refusal(folder: Path, *options: str, name: str = "fit", base: Path = MINIMAL) -> str:
-    """The one line with which the command refuses options; its folder is never made.
+def refusal(folder: Path, *options: str, name: str = "fit") -> str:
+    """The one line with which the command refuses options.
 
     Args:
-        folder: Of the run that must not begin.
-        options: Beside those of the base.
+        folder: Of the run.
+        options: Beside tests/minimal.yaml.
         name: Of the command.
-        base: The config that they are added to.
     """
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.chdir(ROOT)
         patch.setattr(Command, "setup_parser", setup_once)
-        main([name, "-c", str(base), f"--trainer.default_root_dir={folder}", *options])
+        main([name, "-c", str(MINIMAL), f"--trainer.default_root_dir={folder}", *options])
     message = str(stop.value.code)
     assert message.startswith("error: ")
     assert "\n" not in message
-    assert not folder.exists()
     return message
+
+
+def parsed(*options: str) -> Any:
+    """What ``lightning fit`` makes of options, before anything is built of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Command, "setup_parser", setup_once)
+        patch.setattr(Command, "instantiate_classes", lambda self: None)
+        return compose(["fit", *options], run=False).config["fit"]

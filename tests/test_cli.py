@@ -219,6 +219,7 @@ def test_bad_input(case: str, digits: None, tmp_path: Path):
     message = refusal(tmp_path / "run", *options)
     for part in expected:
         assert part in message, message
+    assert not (tmp_path / "run").exists()
 
 
 YAML = {
