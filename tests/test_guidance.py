@@ -214,10 +214,10 @@ def test_the_learned_scale_finds_the_true_field():
     network = Half(1, 1, 1, 8, 1, 1, num_classes=2)
     trained = GuidanceObjective(LINEAR, particles=8, longest_step=0.5, hidden_size=16)
     trained.bind(network)
-    optimizer = torch.optim.Adam(trained.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=2e-2)
     y = torch.arange(256) % 2
     x = (2.0 * y - 1).view(-1, 1, 1, 1)
-    for _ in range(250):
+    for _ in range(60):
         optimizer.zero_grad()
         trained(network, x, y, Step(), Log()).mean().backward()
         optimizer.step()

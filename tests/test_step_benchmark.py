@@ -80,6 +80,7 @@ def test_a_step_is_three_forward_passes(load):
     assert counter.get_total_flops() == pytest.approx(counted, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_step_is_the_trainers(timed):
     """Precision, clipping, counting and the average are those of a run."""
     clip = 1e-3
@@ -104,6 +105,7 @@ def test_a_step_is_the_trainers(timed):
     assert arm.peak_memory() is None and arm.finite()
 
 
+@pytest.mark.slow
 def test_a_block_is_as_long_as_the_interval_of_a_weak_network(timed):
     """One that learns every fourth step does so in every block."""
     separate = timed("separate")
@@ -115,6 +117,7 @@ def test_a_block_is_as_long_as_the_interval_of_a_weak_network(timed):
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_recipes_share_memory(timed):
     """Weights, average and the optimizer's state: a step of one is seen by the other."""
     first, second = timed("none"), timed("branch")
@@ -198,6 +201,7 @@ def test_entries_as_markdown(load, monkeypatch, capsys, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_out_of_memory_takes_half_the_batch(load, monkeypatch, capsys):
     """Again and again, and says so."""
     comparison, setting = load("comparison"), load("timed").Setting
