@@ -57,12 +57,7 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def check_arguments(args: list[str]) -> None:
-    """Refuse files, and first words of keys, that cannot be meant.
-
-    Raises:
-        UserError: A config is missing or no mapping; a file of YAML, also one that a config or an
-            option names for a part, cannot be read; there is no such part or option.
-    """
+    """Refuse files, and first words of keys, that cannot be meant."""
     for option, following in zip(args, [*args[1:], ""], strict=True):
         name, equals, value = option.partition("=")
         value = value if equals else following
@@ -131,11 +126,7 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_numbers(config: Any) -> None:
-    """Refuse numbers that no setting can mean.
-
-    Raises:
-        UserError: Not a number; or a rate that is negative or infinite.
-    """
+    """Refuse numbers that no setting can mean."""
     for key, value in walk(config):
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -153,11 +144,7 @@ def check_numbers(config: Any) -> None:
 
 
 def check_pipe(allowed: bool, args: list[str]) -> None:
-    """Only who types the command may let it run others; a config may come from anybody.
-
-    Raises:
-        UserError: ``data.allow_pipe`` is true, and the arguments themselves do not say so.
-    """
+    """Only who types the command may let it run others; a config may come from anybody."""
     line = " ".join(args)
     if allowed and not re.search(r"(^| )--data\.allow_pipe[ =]true( |$)", line, re.IGNORECASE):
         raise UserError(

@@ -55,10 +55,6 @@ def export(
         output: Must not exist.
         weights: The running average ("ema") or the live weights ("raw").
         format: ``model.safetensors`` for `DiT`, or a folder for diffusers.
-
-    Raises:
-        UserError: No checkpoint of ours, an output that is there, or a network without a
-            counterpart in diffusers.
     """
     check_local(ckpt_path, "ckpt_path")
     path = Path(ckpt_path)
@@ -184,9 +180,6 @@ def rates_change(scale: float, shift: float) -> Tensor:
 
     D has the least norm of all that solve it on a grid, singular values below 1e-9 left out: seven
     of 256 directions are seen at all, and the others of W stay as they are.
-
-    Raises:
-        UserError: Times of this range have no such matrix.
     """
     t = torch.linspace(0, 1, GRID, dtype=torch.float64)
     theirs, ours = embed(t, 127), embed(scale * t + shift, 128)

@@ -249,10 +249,6 @@ def compose(args: list[str] | None, run: bool = True) -> Command:
     Args:
         args: Command and options; None for those of this process.
         run: False stops before the trainer starts.
-
-    Raises:
-        UserError: A value that cannot be used.
-        argparse.ArgumentError: An unknown key or a wrong type.
     """
     args = restrict_imports(sys.argv[1:] if args is None else args)
     set_loader("strict", read_strictly, exceptions=(yaml.YAMLError,))

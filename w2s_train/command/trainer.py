@@ -85,9 +85,6 @@ class DiffusionTrainer(Trainer):
             split: Name of this part of it; the first word of the shards' names if not given.
             output: File to write; what the callback reads if not given.
             keep_features: Images whose features are kept one by one, for KID, precision and recall.
-
-        Raises:
-            UserError: No callback to make a reference for, or shards that are missing.
         """
         callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
         scorers = [callback for callback in callbacks if isinstance(callback, FID)]
@@ -142,9 +139,6 @@ class DiffusionTrainer(Trainer):
             classes: Taken in turn; all of them if not given.
             columns: Of a grid.
             scale: Of a grid: each pixel becomes a square of this side.
-
-        Raises:
-            UserError: Seeds or classes that cannot be, or an output that is there already.
         """
         known = model.network.num_classes
         for label in classes or []:
@@ -171,11 +165,7 @@ class DiffusionTrainer(Trainer):
 
 
 def parse_seeds(seeds: str) -> range:
-    """FIRST:LAST as a range.
-
-    Raises:
-        UserError: It is not that, or empty.
-    """
+    """FIRST:LAST as a range."""
     first, _, last = seeds.partition(":")
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise UserError(f"seeds={seeds}: must be FIRST:LAST with FIRST < LAST, such as 0:64")

@@ -80,11 +80,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
 
 
 def write(comparison: Comparison, folder: Path) -> None:
-    """Write the three files.
-
-    Raises:
-        UserError: The folder cannot be written to.
-    """
+    """Write the three files."""
     # Late: it brings matplotlib, for which neither help nor an error need wait.
     from w2s_train.compare.page import page
 

@@ -125,11 +125,7 @@ class Options:
 
 
 def compare(findings: Findings, options: Options) -> Comparison:
-    """Compare runs.
-
-    Raises:
-        UserError: Fewer than two arms can be compared, or an option does not fit the runs.
-    """
+    """Compare runs."""
     runs, refused, notes = findings.runs, list(findings.refused), list[str]()
     try:
         if not runs:

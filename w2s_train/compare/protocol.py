@@ -44,11 +44,7 @@ class Selection:
 
 
 def select(runs: Sequence[Run], metric: str | None, weights: str, guidance: str) -> Selection:
-    """What to compare: without a metric the FID or Fréchet distance that most runs have, or any.
-
-    Raises:
-        UserError: No run has such a score; the message lists what there is.
-    """
+    """What to compare: without a metric the FID or Fréchet distance that most runs have, or any."""
     there = [s for run in runs for s in dict.fromkeys(map(Selection.holding, run.scores))]
     if metric is None:
         fitting = [s for s in there if (s.weights, s.guidance) == (weights, guidance)] or there
@@ -202,11 +198,7 @@ class Rules:
         ]
 
     def admit(self, run: Run, selection: Selection, notes: list[str]) -> Series:
-        """The run's scores that agree; says in ``notes`` which are left out, and what may differ.
-
-        Raises:
-            UserError: None agrees, or sampling seeds are missing; the message names what differs.
-        """
+        """The run's scores that agree; ``notes`` gets which are left out, and what may differ."""
         kept: list[Score] = []
         left: dict[str, set[int]] = {}  # reason -> steps
         harmless: dict[str, None] = {}
@@ -236,11 +228,7 @@ class Rules:
 def admit(
     runs: Sequence[Run], selection: Selection, refused: list[str], notes: list[str]
 ) -> tuple[Rules, list[Series]]:
-    """What of the runs may be compared: one protocol, and a step that all have scored.
-
-    Raises:
-        UserError: There are no runs.
-    """
+    """What of the runs may be compared: one protocol, and a step that all have scored."""
     if not runs:
         raise UserError(f"runs=null: must have scores of {selection} that can be read")
     rules = Rules.of_majority(runs, selection)
@@ -375,11 +363,7 @@ def commit_name(name: str) -> str:
 
 
 def find_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
-    """The arm of that name; without one, the arm whose objective has no segments.
-
-    Raises:
-        UserError: None or several; the message lists the arms.
-    """
+    """The arm of that name; without one, the arm whose objective has no segments."""
     names = ", ".join(arm.name for arm in arms)
     if name is not None:
         named = [arm for arm in arms if arm.name == name]

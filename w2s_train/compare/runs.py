@@ -80,10 +80,6 @@ class Run:
         """The sample grid of a step, a PNG file; None if there is none of these weights, so guided.
 
         The file without a setting in its name belongs to the last scored one without a file.
-
-        Raises:
-            UserError: The file is not a whole PNG.
-            OSError: It cannot be read.
         """
         folder = self.folder / "grids"
         path = folder / grid_name(step, weights, guidance)
@@ -108,11 +104,7 @@ class Findings:
 
 
 def find(pattern: str) -> list[Path]:
-    """The folders that a path or a glob names; a glob leaves out files and earlier comparisons.
-
-    Raises:
-        UserError: There is none.
-    """
+    """The folders that a path or a glob names; a glob leaves out files and earlier comparisons."""
     paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
     folders = [Path(path) for path in paths if os.path.isdir(path)]
     if not folders:
@@ -152,12 +144,7 @@ def read_all(patterns: Sequence[str], *, unfinished: bool = False) -> Findings:
 
 
 def read(folder: Path) -> Run:
-    """Read one run.
-
-    Raises:
-        UserError: A file that is missing or broken.
-        OSError: A file that cannot be read.
-    """
+    """Read one run."""
     if not any(folder.iterdir()):
         raise UserError("the folder is empty")
     config = _load_config(folder / "config.yaml")
@@ -174,11 +161,7 @@ def read(folder: Path) -> Run:
 
 
 def check_finished(run: Run) -> None:
-    """Refuse a run that would still be scored, going by the distance of its last two scores.
-
-    Raises:
-        UserError: It is unfinished.
-    """
+    """Refuse a run that would still be scored, going by the distance of its last two scores."""
     last = run.settings.get("trainer.max_steps")
     steps = sorted({0} | {score.step for score in run.scores})
     if isinstance(last, int) and len(steps) > 1 and 2 * steps[-1] - steps[-2] <= last:

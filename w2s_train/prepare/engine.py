@@ -61,9 +61,6 @@ def locked(folder: Path, name: str, lock: str, seconds: float) -> Iterator[None]
         name: What it is called.
         lock: Name of a file in the folder that stands for it.
         seconds: How long to wait for another run that is writing it.
-
-    Raises:
-        UserError: It is still writing then.
     """
     path = folder / lock
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,11 +88,7 @@ class Task(NamedTuple):
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep others from writing it, and delete what killed ones left of it.
-
-        Raises:
-            UserError: Another run is writing it.
-        """
+        """Keep others from writing it, and delete what killed ones left of it."""
         folder, name = self.target.parent, self.target.name
         with contextlib.ExitStack() as stack:
             if self.shared:
@@ -130,11 +123,7 @@ def here(work: Work, tasks: list[Task]) -> Written:
 
 
 def in_processes(work: Work, processes: int, tasks: list[Task]) -> Written:
-    """Write shards in copies of this process, which has no threads; they share what it holds.
-
-    Raises:
-        UserError: A process was killed. Whatever is raised in one is raised here, too.
-    """
+    """Write shards in copies of this process, which has no threads; they share what it holds."""
     killed = (
         f"processes={processes}: one of them was killed, perhaps because memory ran out; the same "
         "command goes on, with fewer --processes if need be"
@@ -150,9 +139,6 @@ def on_devices(begin: Callable[[str], Work], devices: list[str], tasks: list[Tas
         begin: Makes the work of a process, in it, from the name of its device.
         devices: The names.
         tasks: The shards.
-
-    Raises:
-        UserError: A process has died. Whatever is raised in one is raised here, too.
     """
     lost = "its process must live, but ended with code {code} at {at}; finished shards are kept"
     starts = [Start(functools.partial(begin, each), f"device={each}: {lost}") for each in devices]

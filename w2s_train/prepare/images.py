@@ -63,11 +63,7 @@ class Encoded(NamedTuple):
 
 
 def decode(content: bytes) -> Image.Image:
-    """An image, read to its end; the first one of several.
-
-    Raises:
-        BrokenImage: It cannot be read, or holds more pixels than Pillow takes for a safe number.
-    """
+    """An image, read to its end; the first one of several."""
     if not content:
         raise BrokenImage("empty file")
     try:
@@ -90,11 +86,7 @@ def is_grey(image: Image.Image) -> bool:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Images of 16 bits by their high byte, where Pillow's own conversion clips; others as is.
-
-    Raises:
-        BrokenImage: It has values that are not 16 bits wide.
-    """
+    """Images of 16 bits by their high byte, where Pillow's own conversion clips; others as is."""
     if image.mode == "F":
         raise BrokenImage("floating-point pixels, whose range is not known")
     if image.mode != "I" and not image.mode.startswith("I;16"):
@@ -111,9 +103,6 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     Halves with a box filter while the shorter side is at least 2 ``size``, then resizes the shorter
     side to ``size`` with a bicubic filter, then crops (``center_crop_arr`` in
     guided_diffusion/image_datasets.py of github.com/openai/guided-diffusion).
-
-    Raises:
-        BrokenImage: It is so long that it would be too large.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -137,12 +126,7 @@ class Conversion(NamedTuple):
     only_grey: bool = False  # refuse images with colours, because nobody asked for "L"
 
     def __call__(self, content: bytes) -> Encoded:
-        """Convert an encoded image; one that needs no change keeps its bytes.
-
-        Raises:
-            BrokenImage: It cannot be read.
-            ColourImage: It has colours, and ``only_grey``.
-        """
+        """Convert an encoded image; one that needs no change keeps its bytes."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata; what breaks an image raises
             stored = decode(content)
@@ -208,11 +192,7 @@ def load(item: Item) -> bytes:
 
 
 def first_mode(source: Source) -> str:
-    """What "auto" means: "L" if the first readable image of a source is grey, else "RGB".
-
-    Raises:
-        UserError: None can be read.
-    """
+    """What "auto" means: "L" if the first readable image of a source is grey, else "RGB"."""
     for shard in range(len(source)):
         for item in source.read(shard):
             try:
@@ -268,9 +248,6 @@ class Preparation(engine.Work):
 
         Returns:
             A summary, of a few lines.
-
-        Raises:
-            UserError: An output that is in use or made otherwise; too many broken images.
         """
         began = time.monotonic()
         self.output.mkdir(parents=True, exist_ok=True)
@@ -435,11 +412,7 @@ class Preparation(engine.Work):
 
 
 def check_classes(output: Path, classes: list[str]) -> None:
-    """Refuse a folder that has other classes, and names that are no lines.
-
-    Raises:
-        UserError: Says which.
-    """
+    """Refuse a folder that has other classes, and names that are no lines."""
     for name in classes:
         if len(name.splitlines()) != 1:
             raise UserError(f"class={name!r}: must be one line, for {CLASSES}")

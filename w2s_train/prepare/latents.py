@@ -113,11 +113,7 @@ class DecodedShard:
 
 
 def first_size(shards: list[Path], max_broken: float) -> tuple[int, int]:
-    """(H, W) of the first image.
-
-    Raises:
-        UserError: There is none.
-    """
+    """(H, W) of the first image."""
     for shard in shards:
         check_whole(shard)
         for image in DecodedShard(shard, None, None, max_broken):
@@ -261,11 +257,7 @@ def array_bytes(values: Tensor) -> bytes:
 
 
 def is_encoded(task: Task) -> bool:
-    """Whether a shard is done.
-
-    Raises:
-        UserError: It is, but for another file of the source's name.
-    """
+    """Whether a shard is done."""
     if not is_written(task.target):
         return False
     size, made_of = task.source.stat().st_size, ShardTable.load(table_path(task.target)).sums
@@ -310,11 +302,7 @@ def recipe_of(settings: Settings, facts: Facts, source: str, shards: list[Path])
 
 
 def begin(folder: Path, recipe: dict[str, Any]) -> None:
-    """Write ``latents.json``, still without statistics, or agree with the one that is there.
-
-    Raises:
-        UserError: It is of another recipe, or shards are there without it.
-    """
+    """Write ``latents.json``, still without statistics, or agree with the one that is there."""
     path = folder / LATENTS
     if not path.is_file():
         if any(folder.glob("*.tar")):

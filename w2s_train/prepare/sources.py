@@ -381,9 +381,6 @@ def torchvision_images(name: str, root: Path, split: str, *, download: bool) -> 
         root: Folder that torchvision reads, and downloads to.
         split: One of its splits.
         download: Fetch it if it is missing; ImageNet has to be fetched by hand.
-
-    Raises:
-        UserError: An unknown split, or a data set that is missing or damaged.
     """
     if split not in SPLITS[name]:
         raise UserError(f"split={split}: must be one of {', '.join(SPLITS[name])} for {name}")

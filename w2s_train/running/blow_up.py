@@ -21,11 +21,7 @@ class BlowUp:
         self.seen: dict[str, float] = {}
 
     def look(self, metrics: dict[str, float], step: int) -> None:
-        """Look at what was logged last, once.
-
-        Raises:
-            Stopped: A prediction is far too large.
-        """
+        """Look at what was logged last, once."""
         if metrics is self.seen:
             return
         self.seen = metrics

@@ -52,11 +52,7 @@ class CheckpointFiles(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The content, in host memory and in today's form, if nothing is wrong with the file.
-
-        Raises:
-            UserError: A URL, a damaged file, or one that holds more than tensors and plain values.
-        """
+        """The content, in host memory and in today's form, if nothing is wrong with the file."""
         content = read_file(path)
         states = content.get("callbacks", {})
         if old := {part: states.pop(name) for name, part in ONCE.items() if name in states}:
@@ -68,11 +64,7 @@ class CheckpointFiles(CheckpointIO):
         remove(Path(path))
 
     def teardown(self) -> None:
-        """Wait for what is being written.
-
-        Raises:
-            OSError: It could not be.
-        """
+        """Wait for what is being written."""
         if self.executor is not None:
             self.executor.shutdown()
             self.executor = None

@@ -104,11 +104,7 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Note where the run stands, also in the folder: it may have gone back in it.
-
-        Raises:
-            Stopped: Processes go on from different files, as where a file system is slow to tell.
-        """
+        """Note where the run stands, also in the folder: it may have gone back in it."""
         self.when = time.monotonic()
         self.saved = -1  # the step of the last save, unless something has changed since
         start = Path(trainer.ckpt_path or "").resolve()
@@ -137,11 +133,7 @@ class Checkpoints:
         self.saved = -1
 
     def save(self, trainer: Trainer, module: LightningModule) -> None:
-        """Write a checkpoint of this step; on all processes together.
-
-        Raises:
-            Stopped: Processes differ, or numbers are not finite; nothing is written then.
-        """
+        """Write a checkpoint of this step; on all processes together."""
         compare(fingerprint(module.state_dict()), trainer)
         self.report(trainer, wait=True)
         path, begun = self.folder / f"step-{trainer.global_step:06d}.ckpt", time.monotonic()
@@ -155,21 +147,13 @@ class Checkpoints:
         self.when, self.saved = time.monotonic(), trainer.global_step
 
     def end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save where training ended, stopped or not: the last step is rarely a round one.
-
-        Raises:
-            UserError: It could not be written.
-        """
+        """Save where training ended, stopped or not: the last step is rarely a round one."""
         if self.saved != trainer.global_step:
             self.save(trainer, module)
         self.finish(trainer)
 
     def finish(self, trainer: Trainer) -> None:
-        """Wait until everything is on the disk; on all processes together.
-
-        Raises:
-            UserError: The last checkpoint could not be written.
-        """
+        """Wait until everything is on the disk; on all processes together."""
         error = self._files(trainer).finished(wait=True)
         message = trainer.strategy.broadcast(one_line(error) if error else "")
         if message:
@@ -206,11 +190,7 @@ def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def compare(mine: Fingerprint, trainer: Trainer) -> None:
-    """Stop all processes if they differ, or if any number is not finite.
-
-    Raises:
-        Stopped: With the names of tensors and processes.
-    """
+    """Stop all processes if they differ, or if any number is not finite."""
     everyone: list[Fingerprint] = gather(mine, trainer)
     for rank, other in enumerate(everyone):
         if bad := other.not_finite():

@@ -221,11 +221,7 @@ class Guard:
         return self.in_a_row >= self.patience
 
     def go_back(self, trainer: Trainer, module: LightningModule) -> None:
-        """Go back to the last good checkpoint; all that were begun are on the disk.
-
-        Raises:
-            Stopped: There is nothing to go back to, or it has been tried.
-        """
+        """Go back to the last good checkpoint; all that were begun are on the disk."""
         path = self._last_good(trainer)
         again = self.good < self.good_before + WINDOW
         self.backs = self.backs + 1 if again else 1

@@ -29,11 +29,7 @@ class Profile(Callback):
 
     @staticmethod
     def check(max_steps: int) -> None:
-        """Refuse a run that is too short, before any work.
-
-        Raises:
-            UserError: It is.
-        """
+        """Refuse a run that is too short, before any work."""
         if 0 <= max_steps < NEEDED:
             raise UserError(f"trainer.max_steps={max_steps}: must be at least {NEEDED} to profile")
 

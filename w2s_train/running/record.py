@@ -45,9 +45,6 @@ def find_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> str
     """The checkpoint to start from; says which it is when asked for the last one.
 
     A damaged last one is passed over, with a warning, for the newest that is whole.
-
-    Raises:
-        UserError: No such file, or a damaged one; or nothing to score.
     """
     if ckpt_path is None:
         if subcommand != "fit":
@@ -133,9 +130,6 @@ class Record:
 
         Args:
             start: The checkpoint to start from.
-
-        Raises:
-            Stopped: Too many restarts.
         """
         path, name = self.folder / STARTS, Path(start).name if start else "the beginning"
         if not self.resumed:
@@ -151,11 +145,7 @@ class Record:
         self.starts = {"from": name, "number": number + 1}
 
     def claim(self) -> None:
-        """Make the folder this run's own; called on the first process, before loggers write there.
-
-        Raises:
-            UserError: Another fit is writing there, or something else is kept there.
-        """
+        """Make the folder this run's own; called on the first process, before loggers write there."""
         folder = self.folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(folder.parent / f".{folder.name}.lock")

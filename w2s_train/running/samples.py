@@ -89,11 +89,7 @@ class SkippedSamples:
             self._report(self.epoch, f"epoch {self.epoch} of the data, so far")
 
     def check(self) -> None:
-        """End with an error, now that the last step is saved.
-
-        Raises:
-            UserError: More samples were skipped than ``data.max_skipped`` allows.
-        """
+        """End with an error, now that the last step is saved."""
         if self.error:
             raise UserError(self.error)
 

@@ -109,11 +109,7 @@ class WatchedDDP(DDPStrategy):
             )
 
     def setup_environment(self) -> None:
-        """Meet, and watch from here on: preparing the data comes next.
-
-        Raises:
-            Stopped: Not all processes came.
-        """
+        """Meet, and watch from here on: preparing the data comes next."""
         launcher = self._launcher
         local = launcher.meeting() if isinstance(launcher, WatchedLauncher) else None
         try:
