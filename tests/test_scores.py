@@ -127,17 +127,18 @@ def test_training_time_is_never_made_up(tmp_path: Path):
 
 
 def test_the_table_at_the_end_of_a_fit_says_what_it_lacks(tmp_path: Path, capsys):
-    from w2s_train.running.record import print_scores
+    from w2s_train.running.record import Record
 
-    print_scores(tmp_path)  # not scored
+    run = Record(tmp_path, config=None)
+    run.print_scores()  # not scored
     assert capsys.readouterr().out == f"run folder: {tmp_path}\n"
     bad = changed("protocol.reference", {})
     (tmp_path / "scores.json").write_text(json.dumps([bad]))
-    print_scores(tmp_path)
+    run.print_scores()
     line = "not in the table: scores.json[0]: reference={}: must be a fingerprint"
     assert capsys.readouterr().out.startswith(line)
     (tmp_path / "scores.json").write_text(json.dumps([ENTRY, bad]))
-    print_scores(tmp_path)
+    run.print_scores()
     said = capsys.readouterr().out
     assert re.search(r"1800 .*fd_digits .*2\.4300 .*ema .*none .*1000 .*79 s", said)
     assert "not in the table: scores.json[1]: " in said

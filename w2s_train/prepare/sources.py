@@ -218,7 +218,7 @@ def _load(path: str, split: str) -> Rows:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"huggingface={path}: needs the datasets library, pip install 'w2s_train[huggingface]'"
+            f"huggingface={path}: needs the datasets library, pip install -e '.[huggingface]'"
         ) from error
     try:
         if _is_stored(path):

@@ -145,7 +145,7 @@ class Record:
         self.starts = {"from": name, "number": number + 1}
 
     def claim(self) -> None:
-        """Make the folder this run's own; called on the first process, before loggers write there."""
+        """Make the folder this run's own; on the first process, before loggers write there."""
         folder = self.folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(folder.parent / f".{folder.name}.lock")
