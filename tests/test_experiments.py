@@ -52,7 +52,7 @@ def test_the_check_sees_another_number_and_no_other_picture(tmp_path, monkeypatc
     for module in (remake, run):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)  # where it goes itself, and stays
-    monkeypatch.setattr(sys, "argv", ["remake.py", "--check"])
+    monkeypatch.setattr(sys, "argv", ["remake.py", "--check", "mnist_unconditional"])
 
     def differing() -> list[str]:
         with pytest.raises(SystemExit) as caught:
