@@ -21,7 +21,7 @@ from common import about, synchronize, write_json
 from timed import Setting, Timed
 from torch import Tensor, nn
 
-from w2s_train.command.run import keep_freed_memory
+from w2s_train.cli import keep_freed_memory
 from w2s_train.models import DiT
 from w2s_train.models.dit import DiTBlock
 

@@ -29,7 +29,8 @@ from common import OVERLAYS, ROOT, about, costs, parse, synchronize, write_json
 from evaluation import DIGITS, evaluation
 from torch._dynamo.utils import counters
 
-from w2s_train.command.run import compose, keep_freed_memory
+from w2s_train.cli import keep_freed_memory
+from w2s_train.command.run import compose
 from w2s_train.command.trainer import quiet_lightning
 from w2s_train.interpolant import LinearInterpolant
 from w2s_train.models import DiT

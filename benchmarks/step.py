@@ -28,7 +28,7 @@ from common import ROOT, about, costs, parse, write_json
 from comparison import Entry, measure
 from timed import NETWORKS, OWN, Setting
 
-from w2s_train.command.run import keep_freed_memory
+from w2s_train.cli import keep_freed_memory
 from w2s_train.command.trainer import quiet_lightning
 from w2s_train.errors import UserError
 

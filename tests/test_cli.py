@@ -16,7 +16,7 @@ from filelock import FileLock
 from refusals import PARSERS, refusal
 
 from w2s_train.checkpoint_file import digest_file
-from w2s_train.cli import HELP, main
+from w2s_train.cli import EXPORT_HELP, HELP, main
 from w2s_train.command.config import KEYS, PARTS
 from w2s_train.command.run import CLASSES, Command, run_folder
 
@@ -326,7 +326,7 @@ def test_answers_without_a_heavy_import(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert time.monotonic() - began < 5
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(HELP)
+    assert done.stdout.startswith(HELP + EXPORT_HELP)
     lines = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert lines == list(expected.values())
 

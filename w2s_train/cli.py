@@ -1,6 +1,7 @@
 """Entry point of the ``lightning`` command: answers at once, imports heavy things late."""
 
 import argparse
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -69,22 +70,42 @@ def main(args: list[str] | None = None) -> None:
     elif args[0] == "export":
         _export(args[1:])
     else:
-        # Read once, when torch loads: threads that wait must sleep. Spinning threads made a small
-        # network 50 times slower on a machine whose cores were shared.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        if args[0] in ("fit", "validate", "test"):
-            # From now on, and not only when everything is loaded: jobs are preempted at any time.
-            REQUESTS.reset()
-            REQUESTS.listen(*PREEMPTION)
-        from w2s_train.command.config import check_arguments
+        _run(args)
 
-        try:
-            check_arguments(args[1:])
-        except UserError as error:
-            sys.exit(f"error: {error}")
-        from w2s_train.command.run import run
 
-        run(None if args == sys.argv[1:] else args)
+def _run(args: list[str]) -> None:
+    if args[0] in ("fit", "validate", "test"):
+        # From now on, and not only when everything is loaded: jobs are preempted at any time.
+        REQUESTS.reset()
+        REQUESTS.listen(*PREEMPTION)
+    from w2s_train.command.config import check_arguments
+
+    try:
+        check_arguments(args[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    # Read once, when torch loads: threads that wait must sleep. Spinning threads made a small
+    # network 50 times slower on a machine whose cores were shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
+    from w2s_train.command.run import run
+
+    run(None if args == sys.argv[1:] else args)
+
+
+def keep_freed_memory() -> bool:
+    """Keep what is freed for the next step; whether the C library can.
+
+    glibc gives large blocks back to the system, and faults them in again, page by page, when the
+    same step allocates them anew: on a CPU, thousands of page faults per step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    # Parameters of mallopt(3), of which glibc alone has these.
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    wanted = {trim_threshold: 2**31 - 1, top_pad: 2**28, mmap_threshold: 2**30}
+    return all([mallopt(name, value) for name, value in wanted.items()])
 
 
 def _export(args: list[str]) -> None:

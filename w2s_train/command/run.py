@@ -1,7 +1,6 @@
 """What the ``lightning`` command does once it knows that it has work to do."""
 
 import argparse
-import ctypes
 import sys
 from pathlib import Path
 from typing import Any
@@ -270,25 +269,9 @@ def read_strictly(text: str) -> Any:
     return without_removed(get_loader("yaml")(text))
 
 
-def keep_freed_memory() -> bool:
-    """Keep what is freed for the next step; whether the C library can.
-
-    glibc gives large blocks back to the system, and faults them in again, page by page, when the
-    same step allocates them anew: on a CPU, thousands of page faults per step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    # Parameters of mallopt(3), of which glibc alone has these.
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-    wanted = {trim_threshold: 2**31 - 1, top_pad: 2**28, mmap_threshold: 2**30}
-    return all([mallopt(name, value) for name, value in wanted.items()])
-
-
 def run(args: list[str] | None) -> None:
     """Run one command; a user's error ends it with one line and status 1."""
     quiet_lightning()
-    keep_freed_memory()
     sys.excepthook = show_no_secrets
     try:
         command = compose(args)
