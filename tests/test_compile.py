@@ -42,7 +42,7 @@ def recipe(name: str) -> list[Segment]:
     return recipes[name]()
 
 
-RECIPES = ["sgg_paper", "sgg_fast", "sgg_release", "layer_skip", "ema", "separate"]
+RECIPES = ["sgg_paper", "sgg_release", "layer_skip", "ema", "separate"]
 
 
 class Waits(TorchDispatchMode):

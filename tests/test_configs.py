@@ -123,6 +123,7 @@ def test_the_small_examples_have_the_segments_that_the_studies_favour(config: st
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_dit_b_takes_steps_with_every_overlay(tmp_path: Path, latents: str, overlay: str):
     """The reference run with thin blocks: two optimisation steps."""

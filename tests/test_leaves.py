@@ -164,6 +164,7 @@ OVERLAYS = sorted(path.name for path in (ROOT / "configs" / "weak").glob("*.yaml
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_leaves_run_with_every_overlay(fit, overlay: str):
     """The tiny network has blocks for every source; scores of every kind are finite."""

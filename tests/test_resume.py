@@ -122,6 +122,7 @@ def test_resumed_anywhere(command, overlay: str, stop: int):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("1   stop and resume")
 @pytest.mark.parametrize("recipe", OVERLAYS)
 def test_every_recipe_resumes(command, recipe: str):
