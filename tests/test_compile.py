@@ -27,10 +27,6 @@ def recipe(name: str) -> list[Segment]:
             Extrapolation(0.0, 0.2, 0.6, weak.IntermediateHead()),
             Extrapolation(0.2, 1.0, 0.6, weak.NullClass()),
         ],
-        "sgg_fast": lambda: [
-            Extrapolation(0.0, 0.2, 0.6, weak.IntermediateHead()),
-            Extrapolation(0.2, 1.0, 0.6, weak.NullClass(), share=0.25),
-        ],
         "sgg_release": lambda: [
             Consistency(0.0, 0.2, weak.IntermediateHead()),
             Extrapolation(0.2, 0.8, 0.6, weak.NullClass()),
