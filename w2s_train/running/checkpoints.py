@@ -66,7 +66,7 @@ class Checkpoints:
 
     (The gradients of half a step are in no checkpoint: what went on from there would lose a batch.)
     ``last.ckpt`` names the newest. Before each, all processes compare weights, averages and weak
-    networks bit for bit, and none is written that holds a number that is not finite.
+    networks bit for bit, and none is written where one of these holds a number that is not finite.
 
     A write that fails is warned about, and training goes on; if it is the last one, it ends with
     an error.

@@ -19,14 +19,17 @@ class Step:
     number: int = 0  # optimizer steps behind the weights
     average: DiT | None = None  # their running average, which validation samples
     lr: float = 0.0  # learning rate of the run's optimizer
-    good: bool | Tensor = True  # if not, the weights are those before it; () if not known yet
+    # If not, the weights are those before it, and averages stay, too (`WeightAverage.update` takes
+    # it); a tensor () where the host does not know yet.
+    good: bool | Tensor = True
 
 
 class WeakSource(nn.Module, abc.ABC):
     """A deliberately worse prediction of the velocity.
 
     The config builds a source before it has met the network; `bind` introduces them once. Copies,
-    heads and averages made there are ordinary submodules: moved, saved and restored with the run.
+    heads and averages made there (`models.average` has them) are ordinary submodules: moved, saved
+    and restored with the run; what is no tensor is by `get_extra_state` and `set_extra_state`.
 
     A *trainable* source has parameters of its own that the loss reaches. It is evaluated with
     gradients on every row of the batch, so that the autograd graph is the same at every step. The
@@ -48,6 +51,7 @@ class WeakSource(nn.Module, abc.ABC):
 
     def plan(self, total: int | None, last: int | None) -> int:
         """The first optimizer step at which the source can predict; called before a run starts.
+        Until it can, `ready` is to be False: that stops guidance at sampling, too.
 
         Args:
             total: Steps of the plan, which shares of it refer to; None is unknown.
