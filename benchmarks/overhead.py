@@ -116,6 +116,7 @@ class Alternation(Callback):
             optimizer.zero_grad()
             loss: torch.Tensor = module.training_step(batch, 0)
             loss.backward()
+            module.configure_gradient_clipping(optimizer, module.trainer.gradient_clip_val)
             return loss
 
         module.optimizer_step(0, 0, optimizer, closure)
