@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import json, resource
 import torch
@@ -24,6 +26,7 @@ print(json.dumps([given_back, faults()]))
 """
 
 
+@pytest.mark.slow
 def test_no_page_faults_once_memory_was_used():
     """Four blocks of 40 MB are 40,000 pages of 4 KiB."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True)

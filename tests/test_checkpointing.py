@@ -120,6 +120,7 @@ def test_what_stays(command, keep: str, expected: list[int]):
     )
 
 
+@pytest.mark.slow
 def test_time_makes_checkpoints_due(command, monkeypatch):
     """With a clock that runs a minute per look, every other step is saved; the file says so."""
     saved = []
@@ -153,6 +154,7 @@ def test_one_wish_is_one_checkpoint(command, monkeypatch):
     assert saved == [4, 9]
 
 
+@pytest.mark.slow
 def test_a_run_stops_after_whole_steps(command, monkeypatch):
     """Also where the host hears of the wish while a checkpoint is written, after a step."""
     monkeypatch.setattr("w2s_train.running.guard.waits_cost", lambda trainer: True)
@@ -172,6 +174,7 @@ def test_a_run_stops_after_whole_steps(command, monkeypatch):
     assert steps == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.slow
 def test_states_of_what_were_callbacks_of_their_own(command, recwarn):
     """Checkpoints of before `Run`: the guard and the skipped samples go on counting."""
     options = [*LONG, "--trainer.callbacks=null"]
@@ -193,6 +196,7 @@ def test_states_of_what_were_callbacks_of_their_own(command, recwarn):
     assert checkpoint(part, "step-000004")["callbacks"]["Run"]["samples"] == skipped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -252,6 +252,7 @@ def classifier_command(tmp_path: Path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_classifier_command(classifier_command, tmp_path: Path, capsys):
     classifier_command(fraction="0.5", epochs="20")
     assert "128 training and 60 test images\nmnist: " in capsys.readouterr().out

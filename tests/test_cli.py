@@ -112,7 +112,7 @@ BAD = {
         ["ramp_steps=-3", "number of steps"],
     ),
     "large weak network": (
-        [source("CoTrained", "network: {class_path: w2s_train.models.DiT}")],
+        [source("CoTrained", "network: {class_path: w2s_train.models.DiT, init_args: {depth: 1}}")],
         ["network=", "input_size 32, must have 8"],
     ),
     "no co-training": ([source("CoTrained", "every: 0")], ["every=0", "at least 1"]),
@@ -271,6 +271,7 @@ def test_scoring_needs_a_checkpoint(tmp_path: Path):
     assert last.startswith("error: ckpt_path=last: there is no")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key, value", [("in_channels", 3), ("input_size", 16)])
 def test_data_of_another_shape(command, key: str, value: int):
     with pytest.raises(SystemExit, match=r"must fit the data, whose shape is \(1, 8, 8\)"):
@@ -376,6 +377,7 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 def test_the_saved_config_repeats_the_run(folder: Path, monkeypatch):
     """Under a lock, which keeps a second fit out; the earlier run is moved aside."""
     monkeypatch.chdir(ROOT)
@@ -411,6 +413,7 @@ def test_test_scores_and_predict_writes(command, folder: Path):
     assert not (folder / "lightning_logs").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_wins_over_the_checkpoint(command, folder: Path):
     """Lightning's own CLI would score with the checkpoint's sampler and guidance."""
     command("validate", "--ckpt_path=last", guidance("ClassifierFree", "scale: 2.0"))
@@ -439,6 +442,7 @@ def test_logs_hold_what_people_expect(fitted: Path):
     assert {"config", "environment", "scores", "metrics", "events", "grids"} <= files
 
 
+@pytest.mark.slow
 def test_checkpoints_run_no_code(command, folder: Path, tmp_path: Path):
     """Faults row 19: a pickled call in a checkpoint is not made."""
 
@@ -456,6 +460,7 @@ def test_checkpoints_run_no_code(command, folder: Path, tmp_path: Path):
     assert not (tmp_path / "sentinel").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_must_fit(command, folder: Path):
     with pytest.raises(SystemExit, match="ckpt_path=.*: must fit the config; .*size mismatch"):
         command("validate", "--ckpt_path=last", "--model.network.init_args.hidden_size=24")

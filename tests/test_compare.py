@@ -311,6 +311,7 @@ def test_lines_about_runs_come_before_the_error(arms, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_torch_is_not_loaded(arms, tmp_path: Path):
     code = (
         "import sys; from w2s_train.cli import main; main(sys.argv[1:]);"

@@ -78,6 +78,7 @@ def waits(command, monkeypatch, *options: str) -> list[str]:
     return found.found
 
 
+@pytest.mark.slow
 def test_the_host_waits_for_nothing_in_a_step(command, fits, monkeypatch, late):
     """With every weak source."""
     sources = every_source(fits() / "checkpoints" / "last.ckpt")

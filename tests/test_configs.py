@@ -63,6 +63,7 @@ def test_data_configs_instantiate(name: str, latents: str):
     assert (data.batch_size, data.flip) == (stated["batch_size"], stated.get("flip", False))
 
 
+@pytest.mark.slow
 def test_data_by_one_option(latents: str):
     """As the README has it."""
     option = ["--data", str(ROOT / "configs" / "data" / "mnist.yaml")]

@@ -35,8 +35,9 @@ def data(tmp_path: Path) -> str:
     return write_images(tmp_path / "data", [40, 33, 47])
 
 
+@pytest.mark.slow
 @pytest.mark.fault("11  unreadable samples")
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_skips_are_reported_at_the_end_of_the_epoch(
     command, tmp_path: Path, data: str, caplog, processes: int
 ):
@@ -70,9 +71,10 @@ def test_too_many_skips_stop_the_run(command, tmp_path: Path, data: str, capsys)
     assert 0 < checkpoint(tmp_path / "run")["global_step"] < 10
 
 
+@pytest.mark.slow
 @pytest.mark.fault("13  few shards")
 @pytest.mark.parametrize("counts", [[20, 20, 20], [30], [1, 1]])
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_few_shards(command, tmp_path: Path, counts: list[int], processes: int):
     """Faults row 13: 3 shards on 2 ranks, 1 shard on 2 ranks x 2 workers, tiny ones: they train."""
     urls = write_images(tmp_path / "data", counts)
@@ -82,6 +84,7 @@ def test_few_shards(command, tmp_path: Path, counts: list[int], processes: int):
     assert checkpoint(folder)["progress"]["images_seen"] == 6 * 16 * processes
 
 
+@pytest.mark.slow
 @pytest.mark.fault("12  label that is no class")
 def test_a_label_that_is_no_class(command, tmp_path: Path):
     """Faults row 12: key, shard and value, before the first step."""
@@ -92,6 +95,7 @@ def test_a_label_that_is_no_class(command, tmp_path: Path):
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_virtual_epochs_change_nothing(command, data: str):
     """Lightning's epochs of two batches, each of which reads from the loader anew."""
     options = [*OPTIONS, data, "--data.num_workers=2"]
@@ -101,6 +105,7 @@ def test_virtual_epochs_change_nothing(command, data: str):
     assert_same(checkpoint(whole), checkpoint(pieces))
 
 
+@pytest.mark.slow
 @pytest.mark.fault("2   resume on another number of processes")
 def test_the_position_survives_another_number_of_processes(command, data: str, monkeypatch):
     """Faults row 2: one process of 16 rows, then two of 8, then one: the samples of one run."""

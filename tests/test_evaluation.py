@@ -65,6 +65,7 @@ def metrics(command, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_all_settings_in_one_go(command, metrics: Path, tmp_path: Path):
     """Each setting and seed range scores as it does alone."""
     (tmp_path / "settings.yaml").write_text(SETTINGS)
@@ -86,8 +87,11 @@ def test_all_settings_in_one_go(command, metrics: Path, tmp_path: Path):
     assert len(grids) == 6 and "step-000006.png" in grids
 
 
-@pytest.mark.parametrize("options", [(), ("--data.generation_batch_size=11",)])
-def test_an_interrupted_evaluation_goes_on(command, metrics: Path, monkeypatch, options):
+OTHER_BATCHES = pytest.param("--data.generation_batch_size=11", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("option", ["--data.generation_batch_size=32", OTHER_BATCHES])
+def test_an_interrupted_evaluation_goes_on(command, metrics: Path, monkeypatch, option: str):
     """The same scores and grid, and nothing is generated twice."""
     folder = command("fit", "-c", str(metrics))
     expected, grid = scores(folder)[-5:], (folder / "grids/step-000006.png").read_bytes()
@@ -102,7 +106,7 @@ def test_an_interrupted_evaluation_goes_on(command, metrics: Path, monkeypatch, 
 
     monkeypatch.setattr(DiffusionModule, "generate", watched)
     resumed = False
-    arguments = ("validate", "-c", str(metrics), "--ckpt_path=last", *options)
+    arguments = ("validate", "-c", str(metrics), "--ckpt_path=last", option)
     with pytest.raises(RuntimeError, match="stopped"):
         command(*arguments)
     assert 40 <= len(seeds) < 90
@@ -115,6 +119,7 @@ def test_an_interrupted_evaluation_goes_on(command, metrics: Path, monkeypatch, 
     assert not (folder / "evaluation").exists()
 
 
+@pytest.mark.slow
 def test_another_checkpoint_does_not_take_over(command, metrics: Path, monkeypatch):
     """What an interrupted evaluation left belongs to its weights alone."""
     folder = command("fit", "-c", str(metrics))
@@ -134,6 +139,7 @@ def test_another_checkpoint_does_not_take_over(command, metrics: Path, monkeypat
     assert numbers(scores(folder)[-5:]) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [2, 5])  # in the first evaluation, and in that of the last step
 def test_a_fit_finishes_the_evaluation_it_was_stopped_in(
     command, metrics: Path, monkeypatch: pytest.MonkeyPatch, call: int
@@ -247,6 +253,7 @@ def test_a_learned_scale_belongs_to_the_key(command, metrics: Path, monkeypatch)
     assert list((folder / "evaluation").iterdir()) == [left]
 
 
+@pytest.mark.slow
 def test_a_part_of_the_images_is_counted_as_such(command, metrics: Path):
     """Lightning's own limit leaves batches out; the record must say so."""
     folder = command("fit", "-c", str(metrics))
@@ -254,6 +261,7 @@ def test_a_part_of_the_images_is_counted_as_such(command, metrics: Path):
     assert {s["protocol"]["n"] for s in scores(folder)[-5:]} == {64}
 
 
+@pytest.mark.slow
 def test_unknown_metrics(command, metrics: Path):
     metrics.write_text(metrics.read_text().replace("PrecisionRecall", "Precision"))
     with pytest.raises(SystemExit, match="^error: .*w2s_train.metrics.Precision") as error:

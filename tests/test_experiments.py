@@ -1,5 +1,6 @@
 """The studies: how they are run, and that their tables come from their runs' scores."""
 
+import functools
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,9 +34,11 @@ import run
 STUDIES = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/study.yaml"))
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)")
 RUNS = sorted((ROOT / "experiments").glob("*/runs/*/scores.json"))
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 RENAMED = yaml.safe_load((ROOT / "experiments" / "renamed.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_every_table_and_page_is_what_the_stored_scores_say():
     done = subprocess.run(
         [sys.executable, "experiments/remake.py", "--check"],
@@ -117,6 +121,17 @@ def holds(found: object, expected: object) -> bool:
     return found == expected
 
 
+@functools.cache
+def read_yaml(path: Path) -> Any:
+    return yaml.load(path.read_text(), LOADER)
+
+
+@functools.cache
+def jobs(study: str) -> list[run.Job]:
+    """All runs of a study."""
+    return run.jobs(study)
+
+
 def described(study: str, name: str) -> list[str]:
     """The command of a recorded run: as its study says; of a retired arm, as it did."""
     arm, _, seed = name.rpartition("-")
@@ -124,7 +139,7 @@ def described(study: str, name: str) -> list[str]:
     if retired and study in retired["studies"]:
         common = run.load(study)["command"]
         return run.command(common, retired["added"], int(seed), Path("runs", study, name))
-    (job,) = [job for job in run.jobs(study) if job.name == name]
+    (job,) = [job for job in jobs(study) if job.name == name]
     return job.command
 
 
@@ -141,13 +156,13 @@ def test_a_record_is_of_the_run_that_the_study_describes(scores):
         return
     expected: object = {}
     for path in overlays(command):
-        expected = merged(expected, plain(yaml.safe_load((ROOT / path).read_text())))
+        expected = merged(expected, plain(read_yaml(ROOT / path)))
     for key, value in itertools.pairwise(command):
         if key.startswith(("--model.", "--trainer.", "--data.")):
             for part in reversed(key.removeprefix("--").split(".")):
                 value = {part: yaml.safe_load(value) if isinstance(value, str) else value}
             expected = merged(expected, plain(value))
-    stored = yaml.safe_load((scores.parent / "config.yaml").read_text())
+    stored = read_yaml(scores.parent / "config.yaml")
     for part in ("model", "trainer", "data"):
         if isinstance(expected[part], dict):  # else the path of a config
             assert holds(plain(stored)[part], expected[part]), part
@@ -169,9 +184,7 @@ def test_renamed_yaml_says_what_every_recorded_run_was_called():
             continue  # guidance at sampling: the study alone names the arm
         study = scores.parts[-4]
         today, seed = arm_and_seed(str(scores.parent))
-        then, its_seed = arm_and_seed(
-            yaml.safe_load(config.read_text())["trainer"]["default_root_dir"]
-        )
+        then, its_seed = arm_and_seed(read_yaml(config)["trainer"]["default_root_dir"])
         names = RENAMED["recorded"].get(study, {}).get(then, then)
         assert seed == its_seed
         assert today in (names if isinstance(names, list) else [names]), scores
@@ -188,7 +201,7 @@ def test_old_names_are_gone_and_new_ones_are_there():
     assert not set(RENAMED["retired"]) & arms
     for old, new in RENAMED["files"].items():
         assert not (ROOT / old).exists() and (ROOT / new).is_file()
-    used = {path for study in STUDIES for job in run.jobs(study) for path in overlays(job.command)}
+    used = {path for study in STUDIES for job in jobs(study) for path in overlays(job.command)}
     assert not set(RENAMED["files"]) & used
 
 

@@ -48,6 +48,7 @@ def save(folder: Path, name: str = "last", **options) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_the_lines_of_the_page(tmp_path: Path, weights: str):
     """They load the network in a process that cannot import Lightning; same velocities, bitwise."""

@@ -129,6 +129,7 @@ def scores(folder: Path) -> list[dict]:
     return json.loads((folder / "scores.json").read_text())
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch_size(command):
     """Faults row 17, in one process: identical to the last stored digit."""
     folder = command("fit")

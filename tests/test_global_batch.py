@@ -157,6 +157,7 @@ def test_one_run_on_one_and_two_processes(command, used, monkeypatch, caplog):
             torch.testing.assert_close(value, first[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_going_on_with_other_parts(command, used):
     """Stopped at step 3 of 6, inside an interval of 2; then on in 4 parts, and in 1."""
     whole = command("fit", *BATCH, folder="whole")
@@ -170,6 +171,7 @@ def test_going_on_with_other_parts(command, used):
         assert progress(part)[:4] == progress(whole)[:4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [

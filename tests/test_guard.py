@@ -96,6 +96,7 @@ def test_the_host_waits_if_the_first_bad_step_is_one_too_many(command, monkeypat
     assert "until step 5: weights go back to those of checkpoints/step-000003.ckpt" in text
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_back_in_its_folder_forgets_what_came_later(command, monkeypatch, recwarn):
     """Neither a roll-back nor a kill leads to the part that was given up."""
     options = ["--trainer.val_check_interval=1000", "--guard.patience=3"]
@@ -117,6 +118,7 @@ def test_a_run_that_goes_back_in_its_folder_forgets_what_came_later(command, mon
     assert checkpoint(folder)["global_step"] == 8
 
 
+@pytest.mark.slow
 def test_numbers_that_cannot_be_written_end_no_run(command, monkeypatch, recwarn):
     """As while a checkpoint that is being written fills the disk."""
     real_csv, real_events, calls = MetricsCSV._append, EventFileWriter.add_event, []
@@ -139,8 +141,9 @@ def test_numbers_that_cannot_be_written_end_no_run(command, monkeypatch, recwarn
     assert rows[-1].startswith("30,") and 10 < len(rows) < 31
 
 
-SOURCES = ["EMA, init_args: {decay: 0.9, lag: 3}", "CoTrained, init_args: {every: 1}"]
-SOURCES += ["Snapshot, init_args: {step: 3}"]
+OTHERS = ["EMA, init_args: {decay: 0.9, lag: 3}", "Snapshot, init_args: {step: 3}"]
+SOURCES = ["CoTrained, init_args: {every: 1}"]
+SOURCES += [pytest.param(source, marks=pytest.mark.slow) for source in OTHERS]
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -65,12 +65,12 @@ def test_the_optimal_velocity_follows_from_the_score(interpolant, null: bool):
 
 def test_scores_of_true_points():
     """1 % outliers, nearly full coverage, no distance; and no error for the optimal field."""
-    leaves, y = Leaves(4, 3), torch.arange(8000) % 4
+    leaves, y = Leaves(4, 2), torch.arange(4000) % 4
     x = leaves.sample(y, torch.Generator().manual_seed(5))
     scores = sample_scores(leaves, x, y)
     assert scores["outliers"] == pytest.approx(0.01, abs=0.005)
     assert scores["coverage"] > 0.95
-    assert scores["energy_distance"] < 1e-3
+    assert scores["energy_distance"] < 2e-3
     swapped = sample_scores(leaves, x.roll(1, 0), y)
     assert swapped["outliers"] > 0.95
     one_branch = x.clone()
@@ -145,6 +145,7 @@ def scores(folder: Path) -> list[dict]:
     return json.loads((folder / "scores.json").read_text())
 
 
+@pytest.mark.slow
 def test_leaves_score_alike_on_any_number_of_processes_and_unconditionally(fit):
     """Batches of another size, and labels that stand for nothing."""
     folder = fit("fit")
@@ -173,6 +174,7 @@ def test_leaves_run_with_every_overlay(fit, overlay: str):
     assert 0 <= min(s["value"] for s in found if s["metric"] == "coverage") <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [

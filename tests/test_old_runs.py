@@ -46,6 +46,7 @@ def check(path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_stored_configs():
     assert len(STORED) > 200 and len(GONE) == 6
     for path in one_of_each_form([path for path in STORED if path not in GONE]):

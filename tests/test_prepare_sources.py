@@ -129,6 +129,7 @@ def pairs(folder: Path, split: str = "train") -> list[tuple[bytes, int]]:
     return sorted((s["png"], int(s["cls"])) for s in samples(folder, split))
 
 
+@pytest.mark.slow
 def test_huggingface(prepare, rows, tmp_path: Path):
     """Parquet, folders of it and both forms of save_to_disk give the same shards."""
     from datasets import DatasetDict
@@ -152,6 +153,7 @@ def test_huggingface(prepare, rows, tmp_path: Path):
                 prepare("huggingface", tmp_path / path, "--split", "val", "--output", out)
 
 
+@pytest.mark.slow
 def test_huggingface_plain_columns(prepare, rows, tmp_path: Path):
     """Columns without types are found by their names; texts become classes."""
     from datasets import Dataset
@@ -166,6 +168,7 @@ def test_huggingface_plain_columns(prepare, rows, tmp_path: Path):
         assert (out / "classes.txt").read_text() == "ant\nbee\ncat\n"
 
 
+@pytest.mark.slow
 def test_huggingface_errors(prepare, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "rows.parquet"
     out = ("--output", tmp_path / "out")

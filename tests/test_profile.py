@@ -13,6 +13,7 @@ from w2s_train.running.run import Run
 TINY = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 2, len(TINY)])
 def test_the_switch_stands_anywhere(place: int, digits: None):
     from w2s_train.command.run import compose
@@ -25,11 +26,13 @@ def test_the_switch_stands_anywhere(place: int, digits: None):
         assert "profile" not in composed.config.fit
 
 
+@pytest.mark.slow
 def test_only_fit_is_profiled(command):
     with pytest.raises(SystemExit, match="error: --profile: must stand with fit; validate takes"):
         command("validate", "--profile", "--ckpt_path=none.ckpt")
 
 
+@pytest.mark.slow
 def test_short_runs_are_refused(command, tmp_path: Path):
     with pytest.raises(SystemExit, match=rf"error: trainer.max_steps=6: .* {NEEDED} to profile"):
         command("fit", "--profile")

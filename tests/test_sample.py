@@ -72,6 +72,7 @@ def test_every_format_holds_the_same_images(run: Path, tmp_path: Path):
     assert not list(tmp_path.glob("*partial*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -89,6 +90,7 @@ def test_bad_samples(run: Path, options: list[str], message: str):
         sample(run, *options)
 
 
+@pytest.mark.slow
 def test_reference_is_that_of_the_preparation(command, tmp_path: Path):
     """Shard by shard in batches equals all images at once; a subset keeps what it should."""
     made = Reference.load(ROOT / "data/digits/reference.npz")
@@ -107,6 +109,7 @@ def test_reference_is_that_of_the_preparation(command, tmp_path: Path):
     assert torch.equal(Reference.load(tmp_path / "7.npz").features, whole[:100])
 
 
+@pytest.mark.slow
 def test_reference_of_another_split(command, tmp_path: Path):
     path = tmp_path / "heldout.npz"
     urls = "--urls=data/digits/heldout-*.tar"
@@ -148,6 +151,7 @@ def changed(path: Path, **changes: str | int) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -193,11 +197,13 @@ def test_a_reference_that_says_nothing(tmp_path: Path):
         Reference.load(tmp_path / "r.npz")
 
 
+@pytest.mark.slow
 def test_a_reference_is_not_overwritten_by_another(command, tmp_path: Path):
     with pytest.raises(SystemExit, match="holds digits train, must be new for digits heldout"):
         command("reference", "--urls=data/digits/heldout-*.tar")
 
 
+@pytest.mark.slow
 def test_left_overs_of_a_stopped_npz(run: Path, tmp_path: Path, monkeypatch):
     """A second start with fewer images does not take the first one's rows."""
     generate = DiffusionModule.generate
@@ -238,6 +244,7 @@ def test_shards_of_one_size_and_what_a_stopped_one_leaves(tmp_path: Path):
     assert keys == [f"{seed:06d}" for seed in range(10)]
 
 
+@pytest.mark.slow
 def test_metrics_that_need_single_features(command, tmp_path: Path):
     path = changed(tmp_path / "bare.npz")
     features = "{class_path: w2s_train.features.ClassifierFeatures, "
@@ -264,6 +271,7 @@ def test_fewer_images_than_the_protocol(n: int, name: str):
     assert FID("none.npz", ClassifierFeatures("toys/none.safetensors"))._suffix(n) == ""
 
 
+@pytest.mark.slow
 def test_too_few_images_for_the_covariance(command):
     """A warning with both numbers."""
     with pytest.warns(UserWarning, match="40 images are too few for a covariance of 64 features"):

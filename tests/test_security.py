@@ -173,6 +173,7 @@ def test_options(option: str, sentinel: Path, tmp_path: Path):
     refusal(tmp_path / "run", option)
 
 
+@pytest.mark.slow
 def test_the_switch_allows(command, tmp_path: Path, monkeypatch):
     """On the command line, for packages by name; also beside others."""
     (tmp_path / "my_callbacks.py").write_text(
@@ -236,7 +237,10 @@ USES = {  # a command, and its option
 
 @pytest.mark.fault("19  malicious input")
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "script"])
+@pytest.mark.parametrize(
+    "form",
+    ["zip", "script", *(pytest.param(f, marks=pytest.mark.slow) for f in ("legacy", "pickle"))],
+)
 def test_checkpoints(use: str, form: str, digits: None, sentinel: Path, tmp_path: Path):
     path = tmp_path / "evil.ckpt"
     content = {"state_dict": {}, "network": {}, "global_step": 1, "evil": Call(sentinel)}
@@ -266,6 +270,7 @@ def trained(command) -> dict[str, Any]:
     return torch.load(command("fit") / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("19  malicious input")
 def test_settings_of_checkpoints(trained: dict[str, Any], sentinel: Path, tmp_path: Path):
     """What a checkpoint wants to be built by and of, which Lightning's own loading follows."""
@@ -335,6 +340,7 @@ def test_pickles_in_shards(command, sentinel: Path, tmp_path: Path):
     assert (folder / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("19  malicious input")
 def test_arrays_in_shards(command, sentinel: Path, tmp_path: Path):
     """NumPy would unpickle arrays of objects."""
@@ -349,6 +355,7 @@ def test_arrays_in_shards(command, sentinel: Path, tmp_path: Path):
         command("fit", *options, "--trainer.callbacks=[]", "--data.num_workers=0")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("19  malicious input")
 @pytest.mark.parametrize("kind", ["fit", "prepare"])
 def test_paths_in_shards(kind: str, command, sentinel: Path, tmp_path: Path):

@@ -77,8 +77,10 @@ def test_few_shards(tmp_path: Path, counts: list[int], ranks: int, workers: int)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-@pytest.mark.parametrize("workers", [0, 2, 3])
-@pytest.mark.parametrize("start", [1, 2, 7, 20])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "start", [1, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 20))]
+)
 def test_a_later_start_continues_the_stream(urls, workers: int, start: int, in_memory: bool):
     """Faults row 1: the next 8 batches after a resume are those of the uninterrupted run."""
     options = dict(flip=True, num_workers=workers, in_memory=in_memory)
