@@ -29,7 +29,7 @@ part() {
 everything() {
     local step="$python benchmarks/step.py" bf16="--precision bf16-mixed --limit LIMIT"
     local recipes=none,sgg_reversed,sgg_paper,sgg_release,branch,layer_skip,ema
-    local b2="--networks b2 --compile on" xl2="--networks xl2 --compile blocks"
+    local b2="--networks b2 --compile blocks" xl2="--networks xl2 --compile blocks"
     local sampled="b2 --precision 32-true,bf16-mixed --compile off,on" rounds=100
     if [ "$mode" = --cpu ]; then
         recipes=none,sgg_reversed,branch
@@ -37,12 +37,12 @@ everything() {
         sampled="tiny --compile off" rounds=10
     fi
     # No quotes: these are lists of words.
-    part tests 60 "$python" -m pytest -q -m gpu $(grep -l 'mark\.gpu' tests/test_*.py)
-    part step_b2 135 $step $b2 $bf16 --recipes $recipes --json "$out/step_b2.json"
-    part step_b2_eager 40 $step ${b2/--compile on/} $bf16 --recipes none --json "$out/step_b2_eager.json"
-    part sample 65 "$python" benchmarks/sample.py --networks $sampled --json "$out/sample.json"
-    part overhead 35 "$python" benchmarks/overhead.py --rounds $rounds --json "$out/overhead.json"
-    part step_xl2 185 $step $xl2 $bf16 --recipes $recipes --json "$out/step_xl2.json"
+    part tests 100 "$python" -m pytest -q -m gpu $(grep -l 'mark\.gpu' tests/test_*.py)
+    part step_b2 160 $step $b2 $bf16 --recipes $recipes --json "$out/step_b2.json"
+    part step_b2_eager 30 $step ${b2/--compile blocks/} $bf16 --recipes none --json "$out/step_b2_eager.json"
+    part sample 85 "$python" benchmarks/sample.py --networks $sampled --json "$out/sample.json"
+    part overhead 40 "$python" benchmarks/overhead.py --rounds $rounds --json "$out/overhead.json"
+    part step_xl2 110 $step $xl2 $bf16 --recipes none,sgg_reversed --json "$out/step_xl2.json"
     printf '\nresults, after %s s, in %s:\n' "$SECONDS" "$out"
     ls "$out"
     [ ${#failed[@]} = 0 ] || { printf 'failed: %s\n' "${failed[@]}"; return 1; }
