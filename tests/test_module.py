@@ -92,6 +92,14 @@ def test_averages_follow_optimizer_steps_not_batches(monkeypatch):
     assert model.images_seen == 3 * 2 * 32
 
 
+def test_every_step_is_logged_once(monkeypatch):
+    """Also the last of an epoch, which Lightning takes with the batches that are left."""
+    model, logged = module(), []
+    monkeypatch.setattr(model, "record", lambda metrics: logged.append(model.global_step))
+    fit(model, steps=6, accumulate_grad_batches=2, limit_train_batches=5)
+    assert logged == [1, 2, 3, 4, 5, 6]
+
+
 def test_half_precision_networks_are_averaged_in_float32(network: DiT):
     """A bfloat16 average with decay 0.999 would not move at all."""
     half = network.bfloat16()

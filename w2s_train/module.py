@@ -197,9 +197,8 @@ class DiffusionModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Every ``log_every_n_steps`` optimizer steps, read the statistics and log them."""
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if self.global_step % interval or not stepped:
-            return
+        if self.losses or self.global_step % interval:
+            return  # in the middle of a step, which an epoch's end makes shorter, or between logs
         strategy = self.trainer.strategy
         numbers = self.training_log.read(lambda x, op: strategy.reduce(x, reduce_op=op))
         metrics = {f"train/{name}": value for name, value in numbers.items()}
