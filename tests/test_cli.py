@@ -356,21 +356,10 @@ def test_help_of_one_command(capsys):
 # ---- one fit, and what follows it ---------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def fitted(digits: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a fit of the tiny digits; not to be changed."""
-    folder = tmp_path_factory.mktemp("fitted") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        files = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml"]
-        main(["fit", *files, "--trainer.default_root_dir", str(folder)])
-    return folder
-
-
 @pytest.fixture
-def folder(fitted: Path, tmp_path: Path) -> Path:
-    """A copy of it, where ``command`` runs."""
-    return shutil.copytree(fitted, tmp_path / "run", symlinks=True)
+def folder(tiny_run: Path) -> Path:
+    """A fit of the tiny digits, where ``command`` runs."""
+    return tiny_run
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -393,8 +382,8 @@ def test_the_saved_config_repeats_the_run(folder: Path, monkeypatch):
         assert torch.equal(value, second[name]), name
 
 
-def test_saved_configs_name_the_classes_as_configs_do(fitted: Path):
-    paths = re.findall(r"class_path: (\S+)", (fitted / "config.yaml").read_text())
+def test_saved_configs_name_the_classes_as_configs_do(tiny_run: Path):
+    paths = re.findall(r"class_path: (\S+)", (tiny_run / "config.yaml").read_text())
     assert paths[:3] == [
         "w2s_train.callbacks.FID",
         "w2s_train.features.ClassifierFeatures",
@@ -430,15 +419,15 @@ def test_the_run_folder_is_named_after_the_configs():
     assert run_folder(config) == Path("runs/other")
 
 
-def test_logs_hold_what_people_expect(fitted: Path):
-    columns = (fitted / "metrics.csv").read_text().splitlines()[0].split(",")
+def test_logs_hold_what_people_expect(tiny_run: Path):
+    columns = (tiny_run / "metrics.csv").read_text().splitlines()[0].split(",")
     expected = {"step", "train/loss", "train/gradient_norm", "train/learning_rate"}
     expected |= {f"train/quarter_{q}/strong_loss" for q in ("0-0.25", "0.75-1")}
     for part in ("strong", "weak", "difference"):
         expected |= {f"train/t_0.5-1/{part}_{kind}" for kind in ("rms", "max")}
     expected |= {"train/t_0.5-1/effective_scale", "train/t_0-0.5/strong_loss", "val/fd_digits"}
     assert expected <= set(columns)
-    files = {path.name.split(".")[0] for path in fitted.iterdir()}
+    files = {path.name.split(".")[0] for path in tiny_run.iterdir()}
     assert {"config", "environment", "scores", "metrics", "events", "grids"} <= files
 
 

@@ -238,6 +238,7 @@ def test_compiled_networks_take_steps(command):
 def test_dit_b_takes_a_step(tmp_path: Path, latents: str):
     """One real optimisation step of the reference run, on latents: all weights move."""
     options = ["--trainer.max_steps=1", "--trainer.devices=1", "--trainer.accelerator=cpu"]
+    options += ["--trainer.precision=32-true"]  # bfloat16 takes minutes where a CPU lacks it
     options += ["--data.global_batch_size=4", "--data.num_workers=1", "--model.compile=false"]
     options += [f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks=null"]
     command = instantiate(["dit_b_w2s.yaml"], latents, *options)

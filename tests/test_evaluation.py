@@ -14,8 +14,11 @@ import torch
 from conftest import ROOT
 
 from w2s_train.clock import FitClock
+from w2s_train.errors import PREEMPTED
+from w2s_train.evaluation.scorer import Scorer
 from w2s_train.module import DiffusionModule
 from w2s_train.shards.order import GenerationPlan, Remaining
+from w2s_train.signals import REQUESTS
 
 CALLBACKS = """
 trainer:
@@ -117,6 +120,34 @@ def test_an_interrupted_evaluation_goes_on(command, metrics: Path, monkeypatch, 
     assert numbers(scores(folder)[-5:]) == numbers(expected)
     assert (folder / "grids/step-000006.png").read_bytes() == grid
     assert not (folder / "evaluation").exists()
+
+
+@pytest.mark.slow
+def test_stopped_again_where_processes_put_their_shares_together(command, metrics, monkeypatch):
+    """What the first start left is not counted twice by the third."""
+    folder = command("fit", "-c", str(metrics))
+    expected, generate, calls = scores(folder)[-5:], DiffusionModule.generate, []
+
+    def broken(self, batch: list[int], *rest: Any):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise RuntimeError("stopped")
+        return generate(self, batch, *rest)
+
+    arguments = ("validate", "-c", str(metrics), "--ckpt_path=last")
+    monkeypatch.setattr(DiffusionModule, "generate", broken)
+    with pytest.raises(RuntimeError, match="stopped"):
+        command(*arguments)
+    with monkeypatch.context() as patch:
+        preempt = lambda *_: setattr(REQUESTS, "preempted", True)  # noqa: E731
+        patch.setattr(Scorer, "on_validation_epoch_end", preempt)
+        with pytest.raises(SystemExit) as end:
+            command(*arguments)
+    REQUESTS.reset()
+    assert end.value.code == PREEMPTED and len(scores(folder)) == 10
+    command(*arguments)
+    assert numbers(scores(folder)[-5:]) == numbers(expected)
+    assert scores(folder)[-1]["protocol"]["n"] == 90
 
 
 @pytest.mark.slow

@@ -79,8 +79,8 @@ def test_the_lines_of_the_page(tmp_path: Path, weights: str):
     assert torch.equal(out["velocity"], expected)
 
 
-def test_weights_of_a_fit(command, tmp_path: Path):
-    folder = command("fit")
+def test_weights_of_a_fit(tiny_run: Path, tmp_path: Path):
+    folder = tiny_run
     main(["export", f"--ckpt_path={folder}", f"--output={tmp_path / 'out'}"])
     state = load_file(tmp_path / "out" / "model.safetensors")
     trained = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

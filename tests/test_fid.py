@@ -141,8 +141,8 @@ def test_scores_do_not_depend_on_the_batch_size(command):
     assert fitted["protocol"]["images_seen"] == 6 * 16
 
 
-def test_score_entries_state_their_protocol(command):
-    first = scores(command("fit"))[0]
+def test_score_entries_state_their_protocol(tiny_run: Path):
+    first = scores(tiny_run)[0]
     assert first["metric"] == "fd_digits"
     assert (first["step"], first["weights"], first["guidance"]) == (3, "ema", "none")
     protocol = first["protocol"]

@@ -1,6 +1,7 @@
 """What the guard takes for a bad step and where it goes back to; slow faults are in faults/."""
 
 import errno
+import itertools
 import math
 import warnings
 from pathlib import Path
@@ -54,18 +55,21 @@ def test_nothing_is_a_spike_where_everything_was_zero():
 
 def test_the_alarm_looks_once_at_what_was_logged():
     """A warning above 1.2 times what the scale explains, the end at twice that."""
+    images = itertools.count()
 
     def logged(strong: float, guides: float = 2.0) -> dict[str, float]:
         numbers = dict(strong_rms=strong, velocity_rms=0.5, effective_scale=guides)
-        return {f"train/0-1/{name}": value for name, value in numbers.items()}
+        named = {f"train/0-1/{name}": value for name, value in numbers.items()}
+        return named | {"train/images_seen": next(images)}
 
     alarm, metrics = BlowUp(), logged(1.21)
+    alarm.look({}, step=0)
     alarm.look(logged(1.19) | {"train/1-2/effective_scale": 2.0}, step=1)  # no velocity yet
     with pytest.warns(UserWarning, match="step 2: train/0-1/strong_rms is 1.21, which is 2.42 tim"):
         alarm.look(metrics, step=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        alarm.look(metrics, step=3)
+        alarm.look(metrics | {"val/fd_digits": 3.0}, step=3)
     with pytest.raises(Stopped, match="guidance by 2 explains 2 times; a smaller scale") as end:
         alarm.look(logged(2.41), step=4)
     assert end.value.status == DIVERGED

@@ -128,7 +128,7 @@ def test_it_learns_two_classes():
 
 def test_what_a_run_keeps_does_nothing_without_it():
     """It has the type of a callback for the sake of configs only, and says so."""
-    with pytest.raises(UserError, match="ResumableEvaluation: must be handed to Run"):
+    with pytest.raises(UserError, match="ResumableEvaluation: must stand in a config"):
         fit(module(), 1, ResumableEvaluation())
 
 

@@ -357,3 +357,11 @@ def test_bad_extrapolations(options: dict):
     (name,) = options
     with pytest.raises(ValueError, match=f"{name}="):
         Extrapolation(0.0, 1.0, 0.3, sources.NullClass(), **options)
+
+
+def test_a_segment_without_rows_logs_nothing():
+    log = Log()
+    for name in ("a_max", "a_rms", "a"):
+        log.add((name,), torch.zeros(1, 0))
+    log.commit()
+    assert log.read(lambda x, op: x) == {}

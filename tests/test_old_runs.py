@@ -41,9 +41,15 @@ def check(path: Path) -> None:
         assert config.model[name].as_dict() == stated["model"][name]
     segments = stated["model"]["objective"]["init_args"]["segments"]
     found = config.model.objective.init_args.segments
-    assert [segment.class_path for segment in found or []] == [
-        segment["class_path"] for segment in segments or []
-    ]
+    for ours, theirs in zip(found or [], segments or [], strict=True):
+        assert ours.class_path == theirs["class_path"]
+        arguments = theirs["init_args"]
+        numbers = [name for name in arguments if not isinstance(arguments[name], dict)]
+        assert {"low", "high"} < set(numbers)
+        assert all(ours.init_args[name] == arguments[name] for name in numbers)
+        assert ours.init_args.weak.class_path == arguments["weak"]["class_path"]
+    assert config.model.label_dropout == stated["model"]["label_dropout"]
+    assert config.trainer.max_steps == stated["trainer"]["max_steps"]
 
 
 @pytest.mark.slow

@@ -25,8 +25,9 @@ DIGITS = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml"]
 
 
 @pytest.fixture
-def run(command) -> Path:
-    return command("fit")
+def run(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(ROOT)
+    return tiny_run
 
 
 def expected(folder: Path, seeds: range, labels: list[int]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import perturbed
 from given import evaluate
+from recipes import sources
 
 from w2s_train import weak
 from w2s_train.interpolant import LinearInterpolant, NoisySample
@@ -94,6 +95,10 @@ def predict(source: WeakSource, network: DiT) -> torch.Tensor:
 def velocity(network: DiT) -> torch.Tensor:
     noisy, y = questions()
     return network(noisy.x_t, noisy.t, y).velocity
+
+
+def test_every_source_has_its_case():
+    assert {type(make()).__name__ for make in SOURCES.values()} == set(sources())
 
 
 @pytest.mark.parametrize("name", SOURCES)

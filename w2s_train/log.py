@@ -10,7 +10,8 @@ from torch import Tensor
 class Log:
     """Sums and maxima over rows and steps since the last log entry.
 
-    How a number is reduced is the end of its name: ``_max`` is the largest, ``_rms`` the root of
+    How a number is reduced is the end of its name: ``_max`` is the largest of values
+    that are at least 0, ``_rms`` the root of
     the mean of the values, which then are squares, and anything else their mean. Nothing is read
     back to the host before `read`.
     """
@@ -32,8 +33,9 @@ class Log:
             values: (K, n), or (1, n) for all.
             mask: (K, n) bool, or (1, n) for all: the rows that count; None is every row.
         """
-        every = torch.ones_like(values[:1], dtype=torch.bool)
-        self.step.append((names, values.detach(), every if mask is None else mask))
+        if values.shape[1]:
+            every = torch.ones_like(values[:1], dtype=torch.bool)
+            self.step.append((names, values.detach(), every if mask is None else mask))
 
     @torch.no_grad()
     def commit(self, good: bool | Tensor = True) -> None:

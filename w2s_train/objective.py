@@ -43,8 +43,7 @@ class Objective(nn.Module, abc.ABC):
         self.interpolant, self.timesteps = interpolant, timesteps
         self.segments: Sequence[Segment] = ()
 
-    @abc.abstractmethod
-    def bind(self, network: DiT, label_dropout: float | None = None) -> None:
+    def bind(self, network: DiT, label_dropout: float | None = None) -> None:  # noqa: B027
         """Introduce what has weights of its own to the network; once, before training.
 
         Args:

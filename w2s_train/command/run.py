@@ -146,6 +146,8 @@ class Command(LightningCLI):
         resumed = self.goes_on or start == folder.resolve()
         self.record = Record(folder, self._whole_config(), resumed)
         resumable = [each for each in given if isinstance(each, ResumableEvaluation)]
+        if len(resumable) > 1:
+            raise UserError("trainer.callbacks: must list ResumableEvaluation once, has it twice")
         run = Run(
             guard=config.guard,
             checkpoints=config.checkpoint,

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from w2s_train.checkpoint_file import read_file
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, require
 from w2s_train.guidance import Guidance
 from w2s_train.scores import SCHEMA, git_commit
 from w2s_train.shards.order import GenerationPlan
@@ -146,9 +146,7 @@ class ResumableEvaluation(Callback):
     """
 
     def __init__(self, every: float = 60.0) -> None:
-        if every < 0:
-            raise UserError(f"every={every}: must be at least 0 seconds")
-        self.every = every
+        self.every = require("every", every, "[0, inf)")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse to be the callback of a trainer, as which it would do nothing.
@@ -156,7 +154,7 @@ class ResumableEvaluation(Callback):
         Raises:
             UserError: In any case.
         """
-        raise UserError("callbacks=ResumableEvaluation: must be handed to Run")
+        raise UserError("callbacks=ResumableEvaluation: must stand in a config of the command")
 
     def finish(self, trainer: Trainer, module: Any, scorers: Sequence[Scorer]) -> None:
         """Finish the evaluation of a fit that was stopped in the middle of it."""

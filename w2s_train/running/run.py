@@ -37,7 +37,7 @@ from w2s_train.running.watch import Stage, Watch
 
 @dataclass(eq=False)
 class Run(Checkpoint):
-    """The one callback that keeps a run alive; as a `Checkpoint` it comes after all others."""
+    """The one callback that keeps a run alive; Lightning calls a `Checkpoint` after the scorers."""
 
     guard: Guard
     checkpoints: Checkpoints
@@ -121,7 +121,8 @@ class Run(Checkpoint):
         self.samples.note(batch["skipped"])
         if trainer.global_step == self.steps:
             return  # the gradients of half a step would be lost
-        self.samples.after_step(trainer, pl_module)
+        if self.samples.too_many(trainer, pl_module):
+            self.stop.end_training(trainer)
         follows = validation_follows(trainer, batch_idx)
         if self.agreement.stop:
             self.stop.decide(preempt=self.agreement.decided["preempt"])
@@ -160,8 +161,8 @@ class Run(Checkpoint):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.watch.at(Stage.DONE_WITH_VALIDATING)
+        self._leave_together(trainer)  # first: what it saves is what this start has taken in
         self.evaluation.merge(trainer)
-        self._leave_together(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.evaluation.end(trainer)
@@ -218,6 +219,8 @@ class Run(Checkpoint):
         self.record.release()
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero:
-            self.record.print_scores()
-        self.record.release()
+        try:
+            if stage == "fit" and trainer.is_global_zero:
+                self.record.print_scores()
+        finally:
+            self.record.release()

@@ -68,19 +68,18 @@ class SkippedSamples:
         """Of a batch of this process."""
         self.new += skipped
 
-    def after_step(self, trainer: Trainer, module: LightningModule) -> None:
-        """Now and then, compare; at the end of an epoch, report; beyond the limit, stop."""
+    def too_many(self, trainer: Trainer, module: LightningModule) -> bool:
+        """After a step: now and then, compare; report an epoch; whether the limit is passed."""
         epoch = self._epoch(trainer, module)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if epoch != self.epoch or trainer.global_step % interval == 0:
             self._merge(trainer)
         if self.error:
-            trainer.should_stop = True
-            trainer.limit_val_batches = 0  # Lightning would validate before it stops
-            return
+            return True
         for done in range(self.epoch, epoch):
             self._report(done, f"epoch {done} of the data")
         self.epoch = epoch
+        return False
 
     def end(self, trainer: Trainer) -> None:
         """Report what the last, unfinished epoch has had."""
