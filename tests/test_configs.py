@@ -221,6 +221,7 @@ def test_published_weights_by_config(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiled_networks_take_steps(command):
     """`torch.compile` on the CPU: same names in the checkpoint, close to the same losses."""
     plain = command("fit", "--trainer.max_steps=3", folder="plain")

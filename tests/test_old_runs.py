@@ -60,6 +60,7 @@ def test_stored_configs():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_stored_configs():
     for path in STORED:
         if path not in GONE:
