@@ -10,6 +10,7 @@ import yaml
 from conftest import ROOT, perturbed, sources
 from lightning.pytorch.cli import LightningCLI
 from recipes import OVERLAYS
+from refusals import setup_once
 from shard_files import npy
 
 from w2s_train.command.run import Command, compose
@@ -36,7 +37,9 @@ def write_latents(folder: Path, shards: int = 4, rows: int = 4) -> str:
 
 def instantiate(files: list[str], urls: str, *options: str) -> LightningCLI:
     arguments = [option for file in files for option in ("-c", str(ROOT / "configs" / file))]
-    return compose(["fit", *arguments, "--data.train_urls", urls, *options], run=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Command, "setup_parser", setup_once)
+        return compose(["fit", *arguments, "--data.train_urls", urls, *options], run=False)
 
 
 @pytest.fixture(scope="module")

@@ -56,8 +56,11 @@ def global_order(urls: str, world_size: int, batch_size: int, steps: int, **chan
     return [n for step in zip(*ranks, strict=True) for batch in step for n in numbers(batch)]
 
 
+MANY = pytest.param(4, 1, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
-@pytest.mark.parametrize("world_size, workers", [(1, 0), (1, 3), (2, 0), (2, 2), (4, 1), (20, 0)])
+@pytest.mark.parametrize("world_size, workers", [(1, 0), (1, 3), (2, 0), (2, 2), MANY, (20, 0)])
 def test_one_order_for_any_processes_and_workers(urls, world_size, workers, in_memory):
     """Faults rows 2 and 13: 4 shards on up to 20 ranks; the same global batches of 20 samples."""
     options = dict(num_workers=workers, in_memory=in_memory)
