@@ -39,10 +39,10 @@ everything() {
     # No quotes: these are lists of words.
     part tests 100 "$python" -m pytest -q -m gpu $(grep -l 'mark\.gpu' tests/test_*.py)
     part step_b2 160 $step $b2 $bf16 --recipes $recipes --json "$out/step_b2.json"
-    part step_b2_eager 30 $step ${b2/--compile blocks/} $bf16 --recipes none --json "$out/step_b2_eager.json"
+    part step_b2_eager 45 $step ${b2/--compile blocks/} $bf16 --recipes none --json "$out/step_b2_eager.json"
     part sample 85 "$python" benchmarks/sample.py --networks $sampled --json "$out/sample.json"
     part overhead 40 "$python" benchmarks/overhead.py --rounds $rounds --json "$out/overhead.json"
-    part step_xl2 110 $step $xl2 $bf16 --recipes none,sgg_reversed --json "$out/step_xl2.json"
+    part step_xl2 95 $step $xl2 $bf16 --recipes none,sgg_reversed --json "$out/step_xl2.json"
     printf '\nresults, after %s s, in %s:\n' "$SECONDS" "$out"
     ls "$out"
     [ ${#failed[@]} = 0 ] || { printf 'failed: %s\n' "${failed[@]}"; return 1; }
