@@ -5,8 +5,9 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,14 @@ class Sources:
 
 
 sources = Sources()
+
+
+def quick(cases: Iterable[Any], *first: Any) -> list[Any]:
+    """Cases of a parametrized test, all but the first of which, or those given, are slow."""
+    known = list(cases)
+    kept = first or known[:1]
+    slow = pytest.mark.slow
+    return [each if each in kept else pytest.param(each, marks=slow) for each in known]
 
 
 def perturbed(network: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:

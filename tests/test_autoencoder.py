@@ -51,6 +51,7 @@ def test_stored_pixels_and_arrays_become_floats():
         assert autoencoder.encode(floats.half()).dtype == torch.float32
 
 
+@pytest.mark.slow  # imports diffusers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_samples_are_those_of_diffusers(dtype: torch.dtype):
     distributions = pytest.importorskip("diffusers.models.autoencoders.vae")

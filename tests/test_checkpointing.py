@@ -101,7 +101,7 @@ def test_fingerprints_tell_what_is_not_finite():
 
 @pytest.mark.parametrize(
     "keep, expected",
-    [("null", [4, 8, 12, 14, 16]), ("2", [12, 14, 16])],
+    [("null", [4, 8, 12, 14, 16]), pytest.param("2", [12, 14, 16], marks=pytest.mark.slow)],
 )
 def test_what_stays(command, keep: str, expected: list[int]):
     """Round steps, all or the newest; of those before evaluations and at the end, the newest two
@@ -135,6 +135,7 @@ def test_time_makes_checkpoints_due(command, monkeypatch):
     assert checkpoint(folder)["global_step"] == 9
 
 
+@pytest.mark.slow
 def test_one_wish_is_one_checkpoint(command, monkeypatch):
     """Also where the host hears a step later that it was granted, and has wished again."""
     monkeypatch.setattr("w2s_train.running.guard.waits_cost", lambda trainer: True)

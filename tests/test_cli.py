@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, sources
+from conftest import ROOT, quick, sources
 from filelock import FileLock
 from refusals import PARSERS, refusal
 
@@ -211,7 +211,7 @@ BAD = {
 
 
 @pytest.mark.fault("18  bad configuration")
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", quick(BAD, *list(BAD)[::3]))
 def test_bad_input(case: str, digits: None, tmp_path: Path):
     options, expected = BAD[case]
     for name in re.findall(r"w2s_train\.weak\.(\w+)", " ".join(options)):
@@ -278,6 +278,7 @@ def test_data_of_another_shape(command, key: str, value: int):
         command("fit", f"--model.network.init_args.{key}={value}", "--trainer.callbacks=[]")
 
 
+@pytest.mark.slow
 def test_the_first_words_of_keys(tmp_path: Path):
     """What is checked before anything is imported is what the parsers accept."""
     words = {"allow_imports", "profile", "$schema"}  # the parser sees none of these
@@ -392,6 +393,7 @@ def test_saved_configs_name_the_classes_as_configs_do(tiny_run: Path):
     assert "w2s_train.weak.NullClass" in paths
 
 
+@pytest.mark.slow
 def test_test_scores_and_predict_writes(command, folder: Path):
     before = (folder / "config.yaml").read_text()
     command("test", "--ckpt_path=last")

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
+from conftest import quick
 from run_folders import BRANCH
 
 from w2s_train.compare import charts
@@ -134,11 +135,11 @@ def test_axes():
     assert labels(drawn(12.0, 50.0, 90.0)) == [*x, "20", "40", "60", "80", "100"]
 
 
+ODD = [(0.0,), (2.0,), (5.0, 5.0), (-3.0, 1.0), (1e-300, 1e100), (-1e100, 1e100), (1.0, 1 + 1e-7)]
+
+
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    "values",
-    [(2.0,), (0.0,), (5.0, 5.0), (-3.0, 1.0), (1e-300, 1e100), (-1e100, 1e100), (1.0, 1.0000001)],
-)
+@pytest.mark.parametrize("values", quick(ODD))
 def test_odd_numbers_are_drawn(values: tuple[float, ...]):
     """One point, none but 0, equal ones, far apart ones; with a band or none, at step 0."""
     for last in (0, 1, 10**15):

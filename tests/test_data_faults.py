@@ -58,6 +58,7 @@ def test_skips_are_reported_at_the_end_of_the_epoch(
     assert "train-000002.tar, such as 00100: ValueError: it is no image" in said
 
 
+@pytest.mark.slow
 @pytest.mark.fault("11  unreadable samples")
 def test_too_many_skips_stop_the_run(command, tmp_path: Path, data: str, capsys):
     """Faults row 11: the message names share, shard and key; the step that was reached is saved."""

@@ -84,6 +84,7 @@ def test_links_lead_somewhere():
     assert not lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
 def test_commands_name_files_that_are_there_and_folders_that_are_not_shared(study):
     found = run.jobs(study)

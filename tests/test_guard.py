@@ -91,6 +91,7 @@ def test_it_goes_back_to_before_the_bad_steps(tmp_path: Path, in_a_row: int, exp
     assert found == (f"checkpoints/{expected}.ckpt" if expected else "")
 
 
+@pytest.mark.slow
 def test_the_host_waits_if_the_first_bad_step_is_one_too_many(command, monkeypatch, recwarn):
     """An accelerator's host would hear of it after the next step, which is good."""
     monkeypatch.setattr("w2s_train.running.guard.waits_cost", lambda trainer: True)
@@ -145,11 +146,11 @@ def test_numbers_that_cannot_be_written_end_no_run(command, monkeypatch, recwarn
     assert rows[-1].startswith("30,") and 10 < len(rows) < 31
 
 
-OTHERS = ["EMA, init_args: {decay: 0.9, lag: 3}", "Snapshot, init_args: {step: 3}"]
-SOURCES = ["CoTrained, init_args: {every: 1}"]
-SOURCES += [pytest.param(source, marks=pytest.mark.slow) for source in OTHERS]
+SOURCES = ["EMA, init_args: {decay: 0.9, lag: 3}", "CoTrained, init_args: {every: 1}"]
+SOURCES += ["Snapshot, init_args: {step: 3}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_host_that_learns_of_a_bad_step_later_changes_nothing(command, monkeypatch, source: str):
     """As on an accelerator: the same weights, states and records, bit for bit."""

@@ -31,7 +31,7 @@ def test_moments(num_classes: int, depth: int):
     assert len(leaves.weights) == num_classes * 4 * (2**depth - 1)
 
 
-@pytest.mark.parametrize("t", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("t", [0.0, 0.3])
 @pytest.mark.parametrize("y", [2, 4])
 def test_the_density_integrates_to_its_class(t: float, y: int):
     """1/4 for a class of four, 1 for the null class."""

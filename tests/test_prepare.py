@@ -87,6 +87,7 @@ def test_folder_as_it_is(prepare, messy: Path, tmp_path: Path):
     ] * 9 + ["webp"]
 
 
+@pytest.mark.slow
 def test_processes_do_not_matter(prepare, messy: Path, tmp_path: Path):
     options = ("--size", 8, "--per-shard", 3, "--max-broken", 1)
     for processes in (1, 3):

@@ -43,7 +43,8 @@ def messy_folder(folder: Path) -> None:
         (folder / "class 1" / f"broken{i}.png").write_bytes(content)
 
 
-@pytest.mark.parametrize("number", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.long])])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_messy_folder(command, tmp_path: Path, monkeypatch, capsys, number: int):
     messy_folder(tmp_path / "raw")
     options = ("--size", 16, "--per-shard", 25, "--max-broken", 0.1, "--processes", 2)

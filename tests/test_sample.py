@@ -45,6 +45,7 @@ def sample(folder: Path, *options: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_every_format_holds_the_same_images(run: Path, tmp_path: Path):
     """Folder, .npz, shards and grid; an image depends on seed and class alone."""
     images = expected(run, range(5, 14), [3, 7, 3, 7, 3, 7, 3, 7, 3])

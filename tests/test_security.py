@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, sources
+from conftest import ROOT, quick, sources
 from refusals import refusal
 from shard_files import npy, png
 from torch import nn
@@ -140,7 +140,7 @@ YAML = {
 
 
 @pytest.mark.fault("19  malicious input")
-@pytest.mark.parametrize("case", YAML)
+@pytest.mark.parametrize("case", quick(YAML, *list(YAML)[::3]))
 def test_configs(case: str, digits: None, sentinel: Path, tmp_path: Path):
     text, expected = YAML[case]
     (tmp_path / "evil.py").write_text(f"def prepare(): open({str(sentinel)!r}, 'w')\n")
@@ -237,10 +237,7 @@ USES = {  # a command, and its option
 
 @pytest.mark.fault("19  malicious input")
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize(
-    "form",
-    ["zip", "script", *(pytest.param(f, marks=pytest.mark.slow) for f in ("legacy", "pickle"))],
-)
+@pytest.mark.parametrize("form", quick(["zip", "legacy", "pickle", "script"]))
 def test_checkpoints(use: str, form: str, digits: None, sentinel: Path, tmp_path: Path):
     path = tmp_path / "evil.ckpt"
     content = {"state_dict": {}, "network": {}, "global_step": 1, "evil": Call(sentinel)}
@@ -324,6 +321,7 @@ def members(path: Path, *entries: tuple[str, bytes | str]) -> None:
                 tar.addfile(info, io.BytesIO(content))
 
 
+@pytest.mark.slow
 @pytest.mark.fault("19  malicious input")
 def test_pickles_in_shards(command, sentinel: Path, tmp_path: Path):
     """Members that webdataset's decoders would unpickle lie beside the images, and are not read."""
@@ -423,7 +421,7 @@ class Writes(nn.Module):
 
 @pytest.mark.fault("19  malicious input")
 @pytest.mark.parametrize("name", ["ClassifierFeatures", "InceptionFeatures", "ADMFeatures"])
-@pytest.mark.parametrize("form", ["pickle", "script"])
+@pytest.mark.parametrize("form", quick(["script", "pickle"]))
 def test_weights_of_extractors(name: str, form: str, digits: None, sentinel: Path, tmp_path: Path):
     path = tmp_path / "weights.pt"
     if name == "ADMFeatures":

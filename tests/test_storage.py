@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from conftest import quick
 from shard_files import numbers, write_numbers
 from test_stream import take
 
@@ -67,7 +68,7 @@ def everything(urls: str, **changes) -> list[int]:
 
 
 @pytest.mark.parametrize("index", [True, False])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", quick([0, 2]))
 def test_http(tmp_path: Path, server: str, index: bool, workers: int):
     """The same samples as from the disk, and every file fetched once."""
     write_numbers(tmp_path / "served", COUNTS, index=index)

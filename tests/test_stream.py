@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import quick
 from shard_files import number_image, numbers, overwrite, same, write_latents, write_numbers
 from torch.utils.data import DataLoader
 
@@ -56,11 +57,11 @@ def global_order(urls: str, world_size: int, batch_size: int, steps: int, **chan
     return [n for step in zip(*ranks, strict=True) for batch in step for n in numbers(batch)]
 
 
-MANY = pytest.param(4, 1, marks=pytest.mark.slow)
+RANKS = [(1, 0), (1, 3), (2, 0), (2, 2), (4, 1), (20, 0)]  # and worker processes of each
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-@pytest.mark.parametrize("world_size, workers", [(1, 0), (1, 3), (2, 0), (2, 2), MANY, (20, 0)])
+@pytest.mark.parametrize("world_size, workers", RANKS)
 def test_one_order_for_any_processes_and_workers(urls, world_size, workers, in_memory):
     """Faults rows 2 and 13: 4 shards on up to 20 ranks; the same global batches of 20 samples."""
     options = dict(num_workers=workers, in_memory=in_memory)
@@ -80,10 +81,8 @@ def test_few_shards(tmp_path: Path, counts: list[int], ranks: int, workers: int)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize(
-    "start", [1, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 20))]
-)
+@pytest.mark.parametrize("workers", quick([0, 2, 3], 0, 3))
+@pytest.mark.parametrize("start", quick([7, 1, 2, 20]))
 def test_a_later_start_continues_the_stream(urls, workers: int, start: int, in_memory: bool):
     """Faults row 1: the next 8 batches after a resume are those of the uninterrupted run."""
     options = dict(flip=True, num_workers=workers, in_memory=in_memory)
