@@ -162,11 +162,13 @@ def lightning(
     name: str, folder: Path, *options: str, config: str = "digits_w2s", tiny: bool = True
 ) -> Path:
     """Run ``lightning NAME ...`` in this process, on a tiny config; gives the run's folder."""
+    from refusals import parsers_built_once
+
     from w2s_train.cli import main
 
     files = [f"configs/{config}.yaml", *(["tests/tiny.yaml"] if tiny else [])]
     arguments = [option for file in files for option in ("-c", file)]
-    with contextlib.chdir(ROOT):
+    with contextlib.chdir(ROOT), parsers_built_once():
         main([name, *arguments, "--trainer.default_root_dir", str(folder), *options])
     return folder
 

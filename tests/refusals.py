@@ -1,5 +1,7 @@
 """Bad options and malicious files, given to the whole command, whose parsers are built once."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,20 @@ def refusal(folder: Path, *options: str, name: str = "fit") -> str:
         options: Beside tests/minimal.yaml.
         name: Of the command.
     """
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.chdir(ROOT)
-        patch.setattr(Command, "setup_parser", setup_once)
+    with parsers_built_once(), contextlib.chdir(ROOT), pytest.raises(SystemExit) as stop:
         main([name, "-c", str(MINIMAL), f"--trainer.default_root_dir={folder}", *options])
     message = str(stop.value.code)
     assert message.startswith("error: ")
     assert "\n" not in message
     return message
+
+
+@contextlib.contextmanager
+def parsers_built_once() -> Iterator[None]:
+    """For commands that are there for what they leave behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Command, "setup_parser", setup_once)
+        yield
 
 
 def parsed(*options: str) -> Any:

@@ -99,9 +99,10 @@ def test_fingerprints_tell_what_is_not_finite():
     assert fingerprint(state).not_finite() == ["b", "c"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keep, expected",
-    [("null", [4, 8, 12, 14, 16]), pytest.param("2", [12, 14, 16], marks=pytest.mark.slow)],
+    [("null", [4, 8, 12, 14, 16]), ("2", [12, 14, 16])],
 )
 def test_what_stays(command, keep: str, expected: list[int]):
     """Round steps, all or the newest; of those before evaluations and at the end, the newest two

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, perturbed, sources
+from conftest import ROOT, perturbed, quick, sources
 from lightning.pytorch.cli import LightningCLI
 from recipes import OVERLAYS
-from refusals import setup_once
+from refusals import parsers_built_once
 from shard_files import npy
 
 from w2s_train.command.run import Command, compose
@@ -37,8 +37,7 @@ def write_latents(folder: Path, shards: int = 4, rows: int = 4) -> str:
 
 def instantiate(files: list[str], urls: str, *options: str) -> LightningCLI:
     arguments = [option for file in files for option in ("-c", str(ROOT / "configs" / file))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Command, "setup_parser", setup_once)
+    with parsers_built_once():
         return compose(["fit", *arguments, "--data.train_urls", urls, *options], run=False)
 
 
@@ -47,7 +46,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_latents(tmp_path_factory.mktemp("latents"))
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", quick(CONFIGS, "digits_w2s.yaml", "dit_b_w2s.yaml"))
 def test_configs_instantiate(config: str, latents: str):
     command = instantiate([config], latents, *([THIN] if config == "dit_b_w2s.yaml" else []))
     assert isinstance(command, Command)

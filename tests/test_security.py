@@ -419,9 +419,10 @@ class Writes(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.fault("19  malicious input")
 @pytest.mark.parametrize("name", ["ClassifierFeatures", "InceptionFeatures", "ADMFeatures"])
-@pytest.mark.parametrize("form", quick(["script", "pickle"]))
+@pytest.mark.parametrize("form", ["script", "pickle"])
 def test_weights_of_extractors(name: str, form: str, digits: None, sentinel: Path, tmp_path: Path):
     path = tmp_path / "weights.pt"
     if name == "ADMFeatures":
@@ -504,7 +505,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.mark.fault("19  secrets in a config")
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["user", "query", "missing"])
+@pytest.mark.parametrize(
+    "where", ["query", *(pytest.param(w, marks=pytest.mark.long) for w in ("user", "missing"))]
+)
 def test_secrets_are_written_nowhere(where: str, digits: None, tmp_path: Path):
     """A fit with secrets in its URL, its logger and its command: no file and no line holds them."""
     served = tmp_path / "served" / "digits"

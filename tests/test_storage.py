@@ -67,7 +67,7 @@ def everything(urls: str, **changes) -> list[int]:
     return sorted(n for batch in take(urls, 6, **options) for n in numbers(batch))
 
 
-@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("index", quick([True, False]))
 @pytest.mark.parametrize("workers", quick([0, 2]))
 def test_http(tmp_path: Path, server: str, index: bool, workers: int):
     """The same samples as from the disk, and every file fetched once."""

@@ -60,7 +60,7 @@ def global_order(urls: str, world_size: int, batch_size: int, steps: int, **chan
 RANKS = [(1, 0), (1, 3), (2, 0), (2, 2), (4, 1), (20, 0)]  # and worker processes of each
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("in_memory", quick([False, True]))
 @pytest.mark.parametrize("world_size, workers", RANKS)
 def test_one_order_for_any_processes_and_workers(urls, world_size, workers, in_memory):
     """Faults rows 2 and 13: 4 shards on up to 20 ranks; the same global batches of 20 samples."""
@@ -80,7 +80,7 @@ def test_few_shards(tmp_path: Path, counts: list[int], ranks: int, workers: int)
     assert Counter(found) == {number: 9 * ranks for number in range(n)}
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("in_memory", quick([False, True]))
 @pytest.mark.parametrize("workers", quick([0, 2, 3], 0, 3))
 @pytest.mark.parametrize("start", quick([7, 1, 2, 20]))
 def test_a_later_start_continues_the_stream(urls, workers: int, start: int, in_memory: bool):
@@ -150,7 +150,7 @@ def test_flips_follow_the_position(urls):
 # ---- faults ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", quick([2, 0]))
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_bad_samples_are_replaced_and_named(tmp_path: Path, workers: int, in_memory: bool):
     """Faults row 11: full batches of readable samples; who reads them changes nothing."""
