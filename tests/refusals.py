@@ -54,7 +54,6 @@ def parsers_built_once() -> Iterator[None]:
 
 def parsed(*options: str) -> Any:
     """What ``lightning fit`` makes of options, before anything is built of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Command, "setup_parser", setup_once)
+    with parsers_built_once(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Command, "instantiate_classes", lambda self: None)
         return compose(["fit", *options], run=False).config["fit"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, quick
 
 from w2s_train.interpolant import CosineInterpolant, LinearInterpolant
 
@@ -31,11 +31,11 @@ def test_moments(num_classes: int, depth: int):
     assert len(leaves.weights) == num_classes * 4 * (2**depth - 1)
 
 
-@pytest.mark.parametrize("t", [0.0, 0.3])
+@pytest.mark.parametrize("t", quick([0.0, 0.3, 0.9]))
 @pytest.mark.parametrize("y", [2, 4])
 def test_the_density_integrates_to_its_class(t: float, y: int):
     """1/4 for a class of four, 1 for the null class."""
-    leaves, side = Leaves(4, 1), torch.linspace(-3.5, 3.5, 200, dtype=torch.float64)
+    leaves, side = Leaves(4, 1), torch.linspace(-3.5, 3.5, 400, dtype=torch.float64)
     total = 0.0
     for points in torch.cartesian_prod(side, side).split(10_000):
         now, label = torch.full((len(points),), t), torch.full((len(points),), y)
@@ -63,19 +63,20 @@ def test_the_optimal_velocity_follows_from_the_score(interpolant, null: bool):
     torch.testing.assert_close(ours, by_score.detach())
 
 
+@pytest.mark.slow
 def test_scores_of_true_points():
     """1 % outliers, nearly full coverage, no distance; and no error for the optimal field."""
-    leaves, y = Leaves(4, 2), torch.arange(4000) % 4
+    leaves, y = Leaves(4, 3), torch.arange(8000) % 4
     x = leaves.sample(y, torch.Generator().manual_seed(5))
     scores = sample_scores(leaves, x, y)
     assert scores["outliers"] == pytest.approx(0.01, abs=0.005)
     assert scores["coverage"] > 0.95
-    assert scores["energy_distance"] < 2e-3
+    assert scores["energy_distance"] < 1e-3
     swapped = sample_scores(leaves, x.roll(1, 0), y)
     assert swapped["outliers"] > 0.95
     one_branch = x.clone()
     one_branch[:] = leaves.means[leaves.labels == 0][0]
-    assert sample_scores(leaves, one_branch, torch.zeros_like(y))["coverage"] < 0.25
+    assert sample_scores(leaves, one_branch, torch.zeros_like(y))["coverage"] < 0.2
 
     def optimal(x_t, t, start):
         times = torch.full((len(x_t),), t, dtype=torch.float64)
@@ -95,15 +96,16 @@ def test_bad_leaves(num_classes: int, depth: int):
         Leaves(num_classes, depth)
 
 
+@pytest.mark.slow
 def test_unconditional_points():
     """The null class stands for the whole mixture, in samples and in scores."""
-    leaves, null = Leaves(4, 2), torch.full((3000,), 4)
+    leaves, null = Leaves(4, 2), torch.full((6000,), 4)
     x = leaves.sample(null, torch.Generator().manual_seed(7))
     scores = sample_scores(leaves, x, null)
     assert scores["outliers"] == pytest.approx(0.01, abs=0.006)
     assert scores["coverage"] > 0.95
     assert abs(scores["energy_distance"]) < 2e-3
-    one_class = leaves.sample(torch.zeros(3000, dtype=torch.long), torch.Generator().manual_seed(7))
+    one_class = leaves.sample(torch.zeros(6000, dtype=torch.long), torch.Generator().manual_seed(7))
     assert sample_scores(leaves, one_class, null)["coverage"] < 0.3
 
 
