@@ -59,6 +59,19 @@ def numbers(entries: list[dict]) -> list[tuple]:
     ]
 
 
+def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Break generation once, at its so-manieth call."""
+    generate, calls = DiffusionModule.generate, []
+
+    def broken(self, batch: list[int], *rest: Any):
+        calls.append(batch)
+        if len(calls) == call:
+            raise RuntimeError("stopped")
+        return generate(self, batch, *rest)
+
+    monkeypatch.setattr(DiffusionModule, "generate", broken)
+
+
 @pytest.fixture
 def metrics(command, tmp_path: Path) -> Path:
     """An overlay with all metrics, and a reference that `lightning reference` made for it."""
@@ -125,16 +138,9 @@ def test_an_interrupted_evaluation_goes_on(command, metrics: Path, monkeypatch, 
 def test_stopped_again_where_processes_put_their_shares_together(command, metrics, monkeypatch):
     """What the first start left is not counted twice by the third."""
     folder = command("fit", "-c", str(metrics))
-    expected, generate, calls = scores(folder)[-5:], DiffusionModule.generate, []
-
-    def broken(self, batch: list[int], *rest: Any):
-        calls.append(batch)
-        if len(calls) == 2:
-            raise RuntimeError("stopped")
-        return generate(self, batch, *rest)
-
+    expected = scores(folder)[-5:]
     arguments = ("validate", "-c", str(metrics), "--ckpt_path=last")
-    monkeypatch.setattr(DiffusionModule, "generate", broken)
+    stop_at(monkeypatch, call=2)
     with pytest.raises(RuntimeError, match="stopped"):
         command(*arguments)
     with monkeypatch.context() as patch:
@@ -176,16 +182,7 @@ def test_a_fit_finishes_the_evaluation_it_was_stopped_in(
 ):
     """Lightning alone would go on with training, and the score would be missing."""
     whole = command("fit", "-c", str(metrics), folder="whole")
-    generate = DiffusionModule.generate
-    calls = []
-
-    def broken(self, batch: list[int], *rest: Any):
-        calls.append(batch)
-        if len(calls) == call:
-            raise RuntimeError("stopped")
-        return generate(self, batch, *rest)
-
-    monkeypatch.setattr(DiffusionModule, "generate", broken)
+    stop_at(monkeypatch, call=call)
     with pytest.raises(RuntimeError, match="stopped"):
         command("fit", "-c", str(metrics))
     part = command("fit", "-c", str(metrics), "--ckpt_path=last")
@@ -245,15 +242,7 @@ def test_resumable_evaluation_may_stand_anywhere(command, metrics: Path, monkeyp
     *head, last = metrics.read_text().rstrip().splitlines()
     metrics.write_text("\n".join([*head[:3], last, *head[3:]]))
     folder = command("fit", "-c", str(metrics))
-    generate, calls = DiffusionModule.generate, []
-
-    def broken(self, batch: list[int], *rest: Any):
-        calls.append(batch)
-        if len(calls) == 3:
-            raise RuntimeError("stopped")
-        return generate(self, batch, *rest)
-
-    monkeypatch.setattr(DiffusionModule, "generate", broken)
+    stop_at(monkeypatch, call=3)
     with pytest.raises(RuntimeError, match="stopped"):
         command("validate", "-c", str(metrics), "--ckpt_path=last")
     command("validate", "-c", str(metrics), "--ckpt_path=last")
@@ -267,15 +256,7 @@ def test_a_learned_scale_belongs_to_the_key(command, metrics: Path, monkeypatch)
     options = ["-c", str(metrics), "-c", "configs/guidance/learned_fit.yaml"]
     options.append(f"--model.network.init_args.path={network}")
     folder = command("fit", *options)
-    generate, calls = DiffusionModule.generate, []
-
-    def broken(self, batch: list[int], *rest: Any):
-        calls.append(batch)
-        if len(calls) == 2:
-            raise RuntimeError("stopped")
-        return generate(self, batch, *rest)
-
-    monkeypatch.setattr(DiffusionModule, "generate", broken)
+    stop_at(monkeypatch, call=2)
     with pytest.raises(RuntimeError, match="stopped"):
         command("validate", *options, f"--ckpt_path={folder}/checkpoints/step-000003.ckpt")
     (left,) = (folder / "evaluation").iterdir()
