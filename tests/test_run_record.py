@@ -1,15 +1,18 @@
-"""What a run folder keeps when something goes wrong: the count of starts, and whole lines."""
+"""What a run keeps when something goes wrong, and what it shows."""
 
 import errno
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from w2s_train.errors import DIVERGED, NO_PROGRESS, PEER_LOST, PREEMPTED, Stopped
 from w2s_train.running import loggers as metrics_csv
 from w2s_train.running.loggers import MetricsCSV
+from w2s_train.running.progress import Progress
 from w2s_train.running.record import STARTS, Record
 
 
@@ -53,3 +56,19 @@ def test_a_short_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bo
         numbers._append(b"1,0\r\n")
     assert asked == [b"1,0\r\n", b"\r\n"]
     assert numbers.path.read_bytes() == b"step,loss\r\n" + b"1,0\r\n" * (not full)
+
+
+def test_a_loss_that_was_not_logged_yet_is_not_nan(capsys):
+    """A line of progress before the first entry of the log shows no number, and no nan."""
+    trainer: Any = SimpleNamespace(
+        global_step=0, max_steps=100, world_size=1, accumulate_grad_batches=1
+    )
+    module: Any = SimpleNamespace(last_metrics={})
+    bar, batch = Progress(every=1, seconds=0), {"label": torch.zeros(4)}
+    bar.on_train_start(trainer, module)
+    for step, metrics in enumerate(({}, {"train/loss": 0.25}), 1):
+        trainer.global_step, module.last_metrics = step, metrics
+        bar.on_train_batch_end(trainer, module, None, batch, step)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 1/100  loss –  ")
+    assert second.startswith("step 2/100  loss 0.2500  ")

@@ -1,6 +1,6 @@
 """One contract for all weak sources, and what is particular to each.
 
-A source whose file is not there is left out: deleting one breaks nothing else.
+A source whose file is not there is left out of the contract.
 """
 
 import copy

@@ -176,7 +176,10 @@ class DiffusionModule(LightningModule):
         clip(optimizer, self.gradient_norm, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One optimizer step; then average and weak sources follow, once per *optimizer* step."""
+        """One optimizer step; then average and weak sources follow, once per *optimizer* step.
+
+        Within the call below, Lightning runs `training_step`, the backward pass and clipping.
+        """
         super().optimizer_step(*args, **kwargs)
         norm, good, self.losses, self.gradient_norm = self.gradient_norm, self.good, [], None
         assert norm is not None, "Lightning calls `configure_gradient_clipping` at each step"
@@ -206,11 +209,11 @@ class DiffusionModule(LightningModule):
         metrics["train/images_seen"] = self.images_seen
         self.record(metrics)
 
-    def record(self, metrics: dict[str, float]) -> None:
-        """Send metrics to the loggers at the current optimizer step, and to other callbacks."""
+    def record(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Send metrics to the loggers at a step (the current one), and to other callbacks."""
         self.last_metrics = self.last_metrics | metrics
         for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.steps_taken)
+            logger.log_metrics(metrics, step=self.steps_taken if step is None else step)
         self.trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
 
     def configure_optimizers(self) -> Any:

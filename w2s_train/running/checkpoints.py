@@ -180,7 +180,7 @@ class Checkpoints:
 
 
 def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether Lightning validates after this training batch."""
+    """Whether the config has Lightning validate after this training batch."""
     by_epoch = trainer.check_val_every_n_epoch is not None
     index = batch_idx if by_epoch else trainer.fit_loop.total_batch_idx
     interval = trainer.val_check_batch

@@ -210,7 +210,7 @@ class Guard:
             "bad_steps.jsonl)"
         )
         module: Any = trainer.lightning_module
-        module.record({"train/skipped_steps": self.skipped})
+        module.record({"train/skipped_steps": self.skipped}, judged.step)
 
     # ---- after it --------------------------------------------------------------------------
 

@@ -48,8 +48,9 @@ class Progress(ProgressBar):
             return
         per_second = (step - begun_step) / (time.monotonic() - begun)
         rows = len(batch["label"]) * trainer.world_size * trainer.accumulate_grad_batches
-        loss = pl_module.last_metrics.get("train/loss", math.nan)  # the logged one: no waiting
-        note = f"loss {loss:.4f}  {per_second * rows:,.0f} images/s"
+        loss = pl_module.last_metrics.get("train/loss")  # the logged one: no waiting
+        shown = "–" if loss is None else f"{loss:.4f}"
+        note = f"loss {shown}  {per_second * rows:,.0f} images/s"
         self._start_clock(trainer)
         if self.bar is not None:
             self.bar.update(self.task, completed=step, note=note)

@@ -7,9 +7,10 @@ collective all processes agree whether to stop and whether to save; the module i
 step is good, and clips and takes it or not.
 
 After it: skipped samples are compared, a stop that was agreed upon is prepared, too many bad steps
-lead back to a checkpoint, and last a checkpoint is written, before an evaluation that may follow.
-Lightning calls callbacks before the module, which logs its numbers after all this. On an
-accelerator the host hears of each agreement one step later: see `Guard`.
+lead back to a checkpoint, and last a checkpoint that is due is written, before an evaluation that
+may follow. Lightning calls callbacks before the module, which logs its numbers after all this. The
+end, also that of a stop, writes a checkpoint if the last step has none. On an accelerator the host
+hears of each agreement one step later: see `Guard`.
 
 After a batch of an evaluation: what the scorers have taken in is kept, and who was asked to stops.
 """

@@ -14,9 +14,9 @@ from w2s_train.signals import PREEMPTION, REQUESTS
 class Stop:
     """SIGUSR1, SIGTERM, SIGINT and the time limit set a flag; all processes look at it together.
 
-    Training ends after the step at hand, with a checkpoint. An evaluation is left after the batch
-    at hand: what it has so far is kept, and the next start goes on with it. A second SIGINT
-    interrupts at once.
+    Training ends after the step at hand (on an accelerator after the next), with a checkpoint. An
+    evaluation is left after the batch at hand: what it has so far is kept, and the next start goes
+    on with it. A second SIGINT interrupts at once.
 
     Args:
         max_time: Of this start (DD:HH:MM:SS), counted from the beginning of the process; None is

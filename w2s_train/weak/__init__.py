@@ -1,7 +1,7 @@
 """Weak sources: where the weak prediction of a segment comes from, one file each.
 
-``w2s_train.weak.NAME`` finds a source in whichever file of this folder defines it, so that adding
-or deleting a file is all there is to adding or deleting a source.
+``w2s_train.weak.NAME`` finds a source in whichever file of this folder defines it: nothing in the
+package changes when one is added or deleted.
 """
 
 import pkgutil
