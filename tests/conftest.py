@@ -103,6 +103,7 @@ def quick(cases: Iterable[Any], *first: Any) -> list[Any]:
     """Cases of a parametrized test, all but the first of which, or those given, are slow."""
     known = list(cases)
     kept = first or known[:1]
+    assert all(each in known for each in kept), kept
     slow = pytest.mark.slow
     return [each if each in kept else pytest.param(each, marks=slow) for each in known]
 

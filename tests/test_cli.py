@@ -70,6 +70,16 @@ BAD = {
         ["--model.optimizer.init_args.lr=-1"],
         ["model.optimizer.init_args.lr=-1", "at least 0"],
     ),
+    "two evaluations that resume": (
+        ["--trainer.callbacks=[w2s_train.callbacks.ResumableEvaluation]"]
+        + ["--trainer.callbacks+=w2s_train.callbacks.ResumableEvaluation"],
+        ["trainer.callbacks", "ResumableEvaluation once, not 2 times"],
+    ),
+    "endless interval": (
+        ["--trainer.callbacks=w2s_train.callbacks.ResumableEvaluation"]
+        + ["--trainer.callbacks.every=.inf"],
+        ["every=inf", "finite"],
+    ),
     "infinite rate": (["--model.optimizer.init_args.lr=.inf"], ["lr=inf", "finite"]),
     "bad betas": (["--model.optimizer.init_args.betas=[0.9, 1.5]"], ["optimizer", "1.5"]),
     "overlap": (

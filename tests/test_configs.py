@@ -1,5 +1,6 @@
 """Every committed config parses and instantiates, and takes steps."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -253,3 +254,18 @@ def test_dit_b_takes_a_step(tmp_path: Path, latents: str):
     # An adaLN-Zero network passes no gradient beyond its zero layers in the first step.
     assert {"final_layer.linear.weight", "final_layer.linear.bias"} <= moved
     assert command.trainer.global_step == 1
+
+
+@pytest.mark.slow
+def test_mixed_precision_is_close_to_float32(command):
+    """bf16-mixed through the command: losses within 2 %, not the same ones, weights in float32."""
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        few = ["--trainer.max_steps=6", "--trainer.log_every_n_steps=1"]
+        folder = command("fit", *few, f"--trainer.precision={precision}", folder=precision)
+        rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+        losses.append([float(row["train/loss"]) for row in rows if row["train/loss"]])
+    assert losses[0] != losses[1] and len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float32}

@@ -93,6 +93,7 @@ class DiffusionModule(LightningModule):
         self.ema = WeightAverage(network, first)
         self.more_ema = nn.ModuleList(WeightAverage(network, decay) for decay in more)
         self.training_log, self.last_metrics = Log(), dict[str, float]()
+        self.last_logged = dict[str, float]()  # the last entry of `training_log`
         # Of the optimizer step under way; whether it is good may be known on the device only.
         self.losses, self.good = list[Tensor](), cast(bool | Tensor, True)
         self.gradient_norm: Tensor | None = None
@@ -207,6 +208,7 @@ class DiffusionModule(LightningModule):
         metrics = {f"train/{name}": value for name, value in numbers.items()}
         metrics["train/learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         metrics["train/images_seen"] = self.images_seen
+        self.last_logged = metrics
         self.record(metrics)
 
     def record(self, metrics: dict[str, float], step: int | None = None) -> None:

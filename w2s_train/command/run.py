@@ -147,7 +147,10 @@ class Command(LightningCLI):
         self.record = Record(folder, self._whole_config(), resumed)
         resumable = [each for each in given if isinstance(each, ResumableEvaluation)]
         if len(resumable) > 1:
-            raise UserError("trainer.callbacks: must list ResumableEvaluation once, has it twice")
+            times = len(resumable)
+            raise UserError(
+                f"trainer.callbacks: must list ResumableEvaluation once, not {times} times"
+            )
         run = Run(
             guard=config.guard,
             checkpoints=config.checkpoint,

@@ -18,13 +18,13 @@ class BlowUp:
     """
 
     def __init__(self) -> None:
-        self.seen: float | None = None  # images, at the last log entry that was looked at
+        self.seen: dict[str, float] = {}
 
     def look(self, metrics: dict[str, float], step: int) -> None:
-        """Look at what a step logged last, once; a score that is logged later changes nothing."""
-        if metrics.get("train/images_seen") == self.seen:
+        """Look at a log entry of training, once."""
+        if metrics is self.seen:
             return
-        self.seen = metrics["train/images_seen"]
+        self.seen = metrics
         for key, guides in metrics.items():
             segment, _, name = key.rpartition("/")
             velocity = metrics.get(f"{segment}/velocity_rms")

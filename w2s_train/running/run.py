@@ -98,7 +98,7 @@ class Run(Checkpoint):
         self.steps = trainer.global_step
         self.guard.note(pl_module.images_seen + trainer.global_rank * rows, rows)
         if self.guard.enabled:
-            self.blow_up.look(pl_module.last_metrics, trainer.global_step)
+            self.blow_up.look(pl_module.last_logged, trainer.global_step)
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         self.watch.at(Stage.IN_THE_BACKWARD_PASS)
@@ -135,6 +135,7 @@ class Run(Checkpoint):
         self.checkpoints.report(trainer)
         due = follows or self.agreement.decided["save"]
         if due or self.checkpoints.stays(trainer.global_step):
+            self.samples.merge(trainer)
             self.checkpoints.save(trainer, pl_module)
             self.agreement.saved()
 

@@ -1,5 +1,6 @@
 """Of the samples of a run: which could not be read, and what is drawn along with the others."""
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -45,13 +46,13 @@ class SkippedSamples:
 
     def __init__(self) -> None:
         self.epoch = 0
-        self.new: list[Skipped] = []  # of this process, since the last `_merge`
+        self.new: list[Skipped] = []  # of this process, since the last `merge`
         self.counts: Counter[tuple[int, str]] = Counter()  # of all processes, by epoch and shard
         self.reasons: dict[str, str] = {}  # the first one, by shard
         self.error = ""
 
     def state_dict(self) -> dict[str, Any]:
-        """What is counted of epochs that have not ended."""
+        """What is counted of the epoch that has not ended, as of the last `merge`."""
         counts = [[epoch, shard, n] for (epoch, shard), n in self.counts.items()]
         return {"counts": counts, "reasons": dict(self.reasons)}
 
@@ -61,8 +62,9 @@ class SkippedSamples:
         self.reasons = dict(state_dict["reasons"])
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Find the epoch where the run stands."""
+        """Find the epoch where the run stands; those before it are told."""
         self.epoch = self._epoch(trainer, module)
+        self.counts = Counter({key: n for key, n in self.counts.items() if key[0] >= self.epoch})
 
     def note(self, skipped: list[Skipped]) -> None:
         """Of a batch of this process."""
@@ -73,17 +75,18 @@ class SkippedSamples:
         epoch = self._epoch(trainer, module)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if epoch != self.epoch or trainer.global_step % interval == 0:
-            self._merge(trainer)
+            self.merge(trainer)
         if self.error:
             return True
         for done in range(self.epoch, epoch):
-            self._report(done, f"epoch {done} of the data")
+            for shard in self._report(done, f"epoch {done} of the data"):
+                del self.counts[done, shard]
         self.epoch = epoch
         return False
 
     def end(self, trainer: Trainer) -> None:
-        """Report what the last, unfinished epoch has had."""
-        self._merge(trainer)
+        """Report what the last, unfinished epoch has had; the next start goes on counting."""
+        self.merge(trainer)
         if not self.error:
             self._report(self.epoch, f"epoch {self.epoch} of the data, so far")
 
@@ -95,16 +98,17 @@ class SkippedSamples:
     def _epoch(self, trainer: Trainer, module: Any) -> int:
         return int(module.images_seen // trainer.datamodule.order.samples)  # type: ignore[attr-defined]
 
-    def _merge(self, trainer: Trainer) -> None:
-        for share in gather(self.new, trainer):
-            for each in share:
-                shard = redacted(each.shard)  # goes into checkpoints
-                self.counts[each.epoch, shard] += 1
-                self.reasons.setdefault(shard, redacted(f"{each.key}: {each.reason}"))
+    def merge(self, trainer: Trainer) -> None:
+        """Put the counts of all processes together, and see whether an epoch has too many now."""
+        new = list(itertools.chain(*gather(self.new, trainer)))
         self.new = []
+        for each in new:
+            shard = redacted(each.shard)  # goes into checkpoints
+            self.counts[each.epoch, shard] += 1
+            self.reasons.setdefault(shard, redacted(f"{each.key}: {each.reason}"))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         samples = data.order.samples
-        for epoch in sorted({epoch for epoch, _ in self.counts}):
+        for epoch in sorted({each.epoch for each in new}):  # data may be mended between two starts
             found = self._of(epoch)
             if found.total() > data.max_skipped * samples:
                 self.error = (
@@ -116,12 +120,11 @@ class SkippedSamples:
         """Skipped samples of an epoch by shard."""
         return Counter({shard: n for (e, shard), n in self.counts.items() if e == epoch})
 
-    def _report(self, epoch: int, when: str) -> None:
+    def _report(self, epoch: int, when: str) -> Counter[str]:
         found = self._of(epoch)
         if found:
             rank_zero_info(f"{when}: {found.total():,} samples skipped ({self._text(found)})")
-        for shard in found:
-            del self.counts[epoch, shard]
+        return found
 
     def _text(self, found: Counter[str]) -> str:
         worst = found.most_common(SHOWN)
