@@ -29,7 +29,7 @@ def urls(tmp_path: Path) -> str:
 class Process:
     """As much of a trainer as the data module asks."""
 
-    accumulate_grad_batches = 1
+    accumulate_grad_batches, ckpt_path = 1, None
 
     def __init__(self, rank: int = 0, world_size: int = 1, images_seen: int = 0) -> None:
         self.global_rank, self.world_size = rank, world_size

@@ -147,8 +147,12 @@ def _is_foreign(path: Path) -> bool:
     return not digest_file(path.resolve()).is_file() and not zipfile.is_zipfile(path)
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
+def read_file(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     """The dict of a file: tensors, in host memory, and plain values; nothing else is loaded.
+
+    Args:
+        path: Of the file.
+        mmap: Read tensors when they are looked at, for who wants the plain values.
 
     Raises:
         UserError: A URL, or a file that is missing, damaged, or something else.
@@ -159,7 +163,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not _is_foreign(Path(path)) and (problem := damage(Path(path))):
         raise UserError(f"path={path}: must be a whole checkpoint; {problem}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # of many types: what a broken pickle raises depends on its bytes
         raise UserError(
             f"path={path}: cannot be read ({type(error).__name__}); must be a whole checkpoint"

@@ -115,6 +115,7 @@ class ShardDataModule(LightningDataModule):
         self.dataset = dataset or Path(redacted(train_urls)).resolve().parent.name
         self.plan: GenerationPlan | None = None  # of `lightning sample`
         self.order: StreamOrder | None = None  # of the training stream, once there is one
+        self.repeated: int | float = 0  # batches of it, or a share of the data
         self.shards: list[Shard] = []
         self.checkpoint_order = ""
 
@@ -146,6 +147,15 @@ class ShardDataModule(LightningDataModule):
         accumulate(trainer, parts.number)
         rank_zero_info(f"global batch {size}: {parts.describe(trainer.world_size)}")
 
+    def repeat(self, batches: int | float) -> None:
+        """Train on the first batches again and again, as ``trainer.overfit_batches`` says.
+
+        Args:
+            batches: So many per process (int), or so large a share of the data (float below 1); 0
+                is all data.
+        """
+        self.repeated = batches
+
     # ---- training --------------------------------------------------------------------------
 
     def check_global_batch(self, trainer: Any) -> None:
@@ -168,7 +178,8 @@ class ShardDataModule(LightningDataModule):
             recount(trainer)
         self.shards = self._find_shards()
         counts = [shard.samples for shard in self.shards]
-        self.order = StreamOrder(counts, seed=self.seed, window=self.shuffle)
+        repeated = self._repeated(sum(counts), trainer.world_size)
+        self.order = StreamOrder(counts, seed=self.seed, window=self.shuffle, repeated=repeated)
         self._compare_order()
         self.files = ShardFiles(self.shards, self.storage, flip=self.flip)
         remote = any(is_remote(shard.url) for shard in self.shards)
@@ -187,6 +198,13 @@ class ShardDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=ignore_signals,
         )
+
+    def _repeated(self, samples: int, processes: int) -> int:
+        """Samples of the batches that are repeated; 0 if none are."""
+        rows, number = self.batch_size * processes, self.repeated
+        if isinstance(number, float) and number:
+            number = max(int(number * samples) // rows, 1)
+        return int(number) * rows
 
     def names(self, first: int, rows: int) -> list[str]:
         """Key and shard of the samples at positions ``first`` ... ``first + rows - 1``."""
@@ -246,11 +264,20 @@ class ShardDataModule(LightningDataModule):
                     f"train_urls={self.train_urls}: must name the same shards for all processes, "
                     f"they see {sorted(set(seen))} (number, digest)"
                 )
-        if self.checkpoint_order and self.checkpoint_order != self.order_name:
-            rank_zero_warn(
-                "the shards, data.seed or data.shuffle are not those of the checkpoint: samples "
-                "of the current epoch may come twice or not at all"
+        if not self.checkpoint_order or self.checkpoint_order == self.order_name:
+            return
+        trainer: Any = self.trainer
+        start = Path(trainer.ckpt_path or "").resolve()
+        if trainer.ckpt_path and start.parents[1] == Path(trainer.default_root_dir).resolve():
+            raise UserError(
+                f"data.train_urls={self.train_urls}: must hold the data set of {trainer.ckpt_path} "
+                "(names, samples and SHA-256 of its shards, from the index.json beside them); "
+                "other data are another run, with another trainer.default_root_dir"
             )
+        rank_zero_warn(
+            "the shards, data.seed or data.shuffle are not those of the checkpoint: samples "
+            "of the current epoch may come twice or not at all"
+        )
 
     # ---- generation ------------------------------------------------------------------------
 

@@ -93,6 +93,7 @@ class DiffusionModule(LightningModule):
         self.ema = WeightAverage(network, first)
         self.more_ema = nn.ModuleList(WeightAverage(network, decay) for decay in more)
         self.training_log, self.last_metrics = Log(), dict[str, float]()
+        self.learning_rate = 0.0  # of the last step
         self.last_logged = dict[str, float]()  # the last entry of `training_log`
         # Of the optimizer step under way; whether it is good may be known on the device only.
         self.losses, self.good = list[Tensor](), cast(bool | Tensor, True)
@@ -190,8 +191,8 @@ class DiffusionModule(LightningModule):
             average.update(self.network, good)
         # The trainer counts this step when the hook has returned.
         optimizer: torch.optim.Optimizer = args[2]
-        lr = optimizer.param_groups[0]["lr"]
-        step = Step(self.global_step + 1, self.ema.module, lr, good)
+        self.learning_rate = optimizer.param_groups[0]["lr"]
+        step = Step(self.global_step + 1, self.ema.module, self.learning_rate, good)
         # Small networks that learn there do not scale their loss, as float16 would need.
         scaled = self.trainer.precision == "16-mixed"
         plugin = self.trainer.precision_plugin
@@ -206,7 +207,7 @@ class DiffusionModule(LightningModule):
         strategy = self.trainer.strategy
         numbers = self.training_log.read(lambda x, op: strategy.reduce(x, reduce_op=op))
         metrics = {f"train/{name}": value for name, value in numbers.items()}
-        metrics["train/learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        metrics["train/learning_rate"] = self.learning_rate
         metrics["train/images_seen"] = self.images_seen
         self.last_logged = metrics
         self.record(metrics)

@@ -8,14 +8,19 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from w2s_train import callbacks
 from w2s_train.autoencoder import latents_beside
+from w2s_train.checkpoint_file import read_file
+from w2s_train.command import changes
 from w2s_train.command.config import StrictLoader, check_numbers, check_pipe, explain, locate
+from w2s_train.command.flags import check_flags
 from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError, one_line
@@ -32,6 +37,7 @@ from w2s_train.running.profile import Profile
 from w2s_train.running.progress import Progress
 from w2s_train.running.record import Record, find_checkpoint, run_folder
 from w2s_train.running.run import Run
+from w2s_train.running.settings import check_averages, check_schedule
 from w2s_train.running.stop import Stop
 from w2s_train.running.watch import Watch
 from w2s_train.running.watched_ddp import watched_strategies
@@ -100,6 +106,7 @@ class Command(LightningCLI):
         subcommand = str(self.subcommand)
         config = self.config[subcommand]
         check_pipe(config.data.allow_pipe, self.given)
+        check_flags(config.trainer)
         folder = run_folder(config)
         config.trainer.default_root_dir = str(folder)
         self.goes_on = False
@@ -125,7 +132,8 @@ class Command(LightningCLI):
         # Lightning's own limit does not leave time to save.
         self.stop, kwargs["max_time"] = Stop(config.trainer.max_time), None
         kwargs["plugins"] = _plugins(config.trainer.plugins)
-        kwargs["use_distributed_sampler"] = False  # our samplers know of all processes
+        kwargs["use_distributed_sampler"] = False  # our samplers know of all processes,
+        kwargs["overfit_batches"] = 0  # and of this: `instantiate_classes`
         watched_strategies(config.watch)
         kwargs["callbacks"] = self._all_callbacks(Path(folder))
         try:
@@ -137,7 +145,9 @@ class Command(LightningCLI):
         """Those of the config, and those that every run has."""
         config = self.config_init[self.subcommand]
         given = self._callbacks()
-        ours: list[Any] = [Progress()] + [Profile()] * self.profile
+        bar = config.trainer.enable_progress_bar is not False
+        bar = bar and not any(isinstance(each, ProgressBar) for each in given)
+        ours: list[Any] = [Progress()] * bar + [Profile()] * self.profile
         if self.subcommand == "predict":
             ours.append(ImageWriter(folder / "samples"))
         # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
@@ -182,8 +192,11 @@ class Command(LightningCLI):
                 f"data.num_classes={data.num_classes}: must equal the network's num_classes, "
                 f"{network.num_classes}"
             )
+        if self.subcommand == "fit":
+            data.repeat(self.config["fit"].trainer.overfit_batches)
         self._dump_config()
-        self.model.save_hyperparameters(redacted(self.config_dump["model"]), logger=False)
+        self._settings = redacted(self.config_dump["model"])
+        self.model.save_hyperparameters(self._settings, logger=False)
 
     def _callbacks(self) -> list[Any]:
         """Those of the config: none, one or a list."""
@@ -204,7 +217,10 @@ class Command(LightningCLI):
             if "loading state_dict" not in reason:
                 raise
             path = self.config[subcommand].get("ckpt_path")
-            raise UserError(f"ckpt_path={path}: must fit the config; {reason}") from error
+            where = f"{path}, or without --ckpt_path" if subcommand == "fit" else path
+            before = read_file(path, mmap=True).get("hyper_parameters") or {}
+            named = changes.misfit({"model": before}, {"model": self._settings}, where)
+            raise named or UserError(f"ckpt_path={path}: must fit the config; {reason}") from error
 
     def _check_autoencoder(self, subcommand: str) -> None:
         """What decodes must be there before the first step, and must be what made the latents."""
@@ -221,14 +237,35 @@ class Command(LightningCLI):
         """Check steps and batch, and own the run folder before a logger writes into it."""
         if self.profile:
             Profile.check(self.trainer.max_steps)
+        steps = self.trainer.max_steps
         try:
-            self.model.plan(self.trainer.max_steps)
+            self.model.plan(steps)
+            check_schedule(self.model, steps)
             self.datamodule.check_global_batch(self.trainer)
         except UserError as error:
             raise UserError(locate(str(error), self.config["fit"])) from error
+        check_averages(self.model, steps)
+        self._compare_with_checkpoint()
         self.record.check_progress(self.config["fit"].ckpt_path)
         if self.trainer.is_global_zero:
             self.record.claim()
+
+    def _compare_with_checkpoint(self) -> None:
+        """Refuse what would make a run that goes on another one; say what else has changed."""
+        path = self.config["fit"].ckpt_path
+        if path is None:
+            return
+        settings = read_file(path, mmap=True).get("hyper_parameters")
+        before = self.record.last_config() if self.record.resumed else {}
+        if settings is not None:
+            before["model"] = settings  # of the very state that it goes on from
+        now = {name: part for name, part in redacted(self.record.config).items() if name in before}
+        if "model" in now:
+            now["model"] = self._settings
+        own = self.record.resumed
+        where = f"{path}, or have another trainer.default_root_dir" if own else path
+        if different := changes.check(before, now, where, own=own):
+            rank_zero_info(f"unlike {path}: {different}")
 
 
 def _plugins(given: Any) -> list[Any]:
@@ -264,7 +301,11 @@ def compose(args: list[str] | None, run: bool = True) -> Command:
         auto_configure_optimizers=False,
         save_config_callback=None,
         parser_kwargs={name: dict(QUIET) for name in Command.subcommands()} | QUIET,
-        trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+        trainer_defaults={
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+        },
     )
 
 

@@ -263,10 +263,13 @@ def waits_cost(trainer: Trainer) -> bool:
 
 
 def _load(trainer: Trainer, module: LightningModule, content: dict[str, Any]) -> None:
-    """Weights, averages, weak networks and optimizers of a checkpoint; rates as they are now."""
+    """Weights, averages, weak networks and optimizers of a checkpoint; settings as they are now."""
     module.load_state_dict(content["state_dict"])
     for optimizer, state in zip(trainer.optimizers, content["optimizer_states"], strict=True):
-        rates = [group["lr"] for group in optimizer.param_groups]
+        settings = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
         optimizer.load_state_dict(state)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, now in zip(optimizer.param_groups, settings, strict=True):
+            group.update(now)

@@ -36,7 +36,7 @@ class Progress(ProgressBar):
     # ---- training --------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.task = self._task("train", trainer.max_steps, trainer.global_step)
+        self.task = self._task("train", max(trainer.max_steps, 0) or None, trainer.global_step)
         self.printed = time.monotonic()
         self._start_clock(trainer)
 
@@ -55,8 +55,11 @@ class Progress(ProgressBar):
         if self.bar is not None:
             self.bar.update(self.task, completed=step, note=note)
         elif self._is_time():
-            remaining = (trainer.max_steps - step) / per_second
-            print(f"step {step}/{trainer.max_steps}  {note}  ETA {remaining:.0f} s", flush=True)
+            last, eta = "", ""
+            if trainer.max_steps > 0:
+                seconds = (trainer.max_steps - step) / per_second
+                last, eta = f"/{trainer.max_steps}", f"  ETA {seconds:.0f} s"
+            print(f"step {step}{last}  {note}{eta}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self.bar is not None:

@@ -144,6 +144,11 @@ class Record:
             )
         self.starts = {"from": name, "number": number + 1}
 
+    def last_config(self) -> dict[str, Any]:
+        """The config of the start before; empty if it is not there."""
+        path = self.folder / "config.yaml"
+        return dict(yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+
     def claim(self) -> None:
         """Make the folder this run's own; on the first process, before loggers write there."""
         folder = self.folder
@@ -184,7 +189,8 @@ class Record:
                 file.write(json.dumps(self.starts).encode())
         path = self.folder / "environment.json"
         earlier = json.loads(path.read_text()) if path.is_file() else []
-        entries = json.dumps([*earlier, environment(trainer)], indent=1)
+        start = environment(trainer) | {"config": redacted(self.config)}
+        entries = json.dumps([*earlier, start], indent=1)
         with atomic_write(path) as file:
             file.write(entries.encode() + b"\n")
 

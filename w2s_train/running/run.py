@@ -32,6 +32,7 @@ from w2s_train.running.checkpoints import Checkpoints, validation_follows
 from w2s_train.running.guard import Guard
 from w2s_train.running.record import Record
 from w2s_train.running.samples import SkippedSamples, reseed
+from w2s_train.running.settings import Settings
 from w2s_train.running.stop import Stop
 from w2s_train.running.watch import Stage, Watch
 
@@ -50,7 +51,7 @@ class Run(Checkpoint):
     seed: int  # of the run
 
     def __post_init__(self) -> None:
-        self.samples, self.blow_up = SkippedSamples(), BlowUp()
+        self.samples, self.blow_up, self.settings = SkippedSamples(), BlowUp(), Settings()
         self.agreement = self.guard.agreement
         self.steps = 0  # of the optimizer, before the batch at hand
 
@@ -62,6 +63,12 @@ class Run(Checkpoint):
             self.guard.load_state_dict(state_dict["guard"])
         if "samples" in state_dict:
             self.samples.load_state_dict(state_dict["samples"])
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.training:
+            self.settings.load(checkpoint, pl_module)
 
     # ---- the beginning ---------------------------------------------------------------------
 
@@ -83,6 +90,7 @@ class Run(Checkpoint):
         self.evaluation.finish(trainer, module, self.scorers)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.settings.apply(trainer, pl_module)
         self.samples.start(trainer, pl_module)
         self.checkpoints.start(trainer, pl_module)
 

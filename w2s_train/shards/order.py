@@ -49,9 +49,11 @@ class StreamOrder:
         seed: Of the order, at least 0.
         window: Samples within which rows are shuffled: whole shards, the last of which may exceed
             it. 0 leaves the rows of a shard as they are.
+        repeated: The first so many positions come again and again; 0 is all of them, endlessly.
     """
 
-    def __init__(self, counts: Sequence[int], *, seed: int, window: int) -> None:
+    def __init__(self, counts: Sequence[int], *, seed: int, window: int, repeated: int = 0) -> None:
+        self.repeated = repeated
         self.counts, self.seed, self.window = np.asarray(counts, np.int64), seed, window
         self.firsts = np.cumsum(self.counts) - self.counts
         self.samples = int(self.counts.sum())
@@ -62,22 +64,25 @@ class StreamOrder:
         """Samples at positions ``first`` ... ``last`` - 1."""
         parts, position = [], first
         while position < last:
-            epoch, place = divmod(position, self.samples)
+            epoch, place = self._place(position)
             start, places = self._window_at(epoch, place)
-            part = slice(place - start, min(place - start + last - position, len(places.rows)))
+            left = last - position
+            if self.repeated:
+                left = min(left, self.repeated - position % self.repeated)
+            part = slice(place - start, min(place - start + left, len(places.rows)))
             parts.append(Places(places.rows[part], places.mirrored[part]))
             position += part.stop - part.start
         return Places.join(parts)
 
     def substitute(self, position: int, attempt: int) -> int:
         """A row to take in place of the one at ``position``, which cannot be read."""
-        epoch, place = divmod(position, self.samples)
+        epoch, place = self._place(position)
         generator = np.random.default_rng((self.seed, epoch, place, attempt + 1))
         return int(generator.integers(self.samples))
 
     def upcoming(self, position: int) -> list[int]:
         """Shards of the window after the one that ``position`` lies in."""
-        epoch, place = divmod(position, self.samples)
+        epoch, place = self._place(position)
         start, places = self._window_at(epoch, place)
         following = epoch * self.samples + start + len(places.rows)
         epoch, place = divmod(following, self.samples)
@@ -86,6 +91,10 @@ class StreamOrder:
         last = last[np.searchsorted(last, place, "right")]
         inside = (order.starts >= place) & (order.starts < last)
         return order.shards[inside].tolist()
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Epoch, and number within it, of what lies at a position."""
+        return divmod(position % self.repeated if self.repeated else position, self.samples)
 
     def _epoch_order(self, epoch: int) -> Epoch:
         if self._epoch is None or self._epoch[0] != epoch:

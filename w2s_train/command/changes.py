@@ -1,0 +1,121 @@
+"""What may differ from the start before, or from the checkpoint, where a fit goes on."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from w2s_train.errors import UserError
+
+# Keys, or beginnings of keys; the longest that fits a key counts. Others apply, with a word.
+REFUSED = """
+    seed_everything data.seed data.num_classes data.shuffle
+    model.network model.autoencoder model.objective.class_path
+    model.objective.init_args.interpolant
+    model.optimizer.class_path model.optimizer.init_args.amsgrad model.optimizer.init_args.centered
+""".split()
+FREE = """
+    trainer.accelerator trainer.strategy trainer.devices trainer.num_nodes trainer.plugins
+    trainer.logger trainer.callbacks trainer.max_time trainer.val_check_interval
+    trainer.check_val_every_n_epoch trainer.limit_val_batches trainer.limit_test_batches
+    trainer.limit_predict_batches trainer.num_sanity_val_steps trainer.log_every_n_steps
+    trainer.enable_checkpointing trainer.enable_progress_bar trainer.enable_model_summary
+    trainer.enable_autolog_hparams trainer.inference_mode trainer.use_distributed_sampler
+    trainer.profiler trainer.detect_anomaly trainer.default_root_dir checkpoint watch
+    data.train_urls data.dataset data.prepare data.num_workers data.in_memory data.cache
+    data.cache_gigabytes data.allow_pipe data.num_generated data.generation_batch_size
+    data.sampling_seeds model.network.init_args.gradient_checkpointing model.network.init_args.path
+    model.autoencoder.init_args.path model.autoencoder.init_args.decode_batch model.sampler
+    model.guidance model.scored_weights model.generation_block model.compile
+    model.optimizer.init_args.fused model.optimizer.init_args.foreach
+    ckpt_path weights_only config
+""".split()
+# Where weights of the network, its averages and weak sources come from.
+WEIGHTS = ("model.network", "model.objective", "model.ema_decay")
+SHOWN = 60  # characters of a value
+
+
+class Change(NamedTuple):
+    """A key whose value is another; a part of a config where one side has none."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def refusal(self, where: str) -> UserError:
+        """That it must not be another one than in ``where``."""
+        before, now = _short(self.before), _short(self.now)
+        return UserError(f"{self.key}={now}: must be {before}, as in {where}")
+
+
+def changes(before: Any, now: Any, key: str = "") -> Iterator[Change]:
+    """Where two configs of plain values differ, each at the highest key that says it.
+
+    A key that one of them lacks is of another version of this package, and says nothing.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in now if name in before]
+        if before.get("class_path") != now.get("class_path"):
+            names = ["class_path"]  # arguments of another class say nothing
+        for name in names:
+            path = f"{key}.{name}" if key else name
+            yield from changes(before[name], now[name], path)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for i, (theirs, ours) in enumerate(zip(before, now, strict=True)):
+            yield from changes(theirs, ours, f"{key}[{i}]")
+    elif before != now:
+        yield Change(key, before, now)
+
+
+def verdict(key: str) -> str:
+    """What becomes of a key that differs: it is "refused", "free" or "applied"."""
+    fits = [
+        (len(known), word)
+        for word, keys in (("refused", REFUSED), ("free", FREE))
+        for known in keys
+        if key == known or key.startswith((f"{known}.", f"{known}["))
+    ]
+    return max(fits, default=(0, "applied"))[1]
+
+
+def check(before: Any, now: Any, where: str, *, own: bool) -> str:
+    """Refuse what would be another run, or another network.
+
+    Args:
+        before: The config before, plain values; or the part of it that is known.
+        now: The config, with the same parts.
+        where: What ``before`` is of.
+        own: The run goes on in its folder; else a checkpoint begins another, and only its network
+            must fit.
+
+    Returns:
+        What else differs, to be said; empty if nothing does.
+
+    Raises:
+        UserError: A key that must not differ does.
+    """
+    applied = []
+    for change in changes(before, now):
+        word = verdict(change.key)
+        if word == "refused" and (own or change.key.startswith("model.network")):
+            raise change.refusal(where)
+        if word != "free":
+            applied.append(f"{change.key} {_short(change.before)} -> {_short(change.now)}")
+    return "; ".join(applied)
+
+
+def misfit(before: Any, now: Any, where: str) -> UserError | None:
+    """The first key that weights of ``where`` cannot be loaded for; None if no key differs."""
+    for change in changes(before, now):
+        if change.key.startswith(WEIGHTS) and verdict(change.key) != "free":
+            return change.refusal(where)
+    return None
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and "class_path" in value:
+        value = value["class_path"]
+    elif isinstance(value, list):
+        value = f"[{', '.join(_short(each) for each in value)}]"
+    elif value is None:
+        value = "null"
+    text = " ".join(str(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

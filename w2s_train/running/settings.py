@@ -1,0 +1,121 @@
+"""Optimizer, schedule and averages: fit for the length of a run, and as the config says now."""
+
+import warnings
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
+
+from w2s_train.errors import UserError
+
+SCHEDULED = ("lr", "betas", "momentum")  # what schedulers change
+MOSTLY_INITIAL = 0.1  # share of the initial weights in an average, beyond which it says little
+
+
+def check_schedule(module: Any, max_steps: int) -> None:
+    """Refuse a scheduler that does not last, and warn of a cosine that rises again.
+
+    Args:
+        module: With ``optimizer`` and ``scheduler``, which are called on a parameter of their own.
+        max_steps: Optimizer steps of the run; -1 is no end.
+
+    Raises:
+        UserError: It ends before the run does, or waits for a score.
+    """
+    if module.scheduler is None:
+        return
+    scheduler = module.scheduler(module.optimizer([nn.Parameter(torch.zeros(1))]))
+    name = type(scheduler).__name__
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise UserError(
+            f"model.scheduler={name}: must depend on the step alone, such as "
+            "torch.optim.lr_scheduler.CosineAnnealingLR; lower model.optimizer.init_args.lr with "
+            "--ckpt_path last instead"
+        )
+    if max_steps < 1:
+        return
+    try:
+        _replay(scheduler, 1, begin=max_steps - 1)
+    except ValueError as error:
+        raise UserError(
+            f"model.scheduler={name}: must last trainer.max_steps={max_steps} steps; "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    if isinstance(scheduler, CosineAnnealingLR) and scheduler.T_max < max_steps:
+        warnings.warn(
+            f"model.scheduler.init_args.T_max={scheduler.T_max}: is below "
+            f"trainer.max_steps={max_steps}; the rate rises again after it",
+            stacklevel=2,
+        )
+
+
+def check_averages(module: Any, max_steps: int) -> None:
+    """Warn of averages that are mostly the initial weights when the run ends.
+
+    An average with decay d holds the share d**steps of the weights that it began with.
+    """
+    for average in (module.ema, *module.more_ema):
+        share = average.decay**max_steps if max_steps > 0 else 0.0
+        if share > MOSTLY_INITIAL:
+            fitting = MOSTLY_INITIAL ** (3 / max_steps)
+            warnings.warn(
+                f"model.ema_decay={average.decay:g}: {share:.0%} of the average is still the "
+                f"initial weights after {max_steps} steps; at most {fitting:.4g} leaves 0.1 %",
+                stacklevel=2,
+            )
+
+
+class Settings:
+    """Lets optimizer and scheduler of a run that goes on be those of the config.
+
+    Lightning restores their settings with their states. Where the config's differ from those that
+    the checkpoint was made with, the config's apply: moments and counters stay, and the schedule is
+    made anew and replayed to the step at hand. Where they do not, all is restored, bit for bit.
+    """
+
+    def __init__(self) -> None:
+        self.arguments: list[str] = []  # of the optimizer, that differ
+        self.rescheduled = False
+
+    def load(self, checkpoint: dict[str, Any], module: Any) -> None:
+        """Compare; the state of another schedule is taken out of the checkpoint."""
+        before, now = checkpoint.get("hyper_parameters") or {}, module.hparams
+        theirs, ours = (_arguments(config.get("optimizer")) for config in (before, now))
+        self.arguments = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+        self.rescheduled = before.get("scheduler") != now.get("scheduler") or (
+            not set(self.arguments).isdisjoint(SCHEDULED)
+        )
+        if self.rescheduled:
+            checkpoint["lr_schedulers"] = []
+
+    def apply(self, trainer: Trainer, module: Any) -> None:
+        """After everything was restored."""
+        if not self.arguments and not self.rescheduled:
+            return
+        optimizer = trainer.optimizers[0]
+        fresh = module.optimizer([p for p in module.parameters() if p.requires_grad])
+        names = {*self.arguments, *(SCHEDULED if self.rescheduled else ())}
+        for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+            group.update({name: new[name] for name in names if name in new})
+            if self.rescheduled:  # what schedulers note there
+                for name in group.keys() - new.keys():
+                    del group[name]
+        if self.rescheduled and module.scheduler is not None:
+            scheduler = module.scheduler(optimizer)
+            _replay(scheduler, trainer.global_step)
+            trainer.lr_scheduler_configs[0].scheduler = scheduler
+        self.arguments, self.rescheduled = [], False
+
+
+def _replay(scheduler: LRScheduler, steps: int, begin: int = 0) -> None:
+    scheduler.last_epoch += begin
+    with warnings.catch_warnings():  # it asks for steps of the optimizer, which were taken before
+        warnings.filterwarnings("ignore", ".*lr_scheduler.step()")
+        for _ in range(steps):
+            scheduler.step()
+
+
+def _arguments(config: Any) -> dict[str, Any]:
+    return (config or {}).get("init_args") or {}
