@@ -270,6 +270,7 @@ def test_a_part_of_the_images_is_counted_as_such(command, metrics: Path):
     folder = command("fit", "-c", str(metrics))
     command("validate", "-c", str(metrics), "--ckpt_path=last", "--trainer.limit_val_batches=2")
     assert {s["protocol"]["n"] for s in scores(folder)[-5:]} == {64}
+    assert scores(folder)[-1]["protocol"]["seeds"] == [0, 63]
 
 
 @pytest.mark.slow

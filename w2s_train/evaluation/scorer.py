@@ -93,7 +93,7 @@ class Scorer(Callback, abc.ABC):
         plan = self.plans[group]
         tag = "" if group == 0 else f" ({module.settings[plan.setting].name}, {plan.seeds[0]})"
         module.record({f"val/{name}{tag}": value for name, value in scores.items()})
-        made = {"n": n, "seeds": [plan.seeds[0], plan.seeds[-1]], "git_commit": git_commit()}
+        made = {"n": n, "seeds": [plan.seeds[0], plan.seeds[n - 1]], "git_commit": git_commit()}
         protocol = module.protocol(plan.setting) | about | made
         shared = {key: protocol[key] for key in ("step", "weights", "guidance")}
         return [
