@@ -65,6 +65,15 @@ BAD = {
     "wrong type": (["--model.label_dropout=abc"], ["model.label_dropout", "abc", "float"]),
     "wrong class": (["--model.sampler=w2s_train.weak.NullClass"], ["model.sampler"]),
     "missing class": (["--model.sampler.class_path=w2s_train.sampler.Foo"], ["Foo"]),
+    "misspelt class": (
+        ["--model.objective.init_args.interpolant=w2s_train.interpolant.Linear"],
+        ["class_path=w2s_train.interpolant.Linear: there is no such class", "LinearInterpolant"],
+    ),
+    "misspelt segment": (
+        [segments("low: 0.0, high: 1.0, scale: 0.1").replace("Extrapolation", "Extrapolatoin")],
+        ["class_path=w2s_train.segment.Extrapolatoin: there is no", "has Extrapolation"],
+    ),
+    "misspelt optimizer": (["--model.optimizer=torch.optim.Adamm"], ["torch.optim has Adam"]),
     "nan": (["--model.ema_decay=.nan"], ["model.ema_decay", "nan", "must be a number"]),
     "negative rate": (
         ["--model.optimizer.init_args.lr=-1"],

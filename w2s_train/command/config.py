@@ -3,10 +3,12 @@
 What `check_arguments` finds is said before torch is loaded, so nothing heavy is imported here.
 """
 
+import difflib
 import inspect
 import json
 import math
 import os
+import pkgutil
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -24,6 +26,8 @@ KEYS = """
     output format seeds classes columns scale urls dataset split keep_features
     config print_config help allow_imports profile $schema
 """.split()
+# How the parser, or a package of ours, says that a class is missing.
+NO_CLASS = r"module '([\w.]+)' has no attribute '(\w+)'|no file of ([\w.]+) defines (\w+)"
 ALIASES = 20  # of YAML, in one file
 COUNTS = (
     "val_check_interval",
@@ -180,6 +184,9 @@ def explain(message: str, parts: dict[str, Any]) -> str:
             f"class_path={denied[1]}: must be a class of w2s_train, torch.optim or Lightning's "
             f"trainer; --allow_imports={denied[1].split('.')[0]} allows it, if you trust its code"
         )
+    if missing := re.search(NO_CLASS, line):
+        module, name = missing[1] or missing[3], missing[2] or missing[4]
+        return f"class_path={module}.{name}: there is no such class; {_classes(module, name)}"
     # Of a value that may have one of several types, the reasons are enough.
     line = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: ", "", line)
     line = re.sub(r" - Expected a <class 'NoneType'>| Given value type: <class '[^']*'>", "", line)
@@ -192,6 +199,20 @@ def explain(message: str, parts: dict[str, Any]) -> str:
             return f"{line}; {part} accepts {_parameters(parts[part])}"
         return f"{line}; {_keys()}"
     return line
+
+
+def _classes(module: str, name: str) -> str:
+    """Which classes of a module, or of the files of ours, have names like one that is missing."""
+    found = import_module(module)
+    files = [found]
+    if module.startswith("w2s_train"):
+        under = pkgutil.iter_modules(getattr(found, "__path__", []))
+        files += [import_module(f"{module}.{file.name}") for file in under]
+    names = {
+        each for file in files for each, value in vars(file).items() if isinstance(value, type)
+    }
+    like = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5)
+    return f"{module} has {', '.join(like)}" if like else f"{module} has none of a similar name"
 
 
 def _parameters(function: Any) -> str:
