@@ -10,6 +10,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
@@ -216,6 +217,8 @@ class Command(LightningCLI):
         urls = data.expand(data.train_urls) if data.script is None else []
         for where, made in latents_beside(urls, data.storage).items():
             autoencoder.check(made, where)
+            if subcommand == "fit" and (advice := autoencoder.advice(made, where)):
+                rank_zero_warn(advice)
 
     def before_fit(self) -> None:
         """Check steps and batch, and own the run folder before a logger writes into it."""
