@@ -149,12 +149,8 @@ class ShardDataModule(LightningDataModule):
             raise UserError(f"trainer.overfit_batches={trainer.overfit_batches}: must be 0")
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise UserError("trainer.use_distributed_sampler=True: must be False")
-        if self.unlabelled and stage == "fit" and not trainer.lightning_module.unconditional:
-            dropout = trainer.lightning_module.label_dropout
-            raise UserError(
-                f"model.label_dropout={dropout}: must be 1 with data.unlabelled=true, since all "
-                "samples are of class 0"
-            )
+        if stage == "fit":
+            self.check_unlabelled(trainer.lightning_module)
         size = self.global_batch_size
         if stage != "fit" or size is None or trainer is self.divided_for:
             return
@@ -162,6 +158,18 @@ class ShardDataModule(LightningDataModule):
         self.divided_for, self.batch_size = trainer, parts.rows
         accumulate(trainer, parts.number)
         rank_zero_info(f"global batch {size}: {parts.describe(trainer.world_size)}")
+
+    def check_unlabelled(self, module: Any) -> None:
+        """Refuse to train a module on labels where there are none.
+
+        Raises:
+            UserError: It would.
+        """
+        if self.unlabelled and not module.unconditional:
+            raise UserError(
+                f"model.label_dropout={module.label_dropout}: must be 1 with data.unlabelled=true, "
+                "since all samples are of class 0"
+            )
 
     # ---- training --------------------------------------------------------------------------
 

@@ -227,6 +227,7 @@ class Command(LightningCLI):
         try:
             self.model.plan(self.trainer.max_steps)
             self.datamodule.check_global_batch(self.trainer)
+            self.datamodule.check_unlabelled(self.model)
         except UserError as error:
             raise UserError(locate(str(error), self.config["fit"])) from error
         self.record.check_progress(self.config["fit"].ckpt_path)

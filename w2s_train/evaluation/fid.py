@@ -21,8 +21,8 @@ from w2s_train.scores import append_scores
 from w2s_train.shards.order import total_variation
 
 # Total variation between the classes of the data and those generated. ImageNet's and CIFAR's are
-# below 0.02.
-UNEQUAL = 0.05
+# below 0.02; 375 images of ten classes are at 0.06 by chance.
+UNEQUAL = 0.1
 
 
 def summed(sums: FeatureSums, trainer: Trainer) -> FeatureSums:
