@@ -8,16 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import moments
+from conftest import ROOT, loaded, moments
 from image_folders import encode, noise, preparer, samples, write_tar
 from shard_files import number_image
 from test_stream import Process, module
 
 from w2s_train.errors import UserError
 from w2s_train.evaluation.fid import FID
+from w2s_train.features import ClassifierFeatures
 from w2s_train.features.frechet import frechet_distance
 from w2s_train.shards import ShardWriter, write_index
+from w2s_train.shards.decode import decode_image
 from w2s_train.shards.order import GenerationPlan, Shares, total_variation
+from w2s_train.shards.samples import read_shard
 
 COUNTS = np.array([500, 100, 20, 4, 1, 0])
 
@@ -242,3 +245,22 @@ def test_unconditional_training_follows(command, tmp_path: Path):
         command("fit", *options)
     folder = command("fit", *options, "--model.label_dropout=1")
     assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_real_digits(digits: None):
+    """A long tail of real images, by the labels of a plan: far off in turn, at home as in it."""
+    shards = sorted((ROOT / "data/digits").glob("train-*.tar"))
+    stored = [sample for shard in shards for sample in read_shard(shard)]
+    labels = np.array([int(sample["cls"]) for sample in stored])
+    extractor = loaded(ClassifierFeatures(str(ROOT / "data/digits/classifier.safetensors")))
+    features = extractor(torch.stack([decode_image(sample["png"]) for sample in stored]))
+    counts = np.array([120, 90, 60, 30, 15, 8, 4, 3, 2, 1])
+    tail = [np.flatnonzero(labels == k)[:count] for k, count in enumerate(counts)]
+    reference, rng = moments(features[np.concatenate(tail)]), np.random.default_rng(0)
+    scores = []
+    for given in (range(10), Shares(counts)):
+        plan = GenerationPlan(range(5000), given)
+        rows = [rng.choice(tail[plan[i]["label"]]) for i in range(5000)]
+        scores.append(frechet_distance(moments(features[rows]), reference))
+    assert scores[0] > 40 and scores[1] < 0.4

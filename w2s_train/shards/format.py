@@ -282,7 +282,7 @@ def parse_index(text: str, name: str) -> dict[str, Any]:
         content = None
     shards = content.get("shards") if isinstance(content, dict) else None
     if not isinstance(shards, dict):
-        warnings.warn(f'{name} is none of ours, and ignored: no "shards" by name', stacklevel=2)
+        warnings.warn(f"index={name}: ignored, it is another program's", stacklevel=2)
         return {}
     for shard, entry in shards.items():
         try:
