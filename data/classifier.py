@@ -30,7 +30,8 @@ from w2s_train.features import (
 )
 from w2s_train.files import atomic_write
 from w2s_train.shards import local_shards
-from w2s_train.shards.samples import decode_image, payloads, read_shard
+from w2s_train.shards.decode import BrokenImage, decode_image
+from w2s_train.shards.samples import encoded_image, read_shard
 
 NUM_CLASSES = 10
 
@@ -73,12 +74,16 @@ def read_images(
     for shard in local_shards(urls, name):
         samples = list(read_shard(shard))
         for sample in samples[: round(fraction * len(samples))]:
-            image = decode_image(sample[payloads(list(sample), str(shard))[0]])
-            label = int(sample["cls"])
-            if tuple(image.shape) != shape or not 0 <= label < NUM_CLASSES:
+            content, label = encoded_image(sample, shard, NUM_CLASSES)
+            try:
+                image = decode_image(content)
+            except BrokenImage as error:
+                key = sample["__key__"]
+                raise UserError(f"{name}={shard}: {key} must be an image ({error})") from error
+            if tuple(image.shape) != shape:
                 raise UserError(
-                    f"{name}={urls}: must hold images of {shape} and labels below {NUM_CLASSES}, "
-                    f"{sample['__key__']} is {tuple(image.shape)}, {label}"
+                    f"{name}={urls}: must hold images of {shape}, {sample['__key__']} is "
+                    f"{tuple(image.shape)}"
                 )
             images.append(image)
             labels.append(label)

@@ -4,6 +4,7 @@ r"""Turn images into webdataset shards, with an index, class names and reference
     python data/prepare.py torchvision CIFAR10 --root DIR --split train --output data/cifar10
     python data/prepare.py huggingface "PATH/train-*.parquet" --output data/NAME
     python data/prepare.py shards "PATH/train-{000000..000015}.tar.gz" --output data/NAME
+    python data/prepare.py folder PATH --unlabelled --output data/NAME
 
 Writes ``OUTPUT/SPLIT-000000.tar`` and so on, a table beside each, ``index.json``, ``classes.txt``
 and, if images were broken, ``SPLIT.skipped.txt``. The same input gives the same bytes, whatever the
@@ -64,6 +65,7 @@ def add_common(kind: argparse.ArgumentParser, mode: str | None) -> None:
     add = kind.add_argument
     add("--output", type=Path, required=True, metavar="DIR")
     add("--split", default="train", metavar="NAME", help="first word of the shards' names")
+    add("--unlabelled", action="store_true", help="no classes: every image is of class 0")
     add("--size", type=int, metavar="N", help="cut the middle square and resize it to N, as ADM")
     add(
         "--mode",
@@ -95,6 +97,8 @@ def check(given: argparse.Namespace) -> None:
         raise UserError(f"shuffle_seed={given.shuffle_seed}: must be below 2**32")
     if not re.fullmatch(r"\w+", given.split):
         raise UserError(f"split={given.split}: must be letters, digits and underscores")
+    if given.unlabelled and getattr(given, "label_column", None) is not None:
+        raise UserError(f"label_column={given.label_column}: must be left out with --unlabelled")
     if given.quality is not None and given.format != "jpg":
         raise UserError(f"quality={given.quality}: must come with --format jpg")
     if given.quality is not None and not 1 <= given.quality <= 100:
@@ -118,19 +122,21 @@ def open_source(given: argparse.Namespace) -> "Source":
     if given.kind == "shards":
         from w2s_train.prepare.sources import ShardSource
 
-        return ShardSource(given.urls)
+        return ShardSource(given.urls, unlabelled=given.unlabelled)
     if given.kind == "folder":
         from w2s_train.prepare.sources import ImageFolder
 
-        images = ImageFolder(given.path)
+        images = ImageFolder(given.path, unlabelled=given.unlabelled)
     elif given.kind == "torchvision":
-        from w2s_train.prepare.sources import torchvision_images
+        from w2s_train.prepare.sources import torchvision_images, without_labels
 
         images = torchvision_images(given.name, given.root, given.split, download=given.download)
+        images = without_labels(images) if given.unlabelled else images
     else:
         from w2s_train.prepare.sources import HuggingFaceImages
 
-        images = HuggingFaceImages(given.path, given.split, given.image_column, given.label_column)
+        columns = given.image_column, given.label_column
+        images = HuggingFaceImages(given.path, given.split, *columns, unlabelled=given.unlabelled)
     return Dealt(images, per_shard=given.per_shard, seed=given.shuffle_seed)
 
 

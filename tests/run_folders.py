@@ -31,6 +31,7 @@ ENTRY = {
         "reference": {"dataset": "digits", "split": "train", "n": 1497},
         "n": 1000,
         "seeds": [0, 999],
+        "labels": None,
         "evaluation_seconds": 3.5,
         "wall_clock_seconds": 79.0,
         "training_seconds": 58.0,

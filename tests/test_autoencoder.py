@@ -161,6 +161,23 @@ def test_shards_of_another_autoencoder_are_refused(vae: str, tmp_path: Path):
     PixelSpace().load()
 
 
+@pytest.mark.parametrize("std, advised", [(1.04, "0.9615"), (5.0, ""), (4.0, ""), (50.0, "0.02")])
+def test_latents_that_are_not_of_unit_variance(tmp_path: Path, std: float, advised: str):
+    """Stable Diffusion's factor on other latents; with their own statistics nothing is said."""
+    path = latents_json(tmp_path / "latents.json")
+    made = json.loads(Path(path).read_text())
+    made["statistics"]["std_of_all"] = std
+    said = StableDiffusionVAE().advice(made, path)
+    assert bool(said) == bool(advised)
+    if advised:
+        begin = f"autoencoder.scale=0.18215: latents of {path} have std {std:.3g}, "
+        assert said.startswith(f"{begin}{std * 0.18215:.2g} once scaled")
+        assert f"must be about {advised}; or give autoencoder.statistics={path}" in said
+        assert StableDiffusionVAE(scale=1 / std).advice(made, path) == ""
+    assert StableDiffusionVAE(statistics=path).advice(made, path) == ""
+    assert PixelSpace().advice(made, path) == ""
+
+
 def test_weights_digest(vae: str, tmp_path: Path):
     """Of the values, not of the file; of every value, and of where it stands."""
     from safetensors.torch import load_file, save_file

@@ -187,6 +187,10 @@ BAD = {
     "sampler": (with_protocol(sampler="Heun"), "sampler=Heun: the others have Euler"),
     "steps": (with_protocol(steps=50), "steps=50: the others have 25"),
     "n": (with_protocol(n=100), "n=100: the others have 1000"),
+    "labels": (
+        with_protocol(labels="as in training, counts sha256:0"),
+        "labels=as in training, counts sha256:0: the others have None",
+    ),
     "precision": (with_protocol(precision="bf16-mixed"), "precision=bf16-mixed: the others have"),
     "extractor": (with_protocol(extractor="VGG"), "extractor=VGG: the others have classifier"),
     "seeds": (with_protocol(seeds=[5, 1004]), "sampling seeds: must include 0-999, as the others"),

@@ -173,7 +173,7 @@ def test_an_index_of_other_shards(tmp_path: Path, storage: Storage):
     path.write_bytes(path.read_bytes() + b"\0" * 10240)
     with pytest.raises(UserError, match="must have .* bytes, as index.json beside it says"):
         find_shards(expand_urls(pattern), storage)
-    (tmp_path / "index.json").write_text("{}")
+    (tmp_path / "index.json").write_text('{"version": 1, "shards": {"train-000000.tar": {}}}')
     with pytest.raises(UserError, match="index.json: must be the index of a folder of shards"):
         find_shards(expand_urls(pattern), storage)
 

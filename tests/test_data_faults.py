@@ -57,7 +57,7 @@ def test_skips_are_reported_at_the_end_of_the_epoch(
         said, _ = launch(tmp_path / "run", *options, *two).communicate(timeout=240)
     for epoch in range(3):
         assert f"epoch {epoch} of the data: 2 samples skipped (1 of " in said
-    assert "train-000002.tar, such as 00100: ValueError: it is no image" in said
+    assert "train-000002.tar, such as 00100: no image of a known type" in said
 
 
 @pytest.mark.fault("11  unreadable samples")

@@ -21,7 +21,8 @@ from vae import (
 
 from w2s_train.autoencoder import StableDiffusionVAE, latents_beside, load_autoencoder
 from w2s_train.shards import ShardWriter, Storage
-from w2s_train.shards.samples import decode_image, payloads, to_float
+from w2s_train.shards.decode import decode_image
+from w2s_train.shards.samples import payloads, to_float
 
 
 def sources(place: Path) -> tuple[list[dict], torch.Tensor]:

@@ -18,8 +18,9 @@ from w2s_train.evaluation.images import TarWriter
 from w2s_train.features import ClassifierFeatures, InceptionFeatures
 from w2s_train.features.frechet import Moments, Reference
 from w2s_train.module import DiffusionModule
+from w2s_train.shards.decode import decode_image
 from w2s_train.shards.format import ShardTable, is_written, table_path
-from w2s_train.shards.samples import decode_image, read_shard
+from w2s_train.shards.samples import read_shard
 
 DIGITS = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml"]
 

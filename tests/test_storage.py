@@ -262,7 +262,7 @@ def test_scans_are_kept(tmp_path: Path, monkeypatch):
     storage, scans = Storage(tmp_path / "cache"), []
     real = ShardTable.scan
     monkeypatch.setattr(
-        ShardTable, "scan", lambda path, name=None: scans.append(name) or real(path, name=name)
+        ShardTable, "scan", lambda path, name=None, **o: scans.append(name) or real(path, name=name)
     )
     compressed = tmp_path / "packed.tar.gz"
     compressed.write_bytes(gzip.compress((tmp_path / "train-000000.tar").read_bytes()))

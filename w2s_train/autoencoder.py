@@ -23,6 +23,7 @@ from w2s_train.shards.storage import Storage, is_pipe, is_remote, split_url
 
 LATENTS = "latents.json"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w./-]+)?")
+FAR = 1.5  # from 1, for the std of scaled latents; Stable Diffusion's are at 0.8 to 1 of photos
 STABLE_DIFFUSION = 0.18215  # 1 / std of its latents (Rombach et al., 2022)
 
 
@@ -55,6 +56,10 @@ class Autoencoder(nn.Module, abc.ABC):
             UserError: Of another number of channels or other statistics; or, once the weights are
                 loaded, of other weights.
         """
+
+    def advice(self, made: dict[str, Any], where: str) -> str:
+        """What is unwise about training on such shards, as `check` takes them; empty if nothing."""
+        return ""
 
     def describe(self) -> str:
         """What the images of a score were decoded with."""
@@ -176,6 +181,19 @@ class StableDiffusionVAE(Autoencoder):
                 f"{made['autoencoder']} with weights {made['weights'][:12]}; these are {mine[:12]} "
                 f"({where})"
             )
+
+    def advice(self, made: dict[str, Any], where: str) -> str:
+        std = made["statistics"].get("std_of_all")
+        if self.statistics or not isinstance(std, int | float) or not std > 0:
+            return ""
+        scale = float(self._factor.flatten()[0])
+        if 1 / FAR < scale * std < FAR:
+            return ""
+        return (
+            f"autoencoder.scale={scale:.5g}: latents of {where} have std {std:.3g}, "
+            f"{scale * std:.2g} once scaled, and noise has 1: must be about {1 / std:.4g}; or give "
+            f"autoencoder.statistics={where} instead, which scales each channel"
+        )
 
     def describe(self) -> str:
         self.load()

@@ -5,9 +5,11 @@ for reference statistics.
 import hashlib
 import os
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -18,8 +20,8 @@ from w2s_train.secrets import redacted
 from w2s_train.shards import ShardBatches, ShardFiles, ShardImages, Storage, expand_urls
 from w2s_train.shards.dataset import ignore_signals
 from w2s_train.shards.global_batch import accumulate, parts_for, recount
-from w2s_train.shards.index import Shard, check_labels, find_shards
-from w2s_train.shards.order import GenerationPlan, Places, Positions, Remaining, StreamOrder
+from w2s_train.shards.index import Shard, check_labels, count_labels, find_shards
+from w2s_train.shards.order import GenerationPlan, Places, Positions, Remaining, Shares, StreamOrder
 from w2s_train.shards.storage import is_remote
 
 SMALL = 512e6  # bytes of decoded samples that are held in memory unless the config says otherwise
@@ -56,8 +58,13 @@ class ShardDataModule(LightningDataModule):
         cache_gigabytes: Limit of the downloads in the cache; None is none.
         allow_pipe: Let ``pipe:COMMAND`` in ``train_urls`` run the command in a shell; true only on
             the command line, and in no config.
+        unlabelled: Take shards without labels: every sample is of class 0, whatever its shard
+            says. Training is unconditional then, ``model.label_dropout=1``.
         num_generated: Images per validation.
         generation_batch_size: Images per validation step; does not change the images.
+        labels_as_in_training: Generate the classes with their frequencies in the training shards,
+            the label of an image fixed by its seed; otherwise each class in turn. For data whose
+            classes are not equally frequent: references have their natural frequencies.
         sampling_seeds: Validations are repeated with so many sets of ``num_generated`` seeds, none
             of them twice; each gets a score of its own.
         prepare: Name of a script in ``data/`` that makes the shards when they are missing.
@@ -82,8 +89,10 @@ class ShardDataModule(LightningDataModule):
         cache: str | None = None,
         cache_gigabytes: float | None = None,
         allow_pipe: bool = False,
+        unlabelled: bool = False,
         num_generated: int = 50_000,
         generation_batch_size: int = 250,
+        labels_as_in_training: bool = False,
         sampling_seeds: int = 1,
         prepare: str | None = None,
         dataset: str | None = None,
@@ -111,9 +120,11 @@ class ShardDataModule(LightningDataModule):
         self.num_workers, self.shuffle, self.flip = num_workers, shuffle, flip
         self.in_memory, self.max_skipped, self.seed = in_memory, max_skipped, seed
         self.num_generated, self.generation_batch_size = num_generated, generation_batch_size
-        self.sampling_seeds = sampling_seeds
+        self.sampling_seeds, self.unlabelled = sampling_seeds, unlabelled
+        self.labels_as_in_training = labels_as_in_training
         self.dataset = dataset or Path(redacted(train_urls)).resolve().parent.name
-        self.plan: GenerationPlan | None = None  # of `lightning sample`
+        self.seeds: Sequence[int] | None = None  # of `lightning sample`
+        self.classes: Sequence[int] | None = None  # the same, taken in turn
         self.order: StreamOrder | None = None  # of the training stream, once there is one
         self.repeated: int | float = 0  # batches of it, or a share of the data
         self.shards: list[Shard] = []
@@ -139,6 +150,8 @@ class ShardDataModule(LightningDataModule):
             raise UserError(f"trainer.overfit_batches={trainer.overfit_batches}: must be 0")
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise UserError("trainer.use_distributed_sampler=True: must be False")
+        if stage == "fit":
+            self.check_unlabelled(trainer.lightning_module)
         size = self.global_batch_size
         if stage != "fit" or size is None or trainer is self.divided_for:
             return
@@ -155,6 +168,18 @@ class ShardDataModule(LightningDataModule):
                 is all data.
         """
         self.repeated = batches
+
+    def check_unlabelled(self, module: Any) -> None:
+        """Refuse to train a module on labels where there are none.
+
+        Raises:
+            UserError: It would.
+        """
+        if self.unlabelled and not module.unconditional:
+            raise UserError(
+                f"model.label_dropout={module.label_dropout}: must be 1 with data.unlabelled=true, "
+                "since all samples are of class 0"
+            )
 
     # ---- training --------------------------------------------------------------------------
 
@@ -214,7 +239,8 @@ class ShardDataModule(LightningDataModule):
 
     def _find_shards(self) -> list[Shard]:
         """What there is to train on, checked as far as it can be without reading samples."""
-        shards = find_shards(self.expand(self.train_urls), self.storage)
+        urls = self.expand(self.train_urls)
+        shards = find_shards(urls, self.storage, unlabelled=self.unlabelled)
         check_labels(shards, self.num_classes, self.storage)
         samples = sum(shard.samples for shard in shards)
         if samples == 0:
@@ -281,6 +307,17 @@ class ShardDataModule(LightningDataModule):
 
     # ---- generation ------------------------------------------------------------------------
 
+    def generated_labels(self) -> Sequence[int] | Shares:
+        """What the images of an evaluation are of."""
+        if not self.labels_as_in_training:
+            return range(self.num_classes)
+        return Shares(self.class_counts())
+
+    def class_counts(self) -> np.ndarray:
+        """Training samples of each class, (num_classes,) int64."""
+        shards = self.shards or self._find_shards()
+        return count_labels(shards, self.num_classes, self.storage)
+
     def val_dataloader(self) -> list[DataLoader]:
         """One generation plan per setting of the module and range of seeds; this rank's parts."""
         trainer: Any = self.trainer
@@ -289,7 +326,7 @@ class ShardDataModule(LightningDataModule):
                 f"num_generated={self.num_generated}: must be at least the number of processes, "
                 f"{trainer.world_size}"
             )
-        n, labels = self.num_generated, range(self.num_classes)
+        n, labels = self.num_generated, self.generated_labels()
         return [
             self._generation(GenerationPlan(range(k * n, (k + 1) * n), labels, setting))
             for setting in range(len(trainer.lightning_module.settings))
@@ -301,7 +338,8 @@ class ShardDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """This rank's part of the plan of `lightning sample`, or of the first of validation."""
         trainer: Any = self.trainer
-        plan = self.plan or GenerationPlan(range(self.num_generated), range(self.num_classes))
+        seeds = range(self.num_generated) if self.seeds is None else self.seeds
+        plan = GenerationPlan(seeds, self.classes or self.generated_labels())
         if len(plan) < trainer.world_size:
             raise UserError(
                 f"seeds={plan.seeds[0]}:{plan.seeds[-1] + 1}: must be at least as many as "
@@ -339,7 +377,8 @@ class ReferenceImages(LightningDataModule):
             UserError: Shards that are missing or not whole.
         """
         trainer: Any = self.trainer
-        shards = find_shards(self.data.expand(self.urls, "urls"), self.data.storage)
+        urls = self.data.expand(self.urls, "urls")
+        shards = find_shards(urls, self.data.storage, unlabelled=True)  # nobody asks for labels
         for shard in shards:
             if shard.damage:  # statistics of a part would pass for those of the whole
                 raise UserError(f"urls={shard.url}: must be whole ({shard.loss()})")

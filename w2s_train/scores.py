@@ -42,6 +42,7 @@ class Protocol:
     reference: dict[str, Any]
     n: int
     seeds: tuple[int, int]
+    labels: str | None
     evaluation_seconds: Seconds | None
     wall_clock_seconds: Seconds
     training_seconds: Seconds | None

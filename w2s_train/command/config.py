@@ -23,7 +23,7 @@ PARTS = "trainer model data checkpoint guard watch".split()
 # The first word of every key, and the options that are no keys.
 KEYS = """
     seed_everything ckpt_path weights_only verbose return_predictions
-    output format seeds classes columns scale urls dataset split keep_features
+    output format seeds classes columns scale urls dataset split keep_features statistics images
     config print_config help allow_imports profile $schema
 """.split()
 # How the parser, or a package of ours, says that a class is missing.

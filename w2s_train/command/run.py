@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
@@ -232,6 +232,8 @@ class Command(LightningCLI):
         urls = data.expand(data.train_urls) if data.script is None else []
         for where, made in latents_beside(urls, data.storage).items():
             autoencoder.check(made, where)
+            if subcommand == "fit" and (advice := autoencoder.advice(made, where)):
+                rank_zero_warn(advice)
 
     def before_fit(self) -> None:
         """Check steps and batch, and own the run folder before a logger writes into it."""
@@ -242,6 +244,7 @@ class Command(LightningCLI):
             self.model.plan(steps)
             check_schedule(self.model, steps)
             self.datamodule.check_global_batch(self.trainer)
+            self.datamodule.check_unlabelled(self.model)
         except UserError as error:
             raise UserError(locate(str(error), self.config["fit"])) from error
         check_averages(self.model, steps)

@@ -26,7 +26,6 @@ from w2s_train.features import KEEP
 from w2s_train.module import DiffusionModule
 from w2s_train.running.run import Run
 from w2s_train.secrets import redacted
-from w2s_train.shards.order import GenerationPlan
 
 Format = Literal["png", "grid", "npz", "shards"]
 SUFFIXES: dict[Format, str] = {"png": "", "grid": ".png", "npz": ".npz", "shards": ""}
@@ -74,6 +73,8 @@ class DiffusionTrainer(Trainer):
         split: str | None = None,
         output: str | None = None,
         keep_features: int = KEEP,
+        statistics: str | None = None,
+        images: int | None = None,
     ) -> None:
         """Write the statistics of a data set that the FID callbacks of the config compare with.
 
@@ -82,9 +83,13 @@ class DiffusionTrainer(Trainer):
             datamodule: Names the data set.
             urls: Shards of images; those of training if not given.
             dataset: Name of the data set; if not given, the run's, or the folder of ``urls``.
-            split: Name of this part of it; the first word of the shards' names if not given.
+            split: Name of this part of it; if not given, the first word of the shards' names, or
+                "published".
             output: File to write; what the callback reads if not given.
             keep_features: Images whose features are kept one by one, for KID, precision and recall.
+            statistics: Take published statistics instead, an ``.npz`` with mu and sigma made by the
+                extractor of the callback, as clean-fid's or ADM's.
+            images: Number of images that these were made of, if it is known.
         """
         callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
         scorers = [callback for callback in callbacks if isinstance(callback, FID)]
@@ -94,23 +99,29 @@ class DiffusionTrainer(Trainer):
             )
             raise UserError(f"trainer.callbacks: must hold {rule}; these are {len(scorers)}")
         require("keep_features", keep_features, "[0, inf)")
+        check_statistics(statistics, urls, images, keep_features)
         source = redacted(urls or datamodule.train_urls)
         name = Path(source).resolve().parent.name if urls else datamodule.dataset
+        part = "published" if statistics else Path(source.partition("?")[0]).name.partition("-")[0]
         writers = [
             ReferenceWriter(
                 scorer,
                 Path(output) if output else scorer.reference_path,
                 dataset=dataset or name,
-                split=split or Path(source.partition("?")[0]).name.partition("-")[0],
+                split=split or part,
                 keep=keep_features,
             )
             for scorer in scorers
         ]
         for each in writers:
             each.check()
+        if statistics is not None:
+            for each in writers if self.is_global_zero else ():
+                each.take_over(Path(statistics), images)
+            return
         callbacks += writers
-        images = ReferenceImages(urls or datamodule.train_urls, datamodule)
-        self.predict(PassThrough(), datamodule=images, return_predictions=False)
+        stored = ReferenceImages(urls or datamodule.train_urls, datamodule)
+        self.predict(PassThrough(), datamodule=stored, return_predictions=False)
 
     def sample(
         self,
@@ -136,7 +147,8 @@ class DiffusionTrainer(Trainer):
                 the format, if not given.
             format: A folder of PNGs, one PNG with a grid, ADM's .npz, or webdataset shards.
             seeds: FIRST:LAST, the last one not included. An image depends on seed and class alone.
-            classes: Taken in turn; all of them if not given.
+            classes: Taken in turn; if not given, all of them, in turn or as
+                ``data.labels_as_in_training`` says.
             columns: Of a grid.
             scale: Of a grid: each pixel becomes a square of this side.
         """
@@ -144,7 +156,7 @@ class DiffusionTrainer(Trainer):
         for label in classes or []:
             if not 0 <= label < known:
                 raise UserError(f"classes={classes}: must be in [0, {known - 1}]")
-        datamodule.plan = GenerationPlan(parse_seeds(seeds), classes or range(known))
+        datamodule.seeds, datamodule.classes = parse_seeds(seeds), classes
         if isinstance(model.autoencoder, Vectors):
             raise UserError("autoencoder=Vectors: must make images; these are points")
         path = Path(output or f"samples{SUFFIXES[format]}")
@@ -161,6 +173,27 @@ class DiffusionTrainer(Trainer):
             ckpt_path=ckpt_path,
             weights_only=weights_only,
             return_predictions=False,
+        )
+
+
+def check_statistics(
+    statistics: str | None, urls: str | None, images: int | None, keep_features: int
+) -> None:
+    """Refuse options of `DiffusionTrainer.reference` that go with another source of statistics.
+
+    Raises:
+        UserError: There is one.
+    """
+    if statistics is None and images is not None:
+        raise UserError(f"images={images}: must come with statistics; images of shards are counted")
+    if images is not None:
+        require("images", images, "[2, inf)")
+    if statistics is not None and urls is not None:
+        raise UserError(f"urls={urls}: must be left out where statistics={statistics} are given")
+    if statistics is not None and keep_features != KEEP:
+        raise UserError(
+            f"keep_features={keep_features}: must be left out where statistics={statistics} are "
+            "given, which hold no features of single images"
         )
 
 

@@ -154,7 +154,7 @@ def compare(findings: Findings, options: Options) -> Comparison:
     arms.sort(key=lambda arm: order.index(arm.name))
     return Comparison(
         selection,
-        rules.facts,
+        {key: value for key, value in rules.facts.items() if (key, value) != ("labels", None)},
         ranges,
         baseline.name,
         step,

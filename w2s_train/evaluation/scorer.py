@@ -19,7 +19,7 @@ from w2s_train.checkpoint_file import read_file
 from w2s_train.errors import UserError, require
 from w2s_train.guidance import Guidance
 from w2s_train.scores import SCHEMA, git_commit
-from w2s_train.shards.order import GenerationPlan
+from w2s_train.shards.order import GenerationPlan, Shares
 
 
 def validation_loaders(trainer: Trainer) -> list[Any]:
@@ -93,7 +93,10 @@ class Scorer(Callback, abc.ABC):
         plan = self.plans[group]
         tag = "" if group == 0 else f" ({module.settings[plan.setting].name}, {plan.seeds[0]})"
         module.record({f"val/{name}{tag}": value for name, value in scores.items()})
-        made = {"n": n, "seeds": [plan.seeds[0], plan.seeds[n - 1]], "git_commit": git_commit()}
+        made: dict[str, Any] = {"n": n, "seeds": [plan.seeds[0], plan.seeds[n - 1]]}
+        made["git_commit"] = git_commit()
+        if isinstance(plan.labels, Shares):
+            made["labels"] = plan.labels.describe()
         protocol = module.protocol(plan.setting) | about | made
         shared = {key: protocol[key] for key in ("step", "weights", "guidance")}
         return [
@@ -246,11 +249,16 @@ def evaluation_key(trainer: Trainer, module: Any, scorers: Sequence[Scorer]) -> 
         "config": str(module.hparams),
         "settings": [setting.describe() for setting in module.settings],
         "where": [module.steps_taken, str(trainer.precision), module.device.type],
-        "plans": [[*loader.dataset.seeds[:1], len(loader.dataset)] for loader in loaders],
+        "plans": [_describe(loader.dataset) for loader in loaders],
         "scorers": [scorer.describe() for scorer in scorers],
     }
     digest.update(json.dumps(about).encode())
     return digest.hexdigest()[:16]
+
+
+def _describe(plan: GenerationPlan) -> list[Any]:
+    shares = [plan.labels.describe()] if isinstance(plan.labels, Shares) else []
+    return [*plan.seeds[:1], len(plan), *shares]
 
 
 def _parts(guidances: list[Guidance]) -> Iterator[nn.Module]:

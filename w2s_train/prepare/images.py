@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from w2s_train.errors import UserError, one_line
 from w2s_train.files import atomic_write
 from w2s_train.prepare import engine
 from w2s_train.prepare.sources import Item, Source
+from w2s_train.shards.decode import BrokenImage, is_grey, is_turned, open_image, plain, upright
 from w2s_train.shards.format import (
     CLASSES,
     INDEX,
@@ -37,17 +38,9 @@ from w2s_train.shards.format import (
 
 # ---- one image
 
-# Formats that are read; Pillow knows more, some of which start other programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000")
 # Formats that shards may hold, and their fields. MPO: a JPEG file with more behind its end.
 FIELDS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-GREY = ("1", "L", "LA", "La", "I", "F")
 MOST_PIXELS = 2 * 89_478_485  # Pillow's limit against decompression bombs, for what is enlarged
-
-
-class BrokenImage(Exception):
-    """An image that cannot be used; its message says why."""
 
 
 class ColourImage(Exception):
@@ -60,41 +53,6 @@ class Encoded(NamedTuple):
     field: str  # "png", "jpg" or "webp"
     content: bytes  # the file
     kept: bool  # these are the bytes that came in
-
-
-def decode(content: bytes) -> Image.Image:
-    """An image, read to its end; the first one of several."""
-    if not content:
-        raise BrokenImage("empty file")
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        image.load()
-    except UnidentifiedImageError:
-        raise BrokenImage(f"no image of a known type ({', '.join(FORMATS)})") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise nearly anything on broken input
-        raise BrokenImage(one_line(error)) from error
-    if image.format == "PNG" and PNG_END not in content:
-        raise BrokenImage("truncated: its end is missing")  # which Pillow reads, others do not
-    return image
-
-
-def is_grey(image: Image.Image) -> bool:
-    """Whether an image has no colours, whatever its depth."""
-    return image.mode in GREY or image.mode.startswith("I;16")
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Images of 16 bits by their high byte, where Pillow's own conversion clips; others as is."""
-    if image.mode == "F":
-        raise BrokenImage("floating-point pixels, whose range is not known")
-    if image.mode != "I" and not image.mode.startswith("I;16"):
-        return image
-    pixels = np.asarray(image)
-    if pixels.min() < 0 or pixels.max() > 0xFFFF:
-        raise BrokenImage(f"pixels from {pixels.min()} to {pixels.max()}, not in [0, 65535]")
-    return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -129,20 +87,22 @@ class Conversion(NamedTuple):
         """Convert an encoded image; one that needs no change keeps its bytes."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata; what breaks an image raises
-            stored = decode(content)
+            stored = open_image(content)
             if self.only_grey and not is_grey(stored):
                 raise ColourImage
             image = self._pixels(stored)
             several = stored.format != "MPO" and getattr(stored, "is_animated", False)
-            if image is stored and stored.format in FIELDS and not several:
+            # Whoever reads the shard turns what says that it is turned: that must not be kept.
+            same = image is stored and not several and (self.exif or not is_turned(stored))
+            if same and stored.format in FIELDS:
                 return Encoded(FIELDS[stored.format], content, kept=True)
             return Encoded(self.format, self._encode(image), kept=False)
 
     def _pixels(self, image: Image.Image) -> Image.Image:
         """The image as it is to be; the same object if nothing has to change."""
         if self.exif:
-            image = _upright(image)
-        image = eight_bits(image)
+            image = upright(image)
+        image = plain(image)
         if image.mode != self.mode:
             image = image.convert(self.mode)
         if self.size is not None and image.size != (self.size, self.size):
@@ -159,17 +119,6 @@ class Conversion(NamedTuple):
         else:
             image.save(file, "jpeg", quality=self.quality)
         return file.getvalue()
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; the same object if that is upright or missing."""
-    try:
-        orientation = image.getexif().get(0x0112, 1)
-        if orientation in range(2, 9):
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # as in `decode`
-        raise BrokenImage(f"EXIF: {one_line(error)}") from error
-    return image
 
 
 # Missing, a broken link, not ours to read; without a number it is the source that says so.
@@ -196,7 +145,7 @@ def first_mode(source: Source) -> str:
     for shard in range(len(source)):
         for item in source.read(shard):
             try:
-                return "L" if is_grey(decode(load(item))) else "RGB"
+                return "L" if is_grey(open_image(load(item))) else "RGB"
             except BrokenImage:
                 continue  # listed when its shard is written
     raise UserError("mode=auto: needs an image that can be read; there is none")
@@ -204,7 +153,7 @@ def first_mode(source: Source) -> str:
 
 # ---- all of them
 
-VERSION = 2  # of the bytes that are written for an image
+VERSION = 3  # of the bytes that are written for an image
 LOCK_SECONDS = 10  # the processes of a run that was killed hold its lock until they notice
 DIGESTS = ("files", "labels")  # settings whose values say nothing to a reader
 

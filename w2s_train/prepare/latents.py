@@ -22,8 +22,10 @@ from torch import Tensor
 from w2s_train.autoencoder import LATENTS, load_autoencoder, split_moments, weights_digest
 from w2s_train.errors import UserError
 from w2s_train.prepare.engine import Task, Work, changed, write_json
-from w2s_train.shards.format import ShardTable, ShardWriter, check_whole, is_written, table_path
-from w2s_train.shards.samples import FLIPPED, decode_image, encoded_image, read_shard, to_float
+from w2s_train.shards.decode import decode_image
+from w2s_train.shards.format import ShardTable, ShardWriter, is_written, table_path
+from w2s_train.shards.members import FLIPPED
+from w2s_train.shards.samples import encoded_image, read_shard, to_float
 
 # ---- the images of a shard
 
@@ -115,7 +117,6 @@ class DecodedShard:
 def first_size(shards: list[Path], max_broken: float) -> tuple[int, int]:
     """(H, W) of the first image."""
     for shard in shards:
-        check_whole(shard)
         for image in DecodedShard(shard, None, None, max_broken):
             return image.pixels.shape[1], image.pixels.shape[2]
     raise UserError(f"source={shards[0]}: must hold images, there are none")
@@ -185,7 +186,6 @@ class Encoder(Work):
 
     def write(self, source: Path, writer: ShardWriter) -> Iterator[int]:
         """Write the latents of a shard of images."""
-        check_whole(source)
         channels, *_ = self.facts.image_shape
         settings = self.settings
         images = DecodedShard(source, channels, settings.size, settings.max_broken)

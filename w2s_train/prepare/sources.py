@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from w2s_train.errors import UserError
 from w2s_train.shards import local_shards
-from w2s_train.shards.format import CLASSES, check_whole
+from w2s_train.shards.format import CLASSES
 from w2s_train.shards.samples import MOST_CLASSES, encoded_image, read_shard
 
 Identity = dict[str, str | int]
@@ -114,6 +114,13 @@ def digest(parts: Iterable[str]) -> str:
     return sha256.hexdigest()[:16]
 
 
+def without_labels(images: Images) -> Images:
+    """The same images, all of one class without a name."""
+    images.labels, images.classes = np.zeros(len(images.labels), np.int64), []
+    images.identity = images.identity | {"unlabelled": True}
+    return images
+
+
 # ---- a folder
 
 SUFFIXES = tuple(
@@ -130,33 +137,45 @@ class ImageFolder(Images):
 
     Args:
         path: The folder.
+        unlabelled: Take all images in it and below it, as one class without a name.
 
     Raises:
         UserError: It has no sub-folders, or no images in them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, unlabelled: bool = False) -> None:
         if not path.is_dir():
             raise UserError(f"folder={path}: must be an existing folder")
-        self.path, self.ignored = path, 0
+        self.path, self.ignored, self.notes = path, 0, []
+        if unlabelled:
+            found = sorted(self._walk("", frozenset({os.path.realpath(path)})))
+            self._take([], [found], "")
+            without_labels(self)
+            return
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         visible = [entry for entry in entries if not entry.name.startswith(".")]
         self.classes = [entry.name for entry in visible if _is_folder(entry)]
         self.ignored = len(entries) - len(self.classes)
         if not self.classes:
-            raise UserError(f"folder={path}: must hold one sub-folder per class, it holds none")
+            raise UserError(
+                f"folder={path}: must hold one sub-folder per class, it holds none; --unlabelled "
+                "takes images without classes"
+            )
         bar = _Bar(self.classes, "listing", unit="class", delay=5, disable=None, leave=False)
-        found = [self._images(name) for name in bar]
+        self._take(self.classes, [self._images(name) for name in bar], " in its folders")
+        self.notes = [f"{self.ignored:,} ignored: hidden, of other types or in no class folder"]
+
+    def _take(self, classes: list[str], found: list[list[tuple[str, int]]], where: str) -> None:
+        """The images of each class, by name and size."""
+        self.classes = classes
         self.files = [name for names in found for name, _ in names]
         if not self.files:
-            raise UserError(
-                f"folder={path}: must hold images ({' '.join(SUFFIXES)}) in its folders"
-            )
+            raise UserError(f"folder={self.path}: must hold images ({' '.join(SUFFIXES)}){where}")
         counts = [len(names) for names in found]
         self.labels = np.repeat(np.arange(len(counts)), counts)
         files = (f"{name} {size}" for names in found for name, size in names)
-        self.identity = {"source": "folder", "files": digest([*self.classes, *files])}
-        self.notes = [f"{self.ignored:,} ignored: hidden, of other types or in no class folder"]
+        self.identity = {"source": "folder", "files": digest([*classes, *files])}
+        self.notes = [f"{self.ignored:,} ignored: hidden or of other types"]
 
     def name(self, index: int) -> str:
         return self.files[index]
@@ -172,7 +191,8 @@ class ImageFolder(Images):
     def _walk(self, folder: str, above: frozenset[str]) -> Iterator[tuple[str, int]]:
         """Follows links to folders, but not to those ``above`` it, which would never end."""
         for entry in os.scandir(self.path / folder):
-            name, hidden = f"{folder}/{entry.name}", entry.name.startswith(".")
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            hidden = entry.name.startswith(".")
             real = os.path.realpath(entry.path) if not hidden and _is_folder(entry) else None
             if real is not None and real not in above:
                 yield from self._walk(name, above | {real})
@@ -277,6 +297,15 @@ def _column(found: list[str], columns: list[str], usual: tuple[str, ...], name: 
     return named
 
 
+def _label_column(found: list[str], columns: list[str], image: str) -> str:
+    """As `_column`; a data set of images alone has none."""
+    if columns == [image]:
+        raise UserError(
+            f"label_column: there is none beside {image}; --unlabelled takes images without labels"
+        )
+    return _column(found, columns, LABEL_COLUMNS, "label_column")
+
+
 class HuggingFaceImages(Images):
     """The rows of a data set.
 
@@ -286,6 +315,7 @@ class HuggingFaceImages(Images):
             folder whose file names begin with splits. Files and globs are taken whole.
         image_column: Its name; None finds it by its type or a usual name.
         label_column: The same.
+        unlabelled: Look for no labels: all images are of one class without a name.
 
     Raises:
         UserError: ``datasets`` is not installed, there is no such thing, no such columns, or a row
@@ -293,7 +323,13 @@ class HuggingFaceImages(Images):
     """
 
     def __init__(
-        self, path: str, split: str, image_column: str | None, label_column: str | None
+        self,
+        path: str,
+        split: str,
+        image_column: str | None,
+        label_column: str | None,
+        *,
+        unlabelled: bool = False,
     ) -> None:
         rows = _load(path, split)
         from datasets import ClassLabel, Image
@@ -305,9 +341,12 @@ class HuggingFaceImages(Images):
             if given is not None and given not in types:
                 raise UserError(f"{name}={given}: must be one of {', '.join(types)}")
         image = image_column or _column(pictures, list(types), IMAGE_COLUMNS, "image_column")
-        label = label_column or _column(labels, list(types), LABEL_COLUMNS, "label_column")
-        names = types[label].names if isinstance(types[label], ClassLabel) else []
-        self.labels, self.classes = _labels(rows, label, list(names or []))
+        if unlabelled:
+            label, self.labels, self.classes = "", np.zeros(len(rows), np.int64), []
+        else:
+            label = label_column or _label_column(labels, list(types), image)
+            names = types[label].names if isinstance(types[label], ClassLabel) else []
+            self.labels, self.classes = _labels(rows, label, list(names or []))
         try:
             self.rows = rows.select_columns([image]).cast_column(image, Image(decode=False))
         except (TypeError, ValueError, NotImplementedError) as error:
@@ -323,6 +362,8 @@ class HuggingFaceImages(Images):
             "files": digest(f"{file.name} {file.stat().st_size}" for file in _files(path)),
         }
         self.notes = []
+        if unlabelled:
+            without_labels(self)
 
     def name(self, index: int) -> str:
         return f"row {index}"
@@ -346,8 +387,8 @@ def _labels(rows: Rows, column: str, names: list[str]) -> tuple[np.ndarray, list
         names = sorted(set(values))
         place = {name: i for i, name in enumerate(names)}
         values = [place[value] for value in values]
-    if not all(type(value) is int for value in values):
-        raise UserError(f"label_column={column}: must hold whole numbers or texts")
+    if not all(type(value) in (int, bool) for value in values):
+        raise UserError(f"label_column={column}: must hold whole numbers, truths or texts")
     _check_labels(values, names)
     if not values:
         raise UserError(f"label_column={column}: must hold rows, there are none")
@@ -445,13 +486,14 @@ class ShardSource(Source):
 
     Args:
         urls: Path, glob or brace pattern of the shards; ``classes.txt`` may lie beside them.
+        unlabelled: Read no labels: all images are of one class without a name.
 
     Raises:
         UserError: It names no shard.
     """
 
-    def __init__(self, urls: str) -> None:
-        self.paths = local_shards(urls, "shards")
+    def __init__(self, urls: str, *, unlabelled: bool = False) -> None:
+        self.paths, self.unlabelled = local_shards(urls, "shards"), unlabelled
         names = self.paths[0].parent / CLASSES
         self.classes = (
             names.read_text("utf-8", "surrogateescape").splitlines() if names.is_file() else []
@@ -459,14 +501,16 @@ class ShardSource(Source):
         files = [f"{path.name} {path.stat().st_size}" for path in self.paths]
         self.identity = {"source": "shards", "files": digest(files)}
         self.notes = []
+        if unlabelled:
+            self.classes, self.identity = [], self.identity | {"unlabelled": True}
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, shard: int) -> Iterator[Item]:
         path = self.paths[shard]
-        check_whole(path)
         for sample in read_shard(path):
-            content, label = encoded_image(sample, path, len(self.classes) or MOST_CLASSES)
+            number = len(self.classes) or MOST_CLASSES
+            content, label = encoded_image(sample, path, number, unlabelled=self.unlabelled)
             key = sample["__key__"]
             yield Item(key, label, f"{path.name} {key}", functools.partial(bytes, content))

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from w2s_train.errors import UserError, one_line
 from w2s_train.shards.format import ShardTable
 from w2s_train.shards.index import Shard, load_table
+from w2s_train.shards.members import ARRAY_TYPES, FLIPPED, IMAGE_TYPES
 from w2s_train.shards.order import Places, StreamOrder
-from w2s_train.shards.samples import ARRAY_TYPES, FLIPPED, IMAGE_TYPES, Span, payloads, read_spans
+from w2s_train.shards.samples import Span, payloads, read_spans
 from w2s_train.shards.storage import Storage
 from w2s_train.signals import PREEMPTION
 

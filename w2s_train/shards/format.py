@@ -11,7 +11,7 @@ import json
 import lzma
 import os
 import re
-import tarfile
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -24,13 +24,11 @@ import webdataset as wds
 
 from w2s_train.errors import UserError, one_line
 from w2s_train.files import atomic_write, naming, sha256_of
+from w2s_train.shards.members import LABEL, Members, parse_label, read_samples, shown_label
 
-LABEL = "cls"
 TABLE = ".table.npz"
 INDEX = "index.json"
 CLASSES = "classes.txt"  # names of the classes, one a line
-META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members, which are no samples
-Members = dict[str, tuple[int, int]]  # offset and size in bytes of each field of a sample
 
 
 @dataclass(frozen=True)
@@ -97,20 +95,20 @@ class ShardTable:
             raise OSError(f"{path}: is no table of a shard ({error})") from error
 
     @classmethod
-    def scan(cls, path: Path, *, name: str | None = None) -> "ShardTable":
+    def scan(cls, path: Path, *, name: str | None = None, unlabelled: bool = False) -> "ShardTable":
         """Read the headers and the labels of an uncompressed tar, not the images.
 
         Args:
             path: The file.
             name: What to call it in messages; the path if not given.
+            unlabelled: Read no labels: all samples are of class 0.
 
         Raises:
             UserError: It is compressed or no tar, or a sample has no label; names shard and key.
         """
         name = name or str(path)
-        samples: dict[str, Members] = {}
         with open(path, "rb", buffering=0) as file:  # headers and labels, and nothing beside
-            damage = _scan_members(file, samples, name)
+            samples, damage = read_samples(file, name)
             size = file.seek(0, 2)
             whole = {
                 key: fields
@@ -119,9 +117,12 @@ class ShardTable:
             }
             if damage and whole:
                 first, last = next(iter(whole)), list(whole)[-1]
-                if whole[last].keys() != whole[first].keys() or LABEL not in whole[last]:
+                lacking = LABEL not in whole[last] and not unlabelled
+                if whole[last].keys() != whole[first].keys() or lacking:
                     del whole[last]  # its other members may have followed
-            labels = [_label(file, key, fields, name) for key, fields in whole.items()]
+            labels = [0] * len(whole)
+            if not unlabelled:
+                labels = [_label(file, key, fields, name) for key, fields in whole.items()]
         fields = sorted({each for members in whole.values() for each in members} - {LABEL})
         places = np.array(
             [[members.get(f, (-1, 0)) for f in fields] for members in whole.values()], np.int64
@@ -131,53 +132,21 @@ class ShardTable:
         return cls(keys, np.array(labels, np.int64), fields, offsets, sizes, size, "", damage)
 
 
-def _scan_members(
-    file: IO[bytes], samples: dict[str, Members], name: str, *, compressed: bool = False
-) -> str:
-    """Add the members of a tar to ``samples``, by key; says what is wrong with it, if anything is.
-
-    Offsets are of what a compressed one holds.
-    """
-    last = "its start"
-    try:
-        with tarfile.open(fileobj=file, mode="r:*" if compressed else "r:") as tar:
-            for member in tar:
-                match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", member.name)
-                if member.isreg() and match and not META.match(member.name):
-                    key, kind = match.group(1), match.group(2).lower()
-                    members = samples.setdefault(key, {})
-                    if kind in members:
-                        raise UserError(f"shard={name}: holds two members {member.name}")
-                    members[kind] = (member.offset_data, member.size)
-                last = member.name
-            end, content = tar.offset, tar.fileobj
-            assert content is not None
-            content.seek(end)
-            block = content.read(512)
-        if len(block) < 512:  # a whole tar ends with blocks of zeros
-            return f"cut off after {last}"
-        if any(block):
-            return f"unreadable at byte {end:,}, after {last}"
-    except tarfile.ReadError as error:
-        if not samples:
-            kind = "a whole tar" if compressed else "an uncompressed tar"
-            reason = " ".join(str(error).split())
-            raise UserError(f"shard={name}: must be {kind} ({reason})") from None
-        return f"cut off after {last} ({error})"
-    return ""
-
-
 def _label(file: IO[bytes], key: str, members: Members, name: str) -> int:
     if LABEL not in members:
-        raise UserError(f"label: sample {key} of {name} must have one, in {key}.{LABEL}")
+        raise UserError(
+            f"label: sample {key} of {name} must have one, in {key}.{LABEL}; it holds "
+            f"{', '.join(members)}. data.unlabelled=true takes shards without labels"
+        )
     offset, size = members[LABEL]
     file.seek(offset)
-    text = file.read(size).decode(errors="replace").strip()
+    content = file.read(size)
     try:
-        return int(np.int64(int(text)))
+        return int(np.int64(parse_label(content)))
     except (ValueError, OverflowError) as error:
         kind = "a whole number" if isinstance(error, ValueError) else "below 2**63 in size"
-        raise UserError(f"label={text[:20]}: must be {kind} (sample {key} of {name})") from None
+        where = f"sample {key} of {name}"
+        raise UserError(f"label={shown_label(content)}: must be {kind} ({where})") from None
 
 
 def table_path(shard: Path) -> Path:
@@ -280,51 +249,61 @@ def write_index(folder: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The shards that the index of a folder lists; none where it has no index.
+    """The shards that the index of a folder lists; none where it has no index of ours.
 
     Raises:
-        UserError: It is something else.
+        UserError: It is one of ours, and broken.
     """
     path = folder / INDEX
-    return parse_index(path.read_text(), str(path)) if path.is_file() else {}
+    try:
+        return parse_index(path.read_text(), str(path)) if path.is_file() else {}
+    except UnicodeDecodeError:
+        return parse_index("", str(path))
 
 
 def parse_index(text: str, name: str) -> dict[str, Any]:
-    """The shards that an index lists.
+    """The shards that an index lists; other programs' files of this name list none.
 
     Args:
         text: Its contents.
         name: Where it is.
 
     Raises:
-        UserError: It is something else.
+        UserError: It is one of ours, and broken.
     """
+    broken = f"index={name}: must be the index of a folder of shards, whole; it is broken"
     try:
-        shards = json.loads(text)["shards"]
-        for entry in shards.values():
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("<"):  # of a server that has no such file, or wants a login
+            raise UserError(f"index={name}: must be the index of a folder, it is a page") from None
+        if re.match(r'\s*{\s*"version": 1,\s*"shards": {', text):  # as `write_index` begins
+            raise UserError(f"{broken} ({one_line(error)}); remove it") from None
+        content = None
+    shards = content.get("shards") if isinstance(content, dict) else None
+    if not isinstance(shards, dict):
+        warnings.warn(f"index={name}: ignored, it is another program's", stacklevel=2)
+        return {}
+    for shard, entry in shards.items():
+        try:
             int(entry["samples"]), int(entry["bytes"]), str(entry["sha256"]), list(entry["labels"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"index={name}: must be the index of a folder of shards") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{broken} at {shard} ({one_line(error)}); remove it") from None
     return shards
 
 
-def check_whole(shard: Path) -> None:
-    """Refuse a shard that has been cut off, or has a member twice.
-
-    Where it is cut between two samples, reading it would end early and say nothing.
-
-    Args:
-        shard: A local tar, compressed or not.
+def whole_samples(file: IO[bytes], shard: Path) -> dict[str, Members]:
+    """The samples of a shard, compressed or not, by key; offsets are of what it holds.
 
     Raises:
-        UserError: It has.
+        UserError: It has been cut off, has a field twice, or is no tar.
     """
     if table_path(shard).is_file() and not is_written(shard):
         raise UserError(f"shard={shard}: must be as long as when it was written, it is not")
-    with open(shard, "rb") as file:
-        try:
-            damage = _scan_members(file, {}, str(shard), compressed=True)
-        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-            damage = one_line(error)
+    try:
+        samples, damage = read_samples(file, str(shard), compressed=True)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        damage = one_line(error)
     if damage:
         raise UserError(f"shard={shard}: must be a whole tar ({damage})")
+    return samples

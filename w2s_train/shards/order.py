@@ -8,12 +8,15 @@ not change what lies there, so a run may stop at any position and go on from it 
 processes. `Positions` deals positions out to processes, `Remaining` the images of a plan.
 """
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
+
+GOLDEN = 0x9E3779B97F4A7C15  # (sqrt(5) - 1) / 2 times 2^64, to the nearest odd number
 
 
 class Places(NamedTuple):
@@ -150,24 +153,62 @@ class Positions(Sampler[range]):
         return (range(p, p + size) for p in itertools.count(first, self.world_size * size))
 
 
+class Shares:
+    """Labels with the frequencies of a data set, each fixed by its seed alone.
+
+    With the N samples of the data sorted by class, seed s gets the label of the sample at place
+
+        floor(N frac(s a)),   a = (sqrt(5) - 1) / 2 in 64 bits.
+
+    Multiples of the golden ratio fill the unit interval evenly (Knuth, The Art of Computer
+    Programming 3, 6.4), so that any range of seeds has the frequencies, and nearly without noise.
+
+    Args:
+        counts: (K,) samples of each class, not all 0.
+    """
+
+    def __init__(self, counts: np.ndarray) -> None:
+        self.counts, self.ends = counts, np.cumsum(counts)
+
+    def of(self, seed: int) -> int:
+        """The label of an image."""
+        place = (seed * GOLDEN % 2**64 * int(self.ends[-1])) >> 64
+        return int(np.searchsorted(self.ends, place, "right"))
+
+    def describe(self) -> str:
+        """For the record of a score."""
+        digest = hashlib.sha256(np.asarray(self.counts, "<i8").tobytes()).hexdigest()
+        return f"as in training, counts sha256:{digest[:12]}"
+
+
+def total_variation(counts: np.ndarray, other: np.ndarray) -> float:
+    """Half the sum of the differences of two frequencies (K,), in [0, 1]: 0 if they are equal."""
+    return float(np.abs(counts / counts.sum() - other / other.sum()).sum() / 2)
+
+
 class GenerationPlan(Dataset):
-    """Item i is the i-th seed, with the i-th of the labels, which repeat.
+    """Item i is the i-th seed, with the i-th of the labels, which repeat, or that of its seed.
 
     Args:
         seeds: One per image.
-        labels: Of the first images; then they start over.
+        labels: Of the first images, then they start over; or `Shares`.
         setting: Which of the module's settings generates them.
     """
 
-    def __init__(self, seeds: Sequence[int], labels: Sequence[int], setting: int = 0) -> None:
+    def __init__(
+        self, seeds: Sequence[int], labels: Sequence[int] | Shares, setting: int = 0
+    ) -> None:
         self.seeds, self.labels, self.setting = seeds, labels, setting
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def __getitem__(self, index: int) -> dict[str, int]:
-        label = self.labels[index % len(self.labels)]
-        seed, setting = self.seeds[index], self.setting
+        seed, setting, labels = self.seeds[index], self.setting, self.labels
+        if isinstance(labels, Shares):
+            label = labels.of(seed)
+        else:
+            label = labels[index % len(labels)]
         return {"index": index, "seed": seed, "label": label, "setting": setting}
 
 

@@ -1,28 +1,29 @@
 """Samples of shards: their fields, undecoded one after another or decoded at their places."""
 
 import io
-import lzma
 import os
-import re
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import webdataset as wds
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from w2s_train.errors import UserError, one_line
 from w2s_train.files import naming
+from w2s_train.shards.decode import BrokenImage, decode_image
+from w2s_train.shards.format import whole_samples
+from w2s_train.shards.members import (
+    ARRAY_TYPES,
+    IMAGE_TYPES,
+    LABEL,
+    parse_label,
+    shown_label,
+    unpacked,
+)
 
 Sample = dict[str, Any]
-IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
-ARRAY_TYPES = ("npy", "bf16.npy")  # bfloat16 is stored as its bits, uint16
-FLIPPED = "flip."  # before the name of an array: the same of the mirrored image
 SHORT = "the file ends before it does"
 MOST_CLASSES = 2**20  # more are a mistake, and counts of each would fill the memory
 
@@ -37,57 +38,65 @@ class EncodedImage(NamedTuple):
 def read_shard(path: str | Path) -> Iterator[Sample]:
     """The samples of one local shard, undecoded, in their order; compressed ones, too.
 
-    Each has "__key__", "__url__" and its fields by name, such as "png" and "cls", as bytes.
-    One that is cut off between two samples seems to end there: `check_whole` finds that out.
+    Each has "__key__" and its fields by name, such as "png" and "cls", as bytes.
 
     Raises:
-        UserError: It cannot be read as a tar.
+        UserError: It cannot be read as a tar, or is not whole; before the first sample.
     """
-    with naming(Path(path)), open(path, "rb") as stream:
-        source = [{"url": str(path), "stream": stream}]
-        try:
-            yield from wds.tariterators.group_by_keys(wds.tariterators.tar_file_expander(source))
-        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-            # webdataset adds where it was, as an object and as further arguments
-            reason = str(error.args[0]).partition(" @ ")[0]
-            raise UserError(f"shard={path}: must be a whole tar ({reason})") from error
+    shard = Path(path)
+    with naming(shard), open(shard, "rb") as file:
+        samples = whole_samples(file, shard)
+        file.seek(0)
+        if not samples:
+            return
+        content = unpacked(file)
+        for key, fields in samples.items():
+            sample: Sample = {"__key__": key}
+            for field, (offset, size) in fields.items():
+                content.seek(offset)
+                sample[field] = content.read(size)
+            yield sample
 
 
-def encoded_image(sample: Sample, shard: Path, classes: int = MOST_CLASSES) -> EncodedImage:
+def encoded_image(
+    sample: Sample, shard: Path, classes: int = MOST_CLASSES, *, unlabelled: bool = False
+) -> EncodedImage:
     """The image and the class of a sample.
 
     Args:
         sample: As `read_shard` gives it.
         shard: Where it is from, for messages.
         classes: Number of classes.
+        unlabelled: Its class is 0, whatever it says.
 
     Raises:
         UserError: It has no image, or no label in [0, classes).
     """
     key = sample["__key__"]
+    held = [name for name in sample if not name.startswith("__")]
     field = next((field for field in IMAGE_TYPES if field in sample), None)
     if field is None:
-        held = ", ".join(name for name in sample if not name.startswith("__"))
         types = ", ".join(IMAGE_TYPES)
-        raise UserError(f"shard={shard}: must hold images ({types}); sample {key} holds {held}")
-    text = sample.get("cls", b"").decode(errors="replace").strip()
-    if not re.fullmatch(r"-?[0-9]{1,100}", text):
-        allowed = "a whole number"
-    elif 0 <= int(text) < classes:
-        return EncodedImage(sample[field], int(text))
-    else:
-        allowed = "at least 0" if int(text) < 0 else f"in [0, {classes - 1}]"
-    raise UserError(f"label={text[:20]}: must be {allowed}, in {key}.cls of {shard}")
-
-
-def decode_image(content: bytes) -> Tensor:
-    """An encoded image as uint8 (C, H, W): grey ones with one channel, all others with three."""
+        raise UserError(
+            f"shard={shard}: must hold images ({types}); sample {key} holds {', '.join(held)}"
+        )
+    if unlabelled:
+        return EncodedImage(sample[field], 0)
+    if LABEL not in sample:
+        raise UserError(
+            f"label: sample {key} of {shard} must have one, in {key}.{LABEL}; it holds "
+            f"{', '.join(held)}. data/prepare.py shards --unlabelled takes shards without labels"
+        )
     try:
-        image = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError:
-        raise ValueError("it is no image of a known format") from None  # without an address
-    pixels = np.array(image if image.mode == "L" else image.convert("RGB"))
-    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
+        label = parse_label(sample[LABEL])
+    except ValueError:
+        allowed = "a whole number"
+    else:
+        if 0 <= label < classes:
+            return EncodedImage(sample[field], label)
+        allowed = "at least 0" if label < 0 else f"in [0, {classes - 1}]"
+    shown = shown_label(sample[LABEL])
+    raise UserError(f"label={shown}: must be {allowed}, in {key}.{LABEL} of {shard}")
 
 
 def decode_array(content: bytes | memoryview, field: str) -> Tensor:
@@ -163,16 +172,19 @@ def read_spans(spans: Sequence[Span], name: Callable[[int], str]) -> tuple[Tenso
                 raise EOFError(SHORT)
             image = field in IMAGE_TYPES
             decoded[i] = decode_image(content) if image else decode_array(content, field)
+        except BrokenImage as error:
+            bad[i] = str(error)
         except Exception as error:  # decoders raise all kinds on broken data; counted and reported
             bad[i] = one_line(error)
     if not decoded:
         return torch.zeros(len(spans), 0), bad
     first, example = next(iter(decoded.items()))
+    hint = "; data/prepare.py shards makes them so" if example.dtype == torch.uint8 else ""
     for i, tensor in decoded.items():
         if (tensor.shape, tensor.dtype) != (example.shape, example.dtype):
             raise UserError(
                 f"images={tuple(example.shape)}, {tuple(tensor.shape)}: must be of one shape and "
-                f"type ({name(first)} is {example.dtype}, {name(i)} {tensor.dtype})"
+                f"type ({name(first)} is {example.dtype}, {name(i)} {tensor.dtype}){hint}"
             )
     blank = torch.zeros_like(example)
     return torch.stack([decoded.get(i, blank) for i in range(len(spans))]), bad

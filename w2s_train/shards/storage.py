@@ -119,6 +119,7 @@ def _expand_remote(pattern: str, name: str) -> list[str]:
     try:
         system, path = fsspec.core.url_to_fs(pattern)
         found = sorted(str(system.unstrip_protocol(match)) for match in system.glob(path))
+        found = [each for each in found if not each.rpartition("/")[2].startswith(".")]  # as local
     except Exception as error:  # each file system has its own
         raise UserError(f"{name}={pattern}: cannot be listed ({one_line(error)})") from error
     if not found:
