@@ -99,6 +99,16 @@ def test_a_shell_that_lightning_knows(variables, name: str):
         check(2)
 
 
+def test_tasks_in_a_shell(variables):
+    """`salloc -n 2 --ntasks-per-node=2`, and `srun lightning fit` in it."""
+    variables(**slurm(2, SLURM_JOB_NAME="interactive", SLURM_NTASKS_PER_NODE=2))
+    assert check(1) == []
+    variables(**STEP | {"SLURM_STEP_NUM_TASKS": 2})
+    assert check(2) == ["SLURMEnvironment"]
+    with pytest.raises(UserError, match="trainer.devices=1: must be 2, as many as SLURM"):
+        check(1)
+
+
 def test_a_shell_of_one_task(variables):
     """Works as a plain run, also without the variables of a step."""
     variables(**slurm(1))
@@ -124,6 +134,15 @@ def test_tasks_that_are_not_given_per_node(variables):
     variables(**slurm(2) | STEP)
     with pytest.raises(UserError, match="SLURM_NTASKS=2: must be given per node"):
         check(2)
+
+
+def test_a_first_machine_that_nobody_knows(variables):
+    """Processes would wait for each other for ten minutes."""
+    variables(**slurm(2, SLURM_NTASKS_PER_NODE=2, SLURM_NODELIST="n[1-2].invalid") | STEP)
+    with pytest.raises(UserError, match="MASTER_ADDR=n1.*: must be a name or an address of the"):
+        check(2)
+    variables(MASTER_ADDR="127.0.0.1")
+    assert check(2) == ["SLURMEnvironment"]
 
 
 def torchrun(processes: int, here: int) -> dict[str, object]:

@@ -57,8 +57,12 @@ def cluster_environments() -> list[ClusterEnvironment]:
 
 
 def _of_slurm() -> bool:
-    """As Lightning sees it, which takes jobs of these names for shells."""
-    shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    """As Lightning sees it, which takes jobs of two names for shells.
+
+    One of them is what salloc calls a job, in which srun may have started several tasks.
+    """
+    name, several = os.environ.get("SLURM_JOB_NAME"), _number("SLURM_STEP_NUM_TASKS", "1") > 1
+    shell = name == "bash" or (name == "interactive" and not several)
     return "SLURM_NTASKS" in os.environ and not shell
 
 
@@ -106,6 +110,17 @@ def _check_slurm(trainer: Trainer) -> None:
         nodes = 1  # this process is alone, on its node of perhaps several
     names = (f"--ntasks-per-node={here}", f"--nodes={nodes}")
     _compare(trainer, here, nodes, "SLURM", names)
+    if tasks > 1:
+        machines = os.environ.get("SLURM_NODELIST", "127.0.0.1")
+        first = SLURMEnvironment.resolve_root_node_address(machines)
+        address = os.environ.get("MASTER_ADDR", first)
+        try:
+            socket.getaddrinfo(address, 0)
+        except socket.gaierror as error:
+            raise UserError(
+                f"MASTER_ADDR={address}: must be a name or an address of the first machine, {first}"
+                f", for all processes ({error.strerror})"
+            ) from error
 
 
 def _compare(trainer: Trainer, here: int, nodes: int, who: str, names: tuple[str, str]) -> None:
