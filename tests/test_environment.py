@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -312,6 +313,14 @@ def test_a_cache_that_cannot_be(tmp_path: Path, kind: str, monkeypatch: pytest.M
     folder = place / "more" if kind == "below a file" else place
     with pytest.raises(UserError, match=rf"cache={folder}: .* data.cache or \$W2S_CACHE names"):
         Storage(folder).folder("files")
+
+
+def test_no_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Said before a library needs one, as some do when they are imported."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    line = refusal(tmp_path / "run")
+    assert line.startswith("error: TMPDIR=") and "must be a folder that can be written" in line
 
 
 @pytest.mark.parametrize("kind", ["file", "below a file"])

@@ -183,7 +183,7 @@ def test_a_batch_that_cannot_be_passed_on():
 def test_a_worker_that_dies(number: signal.Signals):
     """Of too little shared memory, or of too little memory."""
     found = iter(loader(second(lambda: os.kill(os.getpid(), number))))
-    with pytest.raises(UserError, match=r"data.num_workers: .*\(pid.*/dev/shm has [\d,]+ bytes"):
+    with pytest.raises(UserError, match=r"data.num_workers=2: .*\(pid.*/dev/shm has [\d,]+ bytes"):
         list(found)
 
 

@@ -203,7 +203,7 @@ class Command(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as error:
-            if lost := lost_worker(error):
+            if lost := lost_worker(error, self.datamodule.num_workers):
                 raise lost from error
             reason = " ".join(str(error).split())[:300]
             if "loading state_dict" not in reason:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from w2s_train.errors import INTERRUPTED, PREEMPTED, Stopped, UserError, one_line
@@ -27,7 +28,8 @@ SHARED = "/dev/shm"
 PREFETCH = 2  # batches that each worker is asked for ahead
 PAGE, MARGIN = 4096, 2**20  # bytes: of which files have a multiple; beside all batches
 POLL = 1.0  # seconds between two looks at signals and workers
-GRACE = 5.0  # seconds that a batch may still take when a run is to stop
+GRACE = 5.0  # seconds that a batch may still take when a run is to stop, as one process can save
+GRACE_OF_SEVERAL = 15.0  # those of several, of which none can
 LARGER = "`docker run --shm-size` makes it larger"
 
 
@@ -76,15 +78,14 @@ def _free() -> int:
     return state.f_bavail * state.f_frsize
 
 
-def lost_worker(error: BaseException) -> UserError | None:
+def lost_worker(error: RuntimeError, workers: int) -> UserError | None:
     """What torch says when a worker has died, for the user; None of another error."""
     reason = " ".join(str(error).split())
-    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in reason:
+    if "DataLoader worker (pid" not in reason:
         return None
     reason = reason.removesuffix(".").partition(". It is possible")[0]
-    return UserError(
-        f"data.num_workers: must be fewer, or 0, if memory ran out: {reason}; {_room()}"
-    )
+    rule = "must be fewer, or 0, if memory ran out"
+    return UserError(f"data.num_workers={workers}: {rule} ({reason}); {_room()}")
 
 
 def _room() -> str:
@@ -152,19 +153,20 @@ class Batches(DataLoader[Any]):
 
     def _next(self, found: Iterator[Any]) -> Any:
         began, asked = time.monotonic(), math.inf
+        grace = GRACE_OF_SEVERAL if torch.distributed.is_initialized() else GRACE
         patience = self.worker_init_fn.patience  # type: ignore[union-attr]
         while True:
             try:
                 return next(found)
             except RuntimeError as error:
-                if lost := lost_worker(error):
+                if lost := lost_worker(error, self.num_workers):
                     raise lost from error
                 if not str(error).startswith("DataLoader timed out"):
                     raise
             now = time.monotonic()
             if REQUESTS.preempted or REQUESTS.interrupted:
                 asked = min(asked, now)
-            if now - asked > GRACE:
+            if now - asked > grace:
                 status = PREEMPTED if REQUESTS.preempted else INTERRUPTED
                 raise Late(f"told to stop; no batch came for {now - began:.0f} s", status)
             if now - began > patience:
