@@ -165,8 +165,9 @@ def encode(encoder: Encoder, devices: list[str], tasks: list[Task]) -> None:
 @contextlib.contextmanager
 def claim_summary(folder: Path) -> Iterator[None]:
     """Keep other parts from writing the files beside the shards; wait for one that does."""
-    with locked(folder, "summary", f"{LOCKS}/summary.lock", SECONDS):
-        remove_partials(folder, "*.json")
+    with locked(folder, "summary", f"{LOCKS}/summary.lock", SECONDS) as alone:
+        if alone:
+            remove_partials(folder, "*.json")
         yield
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError, one_line, require
+from w2s_train.files import expanded
 from w2s_train.shards.samples import to_float
 from w2s_train.shards.storage import Storage, is_pipe, is_remote, split_url
 
@@ -234,7 +235,7 @@ def load_autoencoder(path: str, name: str, revision: str | None = None) -> Any:
     Raises:
         UserError: diffusers or the weights are missing, or they do not fit.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(name, path)
     local = folder.is_dir()
     if not local and not HUB_NAME.fullmatch(path):
         raise UserError(f"{name}={path}: must be an existing folder, or OWNER/NAME of the hub")

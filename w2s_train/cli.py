@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from w2s_train import __version__
@@ -82,6 +83,7 @@ def _run(args: list[str]) -> None:
 
     try:
         check_arguments(args[1:])
+        _check_temporary()
     except UserError as error:
         sys.exit(f"error: {error}")
     # Read once, when torch loads: threads that wait must sleep. Spinning threads made a small
@@ -91,6 +93,17 @@ def _run(args: list[str]) -> None:
     from w2s_train.command.run import run
 
     run(None if args == sys.argv[1:] else args)
+
+
+def _check_temporary() -> None:
+    """Refuse a machine without a folder for temporary files, which libraries need when imported."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        named = os.environ.get("TMPDIR")
+        raise UserError(
+            f"TMPDIR={named}: must be a folder that can be written ({error.strerror})"
+        ) from error
 
 
 def keep_freed_memory() -> bool:

@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader
 from w2s_train.errors import UserError, require
 from w2s_train.secrets import redacted
 from w2s_train.shards import ShardBatches, ShardFiles, ShardImages, Storage, expand_urls
-from w2s_train.shards.dataset import ignore_signals
 from w2s_train.shards.global_batch import accumulate, parts_for, recount
 from w2s_train.shards.index import Shard, check_labels, count_labels, find_shards
 from w2s_train.shards.order import GenerationPlan, Places, Positions, Remaining, Shares, StreamOrder
 from w2s_train.shards.storage import is_remote
+from w2s_train.shards.workers import batches, check_room
 
 SMALL = 512e6  # bytes of decoded samples that are held in memory unless the config says otherwise
+TRIED = 16  # samples that are read, at most, to know the size of one
 
 
 class ShardDataModule(LightningDataModule):
@@ -45,7 +46,11 @@ class ShardDataModule(LightningDataModule):
             rows per process and ``trainer.accumulate_grad_batches`` follow from it, and steps mean
             optimizer steps in ``trainer.val_check_interval`` and ``limit_train_batches``, too.
             None is ``batch_size`` times processes times what the trainer accumulates.
-        num_workers: Worker processes per rank that read shards; 0 reads in the main process.
+        num_workers: Worker processes per rank that read shards; 0 reads in the main process. They
+            pass batches on through ``/dev/shm``, which must have room for three per worker.
+        batch_timeout_minutes: For how long a batch of the workers is waited for, a download of its
+            shard included. (Processes that wait for another one do so for
+            ``watch.timeout_minutes``.)
         shuffle: Samples within which the order is shuffled, whole shards of them; the shards
             themselves are in a new order every epoch. 0 leaves the rows of a shard as they are.
         flip: Mirror every other training sample at random; latents need stored mirrored ones.
@@ -82,6 +87,7 @@ class ShardDataModule(LightningDataModule):
         batch_size: int,
         global_batch_size: int | None = None,
         num_workers: int = 4,
+        batch_timeout_minutes: float = 30.0,
         shuffle: int = 10_000,
         flip: bool = False,
         in_memory: bool | None = None,
@@ -106,6 +112,7 @@ class ShardDataModule(LightningDataModule):
             require(name, value, "[1, inf)")
         for name, value in dict(num_workers=num_workers, shuffle=shuffle, seed=seed).items():
             require(name, value, "[0, inf)")
+        require("batch_timeout_minutes", batch_timeout_minutes, "(0, inf)")
         require("max_skipped", max_skipped, "[0, 1]")
         if cache_gigabytes is not None:
             require("cache_gigabytes", cache_gigabytes, "(0, inf)")
@@ -117,7 +124,8 @@ class ShardDataModule(LightningDataModule):
         self.divided_for: Any = None  # the trainer that accumulates for the global batch
         if self.script is None:
             self.expand(train_urls)
-        self.num_workers, self.shuffle, self.flip = num_workers, shuffle, flip
+        self.num_workers, self.batch_timeout_minutes = num_workers, batch_timeout_minutes
+        self.shuffle, self.flip = shuffle, flip
         self.in_memory, self.max_skipped, self.seed = in_memory, max_skipped, seed
         self.num_generated, self.generation_batch_size = num_generated, generation_batch_size
         self.sampling_seeds, self.unlabelled = sampling_seeds, unlabelled
@@ -205,23 +213,22 @@ class ShardDataModule(LightningDataModule):
         counts = [shard.samples for shard in self.shards]
         repeated = self._repeated(sum(counts), trainer.world_size)
         self.order = StreamOrder(counts, seed=self.seed, window=self.shuffle, repeated=repeated)
-        self._compare_order()
+        module, remote = trainer.lightning_module, any(is_remote(s.url) for s in self.shards)
+        undecided = self.in_memory is None and not remote
+        size = self._bytes_of_one(module.images_seen) if self.num_workers or undecided else 0
+        check_workers(self, trainer, self.batch_size, size)
+        self._compare_order()  # only now do processes start workers
         self.files = ShardFiles(self.shards, self.storage, flip=self.flip)
-        remote = any(is_remote(shard.url) for shard in self.shards)
-        small = self.in_memory is None and not remote and self._is_small(self.files)
-        batches = ShardBatches(
-            self.files, self.order, in_memory=self.in_memory or small, prefetch=remote
-        )
-        module = trainer.lightning_module
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=Positions(
+        small = 0 < size * self.files.samples * (1 + self.flip) < SMALL
+        in_memory = undecided and small or bool(self.in_memory)
+        return batches(
+            ShardBatches(self.files, self.order, in_memory=in_memory, prefetch=remote),
+            Positions(
                 lambda: module.images_seen, self.batch_size, trainer.global_rank, trainer.world_size
             ),
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_signals,
+            self.num_workers,
+            minutes=self.batch_timeout_minutes,
+            pin=torch.cuda.is_available(),
         )
 
     def _repeated(self, samples: int, processes: int) -> int:
@@ -262,9 +269,11 @@ class ShardDataModule(LightningDataModule):
             rank_zero_warn(f"{len(damaged)} of {len(shards)} shards are damaged ({report})")
         return shards
 
-    def _is_small(self, files: ShardFiles) -> bool:
-        first = files.read(Places.of([0]))
-        return not first.bad and first.image.nbytes * files.samples * (1 + self.flip) < SMALL
+    def _bytes_of_one(self, position: int) -> int:
+        """Of a sample that is due first, whose shard is needed anyhow."""
+        assert self.order is not None
+        numbers = self.order.at(position, position + TRIED).rows.tolist()
+        return bytes_of_one(ShardFiles(self.shards, self.storage, flip=self.flip), numbers)
 
     @property
     def order_name(self) -> str:
@@ -387,7 +396,29 @@ class ReferenceImages(LightningDataModule):
         first, last = (files.samples * (rank + k) // trainer.world_size for k in (0, 1))
         parts = [range(i, min(i + size, last)) for i in range(first, last, size)]
         workers = self.data.num_workers
-        return DataLoader(ShardImages(files), batch_size=None, sampler=parts, num_workers=workers)
+        tried = range(first, min(first + TRIED, last)) if workers else range(0)
+        images = ShardFiles(shards, self.data.storage)
+        check_workers(self.data, trainer, size, bytes_of_one(images, tried))
+        minutes = self.data.batch_timeout_minutes
+        return batches(ShardImages(files), parts, workers, minutes=minutes)
+
+
+def bytes_of_one(files: ShardFiles, numbers: Sequence[int]) -> int:
+    """Of the first of some samples that can be read; 0 if none can."""
+    rows = (files.read(Places.of([number])) for number in numbers)
+    return next((each.image.nbytes for each in rows if not each.bad), 0)
+
+
+def check_workers(data: ShardDataModule, trainer: Any, rows: int, size: int) -> None:
+    """Refuse more workers than there is shared memory for.
+
+    Args:
+        data: Says how many workers.
+        trainer: Says how many processes this machine has.
+        rows: Of a batch.
+        size: Bytes of a row.
+    """
+    check_room(rows * size, data.num_workers, getattr(trainer, "num_devices", 1))
 
 
 def find_script(name: str) -> Path:

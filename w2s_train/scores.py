@@ -9,10 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from filelock import FileLock
-
 from w2s_train.errors import UserError
-from w2s_train.files import atomic_write
+from w2s_train.files import atomic_write, locked
 from w2s_train.secrets import redacted
 
 SCHEMA = 1
@@ -201,7 +199,7 @@ def append_scores(folder: Path, entries: list[dict[str, Any]]) -> None:
     """
     path = folder / "scores.json"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".scores.lock"):  # a fit and a validate may score at the same time
+    with locked(folder / ".scores.lock"):  # a fit and a validate may score at the same time
         earlier = json.loads(path.read_text()) if path.is_file() else []
         scores = json.dumps(earlier + redacted(entries), indent=1, allow_nan=False)
         with atomic_write(path) as file:

@@ -10,7 +10,6 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -21,6 +20,7 @@ from w2s_train.checkpoint_file import read_file
 from w2s_train.command import changes
 from w2s_train.command.config import StrictLoader, check_numbers, check_pipe, explain, locate
 from w2s_train.command.flags import check_flags
+from w2s_train.command.processes import check_processes, cluster_environments
 from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError, one_line
@@ -42,6 +42,7 @@ from w2s_train.running.stop import Stop
 from w2s_train.running.watch import Watch
 from w2s_train.running.watched_ddp import watched_strategies
 from w2s_train.secrets import redacted, show_no_secrets
+from w2s_train.shards.workers import lost_worker
 
 PROFILE = "--profile"  # a switch and no key: it belongs to no experiment, and into no config
 QUIET = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "strict"}
@@ -137,9 +138,11 @@ class Command(LightningCLI):
         watched_strategies(config.watch)
         kwargs["callbacks"] = self._all_callbacks(Path(folder))
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        check_processes(trainer)
+        return trainer
 
     def _all_callbacks(self, folder: Path) -> list[Any]:
         """Those of the config, and those that every run has."""
@@ -213,6 +216,8 @@ class Command(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as error:
+            if lost := lost_worker(error, self.datamodule.num_workers):
+                raise lost from error
             reason = " ".join(str(error).split())[:300]
             if "loading state_dict" not in reason:
                 raise
@@ -272,11 +277,8 @@ class Command(LightningCLI):
 
 
 def _plugins(given: Any) -> list[Any]:
-    """Those of the config, our checkpoint files, and no requeueing by Lightning."""
-    ours: list[Any] = [CheckpointFiles()]
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # Lightning would save inside the signal handler, on each process at another step.
-        ours.append(SLURMEnvironment(auto_requeue=False))
+    """Those of the config, our checkpoint files, and who has started this process."""
+    ours: list[Any] = [CheckpointFiles(), *cluster_environments()]
     return [*(given if isinstance(given, list) else [given] if given else []), *ours]
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from w2s_train.errors import UserError
 from w2s_train.features.base import FeatureExtractor, digest, fetched
+from w2s_train.files import expanded
 
 
 class ADMFeatures(FeatureExtractor):
@@ -33,7 +34,7 @@ class ADMFeatures(FeatureExtractor):
 
     def __init__(self, folder: str = "~/.cache/w2s_train", weights: str | None = None) -> None:
         super().__init__(weights)
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded("folder", folder)
 
     def check_files(self) -> None:
         if importlib.util.find_spec("torch_fidelity") is None:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError
-from w2s_train.files import sha256_of
+from w2s_train.files import expanded, locked, sha256_of
 
 # Convolutions of some libraries round differently for some batch sizes. Features are computed in
 # blocks of one size, so that they depend on the image alone.
@@ -36,7 +35,7 @@ class FeatureExtractor(nn.Module, abc.ABC):
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
-        self.weights = None if weights is None else Path(weights).expanduser()
+        self.weights = None if weights is None else expanded("weights", weights)
 
     def check_files(self) -> None:
         """Refuse missing files and libraries that cannot be fetched, without reading them.
@@ -92,12 +91,17 @@ def fetched(target: Path, download: Callable[[Path], object]) -> Path:
         download: Writes the file ``target.name`` into the folder that it is given.
 
     Raises:
-        UserError: The download failed.
+        UserError: The download failed, or there is no folder to keep it in.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):  # one process of several fetches
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"folder={target.parent}: must be a folder that can be written ({error.strerror})"
+        ) from error
+    with locked(Path(f"{target}.lock")) as alone:  # one process of several fetches
         if not target.is_file():
-            folder = target.parent / "partial"
+            folder = target.parent / ("partial" if alone else f"partial-{os.getpid()}")
             folder.mkdir(exist_ok=True)
             (folder / target.name).unlink(missing_ok=True)
             try:

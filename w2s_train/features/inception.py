@@ -1,7 +1,5 @@
 """FID as clean-fid defines it (Parmar et al., 2022)."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from cleanfid.downloads_helper import check_download_inception
@@ -11,7 +9,7 @@ from torch.nn import functional as F
 
 from w2s_train.errors import UserError
 from w2s_train.features.base import FeatureExtractor, digest, fetched
-from w2s_train.files import sha256_of
+from w2s_train.files import expanded, sha256_of
 
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
@@ -34,7 +32,7 @@ class InceptionFeatures(FeatureExtractor):
 
     def __init__(self, folder: str = "~/.cache/w2s_train", weights: str | None = None) -> None:
         super().__init__(weights)
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded("folder", folder)
 
     def load(self) -> None:
         self.check_files()

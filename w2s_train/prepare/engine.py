@@ -23,8 +23,9 @@ from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from w2s_train import files
 from w2s_train.errors import UserError
 from w2s_train.files import atomic_write
 from w2s_train.secrets import redacted
@@ -53,8 +54,8 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str, lock: str, seconds: float) -> Iterator[None]:
-    """Keep other runs from writing something.
+def locked(folder: Path, name: str, lock: str, seconds: float) -> Iterator[bool]:
+    """Keep other runs from writing something; gives whether that can be done there.
 
     Args:
         folder: Where it is written.
@@ -64,12 +65,12 @@ def locked(folder: Path, name: str, lock: str, seconds: float) -> Iterator[None]
     """
     path = folder / lock
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(path, timeout=seconds).acquire()
-    except Timeout:
-        raise UserError(f"output={folder}: another run is writing {name}") from None
-    with held:
-        yield
+    with contextlib.ExitStack() as stack:
+        try:
+            alone = stack.enter_context(files.locked(path, seconds))
+        except Timeout:
+            raise UserError(f"output={folder}: another run is writing {name}") from None
+        yield alone
 
 
 def remove_partials(folder: Path, *names: str) -> None:
@@ -90,10 +91,12 @@ class Task(NamedTuple):
     def claimed(self) -> Iterator[None]:
         """Keep others from writing it, and delete what killed ones left of it."""
         folder, name = self.target.parent, self.target.name
-        with contextlib.ExitStack() as stack:
-            if self.shared:
-                stack.enter_context(locked(folder, name, f"{LOCKS}/{name}.lock", seconds=0))
-            remove_partials(folder, glob.escape(self.target.stem))
+        lock: Any = contextlib.nullcontext(True)
+        if self.shared:
+            lock = locked(folder, name, f"{LOCKS}/{name}.lock", seconds=0)
+        with lock as alone:
+            if alone:
+                remove_partials(folder, glob.escape(self.target.stem))
             yield
 
 

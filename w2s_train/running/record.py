@@ -1,5 +1,6 @@
 """The run folder: where a run lives, what it goes on from, and what it writes down there."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
@@ -19,7 +20,7 @@ from rich.table import Table
 from w2s_train import __version__
 from w2s_train.checkpoint_file import check_local, damage, newest_first
 from w2s_train.errors import NO_PROGRESS, PEER_LOST, Stopped, UserError
-from w2s_train.files import atomic_write
+from w2s_train.files import atomic_write, expanded, locked
 from w2s_train.scores import git_commit, read_record
 from w2s_train.secrets import redacted
 
@@ -33,7 +34,7 @@ PACKAGES = ("torch", "torchvision", "lightning", "timm", "webdataset", "clean-fi
 def run_folder(config: Any) -> Path:
     """Where a run lives: as configured, or with its checkpoint, or ``runs/CONFIG+OVERLAY``."""
     if config.trainer.default_root_dir:
-        return Path(config.trainer.default_root_dir).expanduser()
+        return expanded("trainer.default_root_dir", config.trainer.default_root_dir)
     checkpoint = Path(getattr(config, "ckpt_path", None) or "")
     if checkpoint.parent.name == "checkpoints":
         return checkpoint.parent.parent
@@ -122,7 +123,7 @@ class Record:
 
     def __init__(self, folder: Path, config: Any = None, resumed: bool = False) -> None:
         self.folder, self.config, self.resumed = folder, config, resumed
-        self.lock: Any = None
+        self.lock = contextlib.ExitStack()
         self.starts: dict[str, Any] = {}
 
     def check_progress(self, start: str | None) -> None:
@@ -152,15 +153,21 @@ class Record:
     def claim(self) -> None:
         """Make the folder this run's own; on the first process, before loggers write there."""
         folder = self.folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(folder.parent / f".{folder.name}.lock")
         try:
-            self.lock.acquire(timeout=0)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self.lock.enter_context(locked(folder.parent / f".{folder.name}.lock", seconds=0))
         except Timeout:
             raise UserError(
                 f"trainer.default_root_dir={folder}: another fit is writing there; "
                 "choose another folder"
             ) from None
+        except OSError as error:
+            raise UserError(
+                f"trainer.default_root_dir={folder}: must lie in a folder that can be written, for "
+                f"a lock beside it and for earlier runs ({error.strerror}: {error.filename})"
+            ) from error
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"trainer.default_root_dir={folder}: must be a folder, not a file")
         held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if held and held.isdisjoint(OURS):
             raise UserError(
@@ -201,8 +208,7 @@ class Record:
 
     def release(self) -> None:
         """Give the folder up."""
-        if self.lock is not None:
-            self.lock.release()
+        self.lock.close()
 
     def print_scores(self) -> None:
         """Print the scores, oldest first, and where the run is."""

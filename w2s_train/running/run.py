@@ -35,6 +35,7 @@ from w2s_train.running.samples import SkippedSamples, reseed
 from w2s_train.running.settings import Settings
 from w2s_train.running.stop import Stop
 from w2s_train.running.watch import Stage, Watch
+from w2s_train.shards.workers import Late
 
 
 @dataclass(eq=False)
@@ -224,9 +225,17 @@ class Run(Checkpoint):
             rank_zero_info(f"stopped at step {trainer.global_step}; continue with --ckpt_path last")
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        # Between two steps, where one process can save alone; several have not agreed on the step.
+        if isinstance(exception, Late) and self._can_save(trainer):
+            self.on_train_end(trainer, pl_module)
         if trainer.is_global_zero:
             self.record.ended(exception)
         self.record.release()
+
+    def _can_save(self, trainer: Trainer) -> bool:
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        whole = batches % trainer.accumulate_grad_batches == 0  # no gradients of half a step
+        return trainer.world_size == 1 and trainer.global_step > 0 and whole
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         try:

@@ -7,7 +7,6 @@ shards say that they are; `Decoded` holds all of them in memory.
 import dataclasses
 import errno
 import os
-import signal
 import threading
 import time
 from collections import OrderedDict
@@ -27,7 +26,6 @@ from w2s_train.shards.members import ARRAY_TYPES, FLIPPED, IMAGE_TYPES
 from w2s_train.shards.order import Places, StreamOrder
 from w2s_train.shards.samples import Span, payloads, read_spans
 from w2s_train.shards.storage import Storage
-from w2s_train.signals import PREEMPTION
 
 OPEN_SHARDS = 128  # that one process keeps open
 RETRY_SECONDS = 60.0  # before a shard that could not be opened is tried again
@@ -364,9 +362,3 @@ class ShardImages(Dataset):
                 raise UserError(f"urls={url}: must hold images, one of {', '.join(IMAGE_TYPES)}")
         places = [self.files.place(number) for number in numbers]
         return {"image": rows.image, "place": places, "encoding": encodings}
-
-
-def ignore_signals(worker: int) -> None:
-    """What is sent to a whole job reaches workers, too; the main process decides when they end."""
-    for each in (signal.SIGINT, *PREEMPTION):
-        signal.signal(each, signal.SIG_IGN)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from w2s_train.errors import UserError
+from w2s_train.files import locked
 from w2s_train.shards.format import INDEX, ShardTable, parse_index, read_index, table_path
 from w2s_train.shards.storage import Storage, is_pipe, is_remote, split_url
 
@@ -190,13 +190,13 @@ def _scan(path: Path, url: str, storage: Storage, unlabelled: bool) -> ShardTabl
     """Scan a file, or take the result of an earlier scan of the same file."""
     state = path.stat()
     about = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
-    if path.parent == storage.cache / "files":
+    if storage.cached(path):
         about = f"{path.name} {state.st_size}"  # named by its content; its time is that of its use
     # What one scan has found is not taken for another's: of labels, or of another version.
     about += f" {SCAN}{' unlabelled' * unlabelled}"
     name = hashlib.sha256(about.encode()).hexdigest()[:32]
     kept = storage.folder("tables") / f"{name}.npz"
-    with FileLock(storage.folder("locks") / f"{name}.lock"):  # one process of several scans
+    with locked(storage.folder("locks") / f"{name}.lock"):  # one process of several scans
         if kept.is_file():
             return ShardTable.load(kept)
         table = ShardTable.scan(path, name=url, unlabelled=unlabelled)

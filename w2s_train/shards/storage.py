@@ -4,6 +4,7 @@ What cannot be read at any place, because it is remote or compressed, is copied 
 files are fsspec's; commands run by a switch only.
 """
 
+import errno
 import fnmatch
 import glob
 import gzip
@@ -20,10 +21,9 @@ from typing import TypeVar
 
 import fsspec
 from braceexpand import braceexpand
-from filelock import FileLock
 
 from w2s_train.errors import UserError, one_line
-from w2s_train.files import OF_THE_DISK, sha256_of
+from w2s_train.files import OF_THE_DISK, locked, sha256_of
 from w2s_train.secrets import redacted
 from w2s_train.shards.format import read_index
 
@@ -146,8 +146,7 @@ class Storage:
         gigabytes: float | None = None,
         allow_pipe: bool = False,
     ) -> None:
-        default = os.environ.get("W2S_CACHE") or Path.home() / ".cache" / "w2s_train"
-        self.cache, self.gigabytes = Path(cache or default).expanduser(), gigabytes
+        self.named, self.gigabytes = cache or os.environ.get("W2S_CACHE"), gigabytes
         self.allow_pipe = allow_pipe
 
     def local(self, url: str, sha256: str = "", *, version: str = "") -> Path:
@@ -169,27 +168,51 @@ class Storage:
         name = hashlib.sha256(f"{url} {sha256}{version}".encode()).hexdigest()[:16]
         base = "pipe" if is_pipe(url) else split_url(url)[1].partition(".")[0]
         target = self.folder("files") / f"{name}-{base}.tar"
-        with FileLock(self.folder("locks") / f"{name}.lock", mode=0o600):
+        with locked(self.folder("locks") / f"{name}.lock") as alone:
             if target.is_file():
                 os.utime(target)
             else:
+                if alone:
+                    _remove_partials(target)
                 self._download(url, target, sha256)
         return target
+
+    @property
+    def cache(self) -> Path:
+        """The folder of the cache; only asked for where something is kept there.
+
+        Raises:
+            UserError: None is named, and the user has no home.
+        """
+        try:
+            return Path(self.named or Path.home() / ".cache" / "w2s_train").expanduser()
+        except RuntimeError as error:
+            raise UserError(
+                f"cache={self.named}: must be a folder, as data.cache or $W2S_CACHE: this user has "
+                f"no home folder ({error})"
+            ) from error
 
     def folder(self, name: str) -> Path:
         """A folder of the cache.
 
         Raises:
-            UserError: It cannot be made.
+            UserError: It cannot be made, or not written.
         """
-        path = self.cache / name
+        cache = self.cache
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            (cache / name).mkdir(parents=True, exist_ok=True)
+            if not os.access(cache / name, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise UserError(
-                f"cache={self.cache}: must be a folder that can be written ({error.strerror})"
+                f"cache={cache}: must be a folder that can be written ({error.strerror}); "
+                "data.cache or $W2S_CACHE names another one"
             ) from error
-        return path
+        return cache / name
+
+    def cached(self, path: Path) -> bool:
+        """Whether a file is a download in the cache."""
+        return path.parent.name == "files" and path.parent == self.cache / "files"
 
     def text(self, url: str) -> str | None:
         """The contents of a small remote file, never from the cache; None if there is none.
@@ -206,8 +229,6 @@ class Storage:
             raise UserError(f"train_urls={url}: cannot be read ({reason})") from error
 
     def _download(self, url: str, target: Path, sha256: str) -> None:
-        for left in target.parent.glob(f"{target.name}.*.partial"):  # of processes that were killed
-            left.unlink(missing_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         fetch = _run_pipe if is_pipe(url) else _copy
 
@@ -217,7 +238,7 @@ class Storage:
 
         try:
             _repeated(attempt)
-            with FileLock(self.folder("locks") / "room.lock"):
+            with locked(self.folder("locks") / "room.lock"):
                 self._make_room(partial.stat().st_size)
                 os.replace(partial, target)
         except Exception as error:  # each file system has its own
@@ -239,6 +260,12 @@ class Storage:
                 return
             path.unlink(missing_ok=True)
             total -= each
+
+
+def _remove_partials(target: Path) -> None:
+    """Delete what processes that were killed have left of a download."""
+    for left in target.parent.glob(f"{target.name}.*.partial"):
+        left.unlink(missing_ok=True)
 
 
 def _is_missing(error: BaseException) -> bool:
