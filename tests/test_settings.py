@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from refusals import parsed, parsers_built_once, refusal
 from test_resume import assert_same, checkpoint, equal
 
+from w2s_train.checkpoint_file import write_checkpoint
 from w2s_train.command.changes import FREE, REFUSED, changes, verdict
 from w2s_train.command.config import walk
 from w2s_train.command.run import compose
@@ -188,6 +189,19 @@ def test_another_rate_applies(command, tiny_run: Path):
     assert (group["lr"], group["weight_decay"]) == (1e-5, 0.5)
     assert group["betas"] == before["param_groups"][0]["betas"]
     assert {int(state["step"]) for state in after["state"].values()} == {8}
+
+
+@pytest.mark.slow
+def test_a_rate_that_only_the_config_had_applies(command, tiny_run: Path, caplog):
+    """A start of an older version has recorded a rate, and trained on at the one before."""
+    caplog.set_level("INFO")
+    path = tiny_run / "checkpoints" / "step-000006.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["optimizer"]["init_args"]["lr"] = 1e-5
+    write_checkpoint(content, path)
+    command("fit", LAST, "--trainer.max_steps=8", "--model.optimizer.init_args.lr=1e-5", *LONG)
+    assert rates(tiny_run)[-2:] == [1e-5, 1e-5]
+    assert "model.optimizer: lr is 1e-05, was 0.002 in effect" in caplog.text
 
 
 @pytest.mark.slow

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
 from w2s_train.errors import UserError
 
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 SCHEDULED = ("lr", "betas", "momentum")  # what schedulers change
 MOSTLY_INITIAL = 0.1  # share of the initial weights in an average, beyond which it says little
 
@@ -84,6 +86,10 @@ class Settings:
         before, now = checkpoint.get("hyper_parameters") or {}, module.hparams
         theirs, ours = (_arguments(config.get("optimizer")) for config in (before, now))
         self.arguments = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+        for name, (stored, wanted) in _in_effect(checkpoint, module).items():
+            if name not in self.arguments:  # the config of a start that did not apply it
+                self.arguments.append(name)
+                rank_zero_info(f"model.optimizer: {name} is {wanted}, was {stored} in effect")
         self.rescheduled = before.get("scheduler") != now.get("scheduler") or (
             not set(self.arguments).isdisjoint(SCHEDULED)
         )
@@ -115,6 +121,26 @@ def _replay(scheduler: LRScheduler, steps: int, begin: int = 0) -> None:
         warnings.filterwarnings("ignore", ".*lr_scheduler.step()")
         for _ in range(steps):
             scheduler.step()
+
+
+def _in_effect(checkpoint: dict[str, Any], module: Any) -> dict[str, tuple[Any, Any]]:
+    """Settings of an optimizer's state that are not those of the config: theirs, and ours."""
+    optimizer = module.optimizer([nn.Parameter(torch.zeros(1))])
+    if module.scheduler is not None:
+        module.scheduler(optimizer)
+    ours, theirs = optimizer.param_groups[0], checkpoint["optimizer_states"][0]["param_groups"][0]
+    found = {}
+    for name in optimizer.defaults:
+        key = name
+        if module.scheduler is not None and name in SCHEDULED:
+            key = f"initial_{name}"  # what it begins with: the other changes by itself
+        if key in ours and key in theirs and name not in IMPLEMENTATION:
+            stored, wanted = (
+                tuple(x) if isinstance(x, list) else x for x in (theirs[key], ours[key])
+            )
+            if stored != wanted:
+                found[name] = (stored, wanted)
+    return found
 
 
 def _arguments(config: Any) -> dict[str, Any]:
