@@ -23,6 +23,7 @@ from test_resume import assert_same, checkpoint, equal
 from w2s_train.checkpoint_file import write_checkpoint
 from w2s_train.command.changes import FREE, REFUSED, changes, verdict
 from w2s_train.command.config import walk
+from w2s_train.command.flags import seed_of
 from w2s_train.command.run import compose
 from w2s_train.module import DiffusionModule
 from w2s_train.running.checkpoint_io import CheckpointFiles
@@ -30,6 +31,7 @@ from w2s_train.shards.order import StreamOrder
 
 PAGE = (ROOT / "docs" / "settings.md").read_text()
 LAST = "--ckpt_path=last"
+RECORD = ("config.yaml", "environment.json")
 LONG = ["--trainer.val_check_interval=1000", "--trainer.callbacks=null"]
 
 
@@ -91,6 +93,7 @@ def refused(command, *options: str) -> str:
 
 CHECKPOINT = {
     "seed": (["--seed_everything=5"], "seed_everything=5: must be 0, as in "),
+    "averages": (["--model.ema_decay=[0.9,0.99]"], "model.ema_decay=[0.9, 0.99]: must be 0.99, as"),
     "shuffle": (["--data.shuffle=7"], "data.shuffle=7: must be "),
     "width": (
         ["--model.network.init_args.hidden_size=32"],
@@ -140,8 +143,10 @@ def test_other_data_are_refused(command, tiny_run: Path, tmp_path: Path):
             (tmp_path / name / path.name).symlink_to(path)
     urls = f"--data.train_urls={tmp_path}/%s/train-*.tar"
     options = ["--data.prepare=null", "--trainer.max_steps=8", *LONG]
+    record = [(tiny_run / name).read_bytes() for name in RECORD]
     message = refused(command, urls % "other", *options)
     assert "data.train_urls=" in message and "must hold the data set of" in message
+    assert record == [(tiny_run / name).read_bytes() for name in RECORD]  # nothing of it ran
     command("fit", LAST, urls % "same", *options)
     assert checkpoint(tiny_run)["global_step"] == 8
 
@@ -170,6 +175,42 @@ def test_a_checkpoint_begins_another_run(command, tiny_run: Path, tmp_path: Path
     assert any("unlike" in line and "label_dropout 0.1 -> 0.2" in line for line in caplog.messages)
     with pytest.raises(SystemExit, match="num_heads=4: must be 2, as in"):
         command("fit", *options, "--model.network.init_args.num_heads=4", folder="newer")
+
+
+@pytest.mark.slow
+def test_an_edited_config_is_compared_with_what_ran(command, tiny_run: Path, caplog):
+    """Also where the network goes by another name of its class."""
+    caplog.set_level("INFO")
+    path = tiny_run / "config.yaml"
+    path.write_text(path.read_text().replace("batch_size: 16\n", "batch_size: 8\n", 1))
+    assert yaml.safe_load(path.read_text())["data"]["batch_size"] == 8
+    config = path.read_text().replace("w2s_train.models.DiT", "w2s_train.models.dit.DiT")
+    path.write_text(config)
+    where = [f"--trainer.default_root_dir={tiny_run}", LAST]  # after the config, which has others
+    command("fit", "-c", str(path), *where, "--trainer.max_steps=8", *LONG)
+    assert "data.batch_size 16 -> 8" in caplog.text and "class_path" not in caplog.text
+
+
+def test_a_seed_that_is_not_given_is_the_one_that_is_recorded(monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    for given, seed in ((True, 0), (None, 0), (False, 0), (1, 1), (7, 7)):
+        assert seed_of(given) == seed
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    assert (seed_of(True), seed_of(5)) == (3, 5)
+
+
+@pytest.mark.slow
+def test_states_that_do_not_fit_are_refused(command, tmp_path: Path):
+    """In the folder of the run, and where its checkpoint begins another."""
+    rms = ["--model.optimizer=torch.optim.RMSprop", "--model.optimizer.lr=0.001", *LONG]
+    folder = command("fit", "--trainer.max_steps=3", *rms)
+    message = refused(command, *rms, "--model.optimizer.init_args.momentum=0.9")
+    assert "model.optimizer: must find momentum_buffer in the state" in message
+    start = f"--ckpt_path={folder}/checkpoints/last.ckpt"
+    with pytest.raises(SystemExit, match="optimizer.class_path=torch.optim.SGD: must be torch.opt"):
+        sgd = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1"]
+        command("fit", start, *sgd, *LONG, folder="new")
+    assert not (tmp_path / "new").exists()
 
 
 # ---- optimizer and schedule -----------------------------------------------------------------
@@ -295,11 +336,14 @@ FLAGS = {
     "model_registry": ("name", "must be null"),
     "num_sanity_val_steps": ("2", "must be 0"),
     "enable_checkpointing": ("false", "must be true"),
-    "max_epochs": ("1", "must be left out, or come with a number of trainer.limit_train_batches"),
+    "max_epochs": ("1", "must be left out, or be at least 1 and come with a number of"),
     "min_epochs": ("1", "must be left out"),
+    "min_steps": ("7", "must be at most trainer.max_steps, 6"),
+    "overfit_batches": ("-3", "must be a whole number of batches, at least 0, or a share"),
+    "limit_train_batches": ("0.5", "must be a number of batches, at least 1"),
     "val_check_interval": ("9 --trainer.limit_train_batches=3", "must be at most the batches of"),
     "strategy": ("fsdp", "must keep whole networks"),
-    "precision": ("bf16-true", "must keep float32 weights"),
+    "precision": ("64-true", "must keep float32 weights"),
 }
 
 

@@ -136,7 +136,7 @@ class ShardDataModule(LightningDataModule):
         self.order: StreamOrder | None = None  # of the training stream, once there is one
         self.repeated: int | float = 0  # batches of it, or a share of the data
         self.shards: list[Shard] = []
-        self.checkpoint_order = ""
+        self.checkpoint_order = dict[str, Any]()
 
     def expand(self, urls: str, name: str = "train_urls") -> list[str]:
         """The shards that a pattern names; see `expand_urls`."""
@@ -279,16 +279,18 @@ class ShardDataModule(LightningDataModule):
     def order_name(self) -> str:
         """What the order of the training stream is made from, as a digest."""
         names = [(os.path.basename(s.url), s.samples, s.sha256 or s.bytes) for s in self.shards]
-        parts = repr((names, self.seed, self.shuffle))
-        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+        return _digest((names, self.seed, self.shuffle))
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints: which order the run's position refers to."""
-        return {"order": self.order_name}
+        """For checkpoints: which order of which data the run's position refers to."""
+        sizes = [(os.path.basename(s.url), s.samples, s.bytes) for s in self.shards]
+        sums = [s.sha256 for s in self.shards]
+        data = {"sizes": _digest(sizes), "sums": _digest(sums) if all(sums) else ""}
+        return {"order": self.order_name, **data, "seed": self.seed, "shuffle": self.shuffle}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of the checkpoint that a run goes on from."""
-        self.checkpoint_order = state_dict["order"]
+        self.checkpoint_order = dict(state_dict)
 
     def _compare_order(self) -> None:
         if torch.distributed.is_initialized():
@@ -299,20 +301,30 @@ class ShardDataModule(LightningDataModule):
                     f"train_urls={self.train_urls}: must name the same shards for all processes, "
                     f"they see {sorted(set(seen))} (number, digest)"
                 )
-        if not self.checkpoint_order or self.checkpoint_order == self.order_name:
+        before, now = self.checkpoint_order, self.state_dict()
+        if not before or before["order"] == now["order"]:
             return
         trainer: Any = self.trainer
         start = Path(trainer.ckpt_path or "").resolve()
         if trainer.ckpt_path and start.parents[1] == Path(trainer.default_root_dir).resolve():
-            raise UserError(
-                f"data.train_urls={self.train_urls}: must hold the data set of {trainer.ckpt_path} "
-                "(names, samples and SHA-256 of its shards, from the index.json beside them); "
-                "other data are another run, with another trainer.default_root_dir"
-            )
+            self._refuse_other(before, now, trainer.ckpt_path)
         rank_zero_warn(
             "the shards, data.seed or data.shuffle are not those of the checkpoint: samples "
             "of the current epoch may come twice or not at all"
         )
+
+    def _refuse_other(self, before: dict[str, Any], now: dict[str, Any], path: str) -> None:
+        """As far as the checkpoint, and an ``index.json`` on both sides, can tell them apart."""
+        for name in ("seed", "shuffle"):
+            if before.get(name, now[name]) != now[name]:
+                raise UserError(f"data.{name}={now[name]}: must be {before[name]}, as in {path}")
+        other = before.get("sizes", now["sizes"]) != now["sizes"]
+        if other or (before.get("sums") and now["sums"] and before["sums"] != now["sums"]):
+            raise UserError(
+                f"data.train_urls={self.train_urls}: must hold the data set of {path} (names, "
+                "samples and bytes or SHA-256 of its shards); other data are another run, with "
+                "another trainer.default_root_dir"
+            )
 
     # ---- generation ------------------------------------------------------------------------
 
@@ -360,6 +372,10 @@ class ShardDataModule(LightningDataModule):
         trainer: Any = self.trainer
         sampler = Remaining(plan, trainer.global_rank, trainer.world_size)
         return DataLoader(plan, batch_size=self.generation_batch_size, sampler=sampler)
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 class ReferenceImages(LightningDataModule):

@@ -145,6 +145,15 @@ def _within(path: str, packages: list[str]) -> bool:
     return any(f"{path}.".startswith(f"{package}.") for package in packages)
 
 
+def same_class(one: Any, other: Any) -> bool:
+    """Whether two class paths, of those that may be imported, name the same."""
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return bool(one == other)
+    if not all(_within(path, ALLOWED + trusted) for path in (one, other)):
+        return False
+    return _found(one) is not None and _found(one) is _found(other)
+
+
 def _found(path: str) -> Any:
     """What an import path names; None if there is no such thing."""
     value: Any = None

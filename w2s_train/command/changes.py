@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from w2s_train.errors import UserError
+from w2s_train.loading import same_class
 
 # Keys, or beginnings of keys; the longest that fits a key counts. Others apply, with a word.
 REFUSED = """
@@ -54,9 +55,9 @@ def changes(before: Any, now: Any, key: str = "") -> Iterator[Change]:
     """
     if isinstance(before, dict) and isinstance(now, dict):
         names = [name for name in now if name in before]
-        if before.get("class_path") != now.get("class_path"):
+        if not same_class(before.get("class_path"), now.get("class_path")):
             names = ["class_path"]  # arguments of another class say nothing
-        for name in names:
+        for name in names if names == ["class_path"] else [n for n in names if n != "class_path"]:
             path = f"{key}.{name}" if key else name
             yield from changes(before[name], now[name], path)
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
@@ -84,8 +85,8 @@ def check(before: Any, now: Any, where: str, *, own: bool) -> str:
         before: The config before, plain values; or the part of it that is known.
         now: The config, with the same parts.
         where: What ``before`` is of.
-        own: The run goes on in its folder; else a checkpoint begins another, and only its network
-            must fit.
+        own: The run goes on in its folder; else a checkpoint begins another, and only network and
+            optimizer must fit.
 
     Returns:
         What else differs, to be said; empty if nothing does.
@@ -96,7 +97,10 @@ def check(before: Any, now: Any, where: str, *, own: bool) -> str:
     applied = []
     for change in changes(before, now):
         word = verdict(change.key)
-        if word == "refused" and (own or change.key.startswith("model.network")):
+        lists = [isinstance(x, list) and len(x) or 1 for x in change[1:]]
+        if change.key == "model.ema_decay" and lists[0] != lists[1]:
+            raise change.refusal(where)  # there are no weights for another number of averages
+        if word == "refused" and (own or change.key.startswith(("model.network", "model.opt"))):
             raise change.refusal(where)
         if word != "free":
             applied.append(f"{change.key} {_short(change.before)} -> {_short(change.now)}")

@@ -1,12 +1,14 @@
 """Flags of Lightning's trainer that mean something else here, or nothing: docs/settings.md."""
 
+import os
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from w2s_train.errors import UserError
 
-WHOLE = ("fsdp", "deepspeed", "model_parallel")  # strategies that split networks
+REFUSED = ("fsdp", "deepspeed", "model_parallel", "ddp_spawn")  # strategies; the first three split
+PRECISIONS = ("32-true", "32", "16-mixed", "16", "bf16-mixed", "bf16")  # of float32 weights
 
 
 def check_flags(trainer: Any) -> None:
@@ -31,9 +33,17 @@ def check_flags(trainer: Any) -> None:
         if value is False if name == "enable_checkpointing" else value:
             raise UserError(f"trainer.{name}={value}: {rule}")
     strategy = trainer.strategy
-    if isinstance(strategy, str) and strategy.startswith(WHOLE):
+    if isinstance(strategy, str) and strategy.startswith(REFUSED):
         raise UserError(
-            f"trainer.strategy={strategy}: must keep whole networks on each process, such as ddp"
+            f"trainer.strategy={strategy}: must keep whole networks on each process, and start "
+            "processes itself or by fork: ddp or ddp_fork"
+        )
+    check_precision(trainer.precision)
+    batches = trainer.overfit_batches
+    if batches < 0 or (isinstance(batches, float) and batches > 1):
+        raise UserError(
+            f"trainer.overfit_batches={batches}: must be a whole number of batches, at least 0, or "
+            "a share of the data in [0, 1]"
         )
     _check_epochs(trainer)
     if trainer.use_distributed_sampler:
@@ -43,22 +53,53 @@ def check_flags(trainer: Any) -> None:
         )
 
 
+def check_precision(precision: Any) -> None:
+    """Refuse weights that are not float32.
+
+    Raises:
+        UserError: They would be.
+    """
+    if precision is not None and str(precision) not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision={precision}: must keep float32 weights, such as bf16-mixed or "
+            "32-true; averages of half-precision weights stand still"
+        )
+
+
+def seed_of(seed: int | bool | None) -> int:
+    """The seed of a run; where none is given, that of the environment or 0, as Lightning's."""
+    if seed is None or isinstance(seed, bool):
+        given = os.environ.get("PL_GLOBAL_SEED", "0")
+        return int(given) if given.isdecimal() else 0
+    return int(seed)
+
+
 def _check_epochs(trainer: Any) -> None:
     """The trainer's epochs end after ``limit_train_batches`` batches, or never."""
     batches, interval = trainer.limit_train_batches, trainer.val_check_interval
-    if isinstance(batches, int):
-        if isinstance(interval, int) and trainer.check_val_every_n_epoch and interval > batches:
+    if isinstance(batches, int) and batches < 1 or isinstance(batches, float) and batches != 1:
+        raise UserError(
+            f"trainer.limit_train_batches={batches}: must be a number of batches, at least 1, or "
+            "left out"
+        )
+    whole = isinstance(batches, int)
+    if whole and isinstance(interval, int) and interval > batches:
+        if trainer.check_val_every_n_epoch:
             raise UserError(
                 f"trainer.val_check_interval={interval}: must be at most the batches of an epoch, "
                 f"trainer.limit_train_batches={batches}, or counted across epochs by "
                 "trainer.check_val_every_n_epoch null"
             )
-        return
     for name in ("max_epochs", "min_epochs"):
         number = getattr(trainer, name)
-        if number not in (None, -1):
+        if number not in (None, -1) and (not whole or number < 1):
             raise UserError(
-                f"trainer.{name}={number}: must be left out, or come with a number of "
-                "trainer.limit_train_batches: data have no end; trainer.max_steps ends a run, and "
-                "an epoch is images / global batch steps"
+                f"trainer.{name}={number}: must be left out, or be at least 1 and come with a "
+                "number of trainer.limit_train_batches: data have no end; trainer.max_steps ends a "
+                "run, and an epoch is images / global batch steps"
             )
+    if trainer.min_steps and 0 < trainer.max_steps < trainer.min_steps:
+        raise UserError(
+            f"trainer.min_steps={trainer.min_steps}: must be at most trainer.max_steps, "
+            f"{trainer.max_steps}"
+        )

@@ -75,7 +75,8 @@ def _by_srun() -> bool:
 
 def _number(name: str, default: str = "") -> int:
     text = os.environ.get(name, default)
-    if not text.isdecimal():
+    shares = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
+    if not text.isdecimal() or (name in shares and int(text) == 0):
         raise UserError(f"{name}={text}: must be a whole number; a launcher sets it, or nobody")
     return int(text)
 

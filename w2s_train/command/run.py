@@ -19,7 +19,7 @@ from w2s_train.autoencoder import latents_beside
 from w2s_train.checkpoint_file import read_file
 from w2s_train.command import changes
 from w2s_train.command.config import StrictLoader, check_numbers, check_pipe, explain, locate
-from w2s_train.command.flags import check_flags
+from w2s_train.command.flags import check_flags, check_precision, seed_of
 from w2s_train.command.processes import check_processes, cluster_environments
 from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
 from w2s_train.datamodule import ShardDataModule
@@ -87,7 +87,7 @@ class Command(LightningCLI):
         parser.add_class_arguments(Checkpoints, "checkpoint")
         parser.add_class_arguments(Guard, "guard")
         parser.add_class_arguments(Watch, "watch")
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=seed_of)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse them, and check what parsers do not see."""
@@ -115,11 +115,6 @@ class Command(LightningCLI):
             self.goes_on = config.ckpt_path == "last"
             config.ckpt_path = find_checkpoint(config.ckpt_path, folder, subcommand)
             config.weights_only = True  # of a checkpoint only tensors and plain values are read
-        if config.trainer.precision in ("bf16-true", "16-true", "transformer-engine"):
-            raise UserError(
-                f"trainer.precision={config.trainer.precision}: must keep float32 weights, such as "
-                "bf16-mixed; averages of half-precision weights stand still"
-            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with loggers and callbacks that every run has."""
@@ -141,6 +136,7 @@ class Command(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        check_precision(trainer.precision)  # of a plugin
         check_processes(trainer)
         return trainer
 
@@ -172,7 +168,7 @@ class Command(LightningCLI):
             record=self.record,
             evaluation=resumable[0] if resumable else ResumableEvaluation(),
             scorers=[each for each in given if isinstance(each, Scorer)],
-            seed=int(config.seed_everything or 0),
+            seed=seed_of(config.seed_everything),
         )
         return [*(each for each in given if each not in resumable), *ours, run]
 
@@ -263,7 +259,8 @@ class Command(LightningCLI):
         path = self.config["fit"].ckpt_path
         if path is None:
             return
-        settings = read_file(path, mmap=True).get("hyper_parameters")
+        content = read_file(path, mmap=True)
+        settings, reached = content.get("hyper_parameters"), content.get("global_step", 0)
         before = self.record.last_config() if self.record.resumed else {}
         if settings is not None:
             before["model"] = settings  # of the very state that it goes on from
@@ -274,6 +271,9 @@ class Command(LightningCLI):
         where = f"{path}, or have another trainer.default_root_dir" if own else path
         if different := changes.check(before, now, where, own=own):
             rank_zero_info(f"unlike {path}: {different}")
+        last = self.trainer.max_steps
+        if 0 < last <= reached:
+            rank_zero_info(f"trainer.max_steps={last}: is reached by {path}; no step is left")
 
 
 def _plugins(given: Any) -> list[Any]:

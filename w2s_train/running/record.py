@@ -146,9 +146,13 @@ class Record:
         self.starts = {"from": name, "number": number + 1}
 
     def last_config(self) -> dict[str, Any]:
-        """The config of the start before; empty if it is not there."""
-        path = self.folder / "config.yaml"
-        return dict(yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+        """The config of the start before; empty if it is not known.
+
+        That of ``environment.json``, since a user may have edited ``config.yaml`` for this start.
+        """
+        path = self.folder / "environment.json"
+        starts = json.loads(path.read_text()) if path.is_file() else []
+        return dict(starts[-1].get("config") or {}) if starts else {}
 
     def claim(self) -> None:
         """Make the folder this run's own; on the first process, before loggers write there."""
@@ -189,11 +193,14 @@ class Record:
         with atomic_write(self.folder / "config.yaml") as file:
             file.write(text.encode())
 
-    def write_start(self, trainer: Trainer) -> None:
-        """Write down this start and its environment."""
+    def count_start(self) -> None:
+        """Write down that there is one more start, as long as it comes no further."""
         if self.starts:
             with atomic_write(self.folder / STARTS) as file:
                 file.write(json.dumps(self.starts).encode())
+
+    def write_start(self, trainer: Trainer) -> None:
+        """Write down the environment and the config of this start."""
         path = self.folder / "environment.json"
         earlier = json.loads(path.read_text()) if path.is_file() else []
         start = environment(trainer) | {"config": redacted(self.config)}

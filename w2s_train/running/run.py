@@ -78,12 +78,14 @@ class Run(Checkpoint):
             self.stop.listen()
         if stage == "fit":
             self.checkpoints.clear(trainer)
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and not self.record.resumed:
                 self.record.write_config()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            self.record.write_start(trainer)
+            self.record.count_start()
+            if not self.record.resumed:
+                self.record.write_start(trainer)
         self.guard.start(trainer)
 
     def finish_evaluation(self, trainer: Trainer, module: Any) -> None:
@@ -92,6 +94,9 @@ class Run(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.settings.apply(trainer, pl_module)
+        if trainer.is_global_zero and self.record.resumed:  # not before nobody can refuse it
+            self.record.write_config()
+            self.record.write_start(trainer)
         self.samples.start(trainer, pl_module)
         self.checkpoints.start(trainer, pl_module)
 

@@ -86,6 +86,7 @@ class Settings:
         before, now = checkpoint.get("hyper_parameters") or {}, module.hparams
         theirs, ours = (_arguments(config.get("optimizer")) for config in (before, now))
         self.arguments = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+        _check_state(checkpoint, module)
         for name, (stored, wanted) in _in_effect(checkpoint, module).items():
             if name not in self.arguments:  # the config of a start that did not apply it
                 self.arguments.append(name)
@@ -121,6 +122,22 @@ def _replay(scheduler: LRScheduler, steps: int, begin: int = 0) -> None:
         warnings.filterwarnings("ignore", ".*lr_scheduler.step()")
         for _ in range(steps):
             scheduler.step()
+
+
+def _check_state(checkpoint: dict[str, Any], module: Any) -> None:
+    """Refuse a state that lacks what the optimizer's next step reads, such as a momentum."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = module.optimizer([parameter])
+    if isinstance(optimizer, torch.optim.SGD):
+        return  # which makes what it lacks
+    parameter.grad = torch.zeros(1)
+    optimizer.step()
+    needed, states = optimizer.state[parameter].keys(), checkpoint["optimizer_states"][0]["state"]
+    if missing := sorted(needed - next(iter(states.values()), optimizer.state[parameter]).keys()):
+        raise UserError(
+            f"model.optimizer: must find {', '.join(missing)} in the state of the checkpoint, "
+            "which another optimizer, or another kind of it, has written"
+        )
 
 
 def _in_effect(checkpoint: dict[str, Any], module: Any) -> dict[str, tuple[Any, Any]]:
