@@ -157,8 +157,8 @@ def test_what_applies_is_announced_and_every_start_recorded(command, tiny_run: P
     options = ["--data.batch_size=8", "--model.label_dropout=0.2", "--data.num_workers=0"]
     command("fit", LAST, "--trainer.max_steps=8", *options, *LONG)
     line = next(line for line in caplog.messages if line.startswith("unlike "))
-    for said in ("data.batch_size 16 -> 8", "label_dropout 0.1 -> 0.2", "max_steps 6 -> 8"):
-        assert said in line
+    changed = ["data.batch_size 16 -> 8", "label_dropout 0.1 -> 0.2", "max_steps 6 -> 8"]
+    assert all(each in line for each in [*changed, "images_per_step 16 -> 8"]), line
     assert "num_workers" not in line and "callbacks" not in line
     starts = json.loads((tiny_run / "environment.json").read_text())
     assert [start["config"]["data"]["batch_size"] for start in starts] == [16, 8]
@@ -189,6 +189,21 @@ def test_an_edited_config_is_compared_with_what_ran(command, tiny_run: Path, cap
     where = [f"--trainer.default_root_dir={tiny_run}", LAST]  # after the config, which has others
     command("fit", "-c", str(path), *where, "--trainer.max_steps=8", *LONG)
     assert "data.batch_size 16 -> 8" in caplog.text and "class_path" not in caplog.text
+    caplog.clear()
+    command("fit", LAST, "--trainer.max_steps=9", "--data.global_batch_size=16", *LONG)
+    assert "images_per_step 8 -> 16" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_of_an_older_version_is_compared_with_its_config(command, tiny_run: Path):
+    """Its starts are written down without one."""
+    path = tiny_run / "environment.json"
+    starts = json.loads(path.read_text())
+    del starts[0]["config"]
+    path.write_text(json.dumps(starts))
+    assert "seed_everything=5: must be 0, as in " in refused(command, "--seed_everything=5")
+    (tiny_run / "config.yaml").write_text("a: [1,\n")
+    assert "config.yaml: must be the record of a run; " in refused(command)
 
 
 def test_a_seed_that_is_not_given_is_the_one_that_is_recorded(monkeypatch):

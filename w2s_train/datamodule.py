@@ -231,6 +231,11 @@ class ShardDataModule(LightningDataModule):
             pin=torch.cuda.is_available(),
         )
 
+    def images_per_step(self, trainer: Any) -> int:
+        """Of an optimizer step, over all processes and accumulated parts."""
+        rows = self.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        return int(self.global_batch_size or rows)
+
     def _repeated(self, samples: int, processes: int) -> int:
         """Samples of the batches that are repeated; 0 if none are."""
         rows, number = self.batch_size * processes, self.repeated

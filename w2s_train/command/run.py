@@ -35,7 +35,7 @@ from w2s_train.running.guard import Guard
 from w2s_train.running.loggers import Events, MetricsCSV
 from w2s_train.running.profile import Profile
 from w2s_train.running.progress import Progress
-from w2s_train.running.record import Record, find_checkpoint, run_folder
+from w2s_train.running.record import PER_STEP, Record, find_checkpoint, run_folder
 from w2s_train.running.run import Run
 from w2s_train.running.settings import check_averages, check_schedule
 from w2s_train.running.stop import Stop
@@ -264,7 +264,10 @@ class Command(LightningCLI):
         before = self.record.last_config() if self.record.resumed else {}
         if settings is not None:
             before["model"] = settings  # of the very state that it goes on from
-        now = {name: part for name, part in redacted(self.record.config).items() if name in before}
+        now = redacted(self.record.config) | {
+            PER_STEP: self.datamodule.images_per_step(self.trainer)
+        }
+        now = {name: part for name, part in now.items() if name in before}
         if "model" in now:
             now["model"] = self._settings
         own = self.record.resumed

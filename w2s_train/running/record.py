@@ -19,7 +19,7 @@ from rich.table import Table
 
 from w2s_train import __version__
 from w2s_train.checkpoint_file import check_local, damage, newest_first
-from w2s_train.errors import NO_PROGRESS, PEER_LOST, Stopped, UserError
+from w2s_train.errors import NO_PROGRESS, PEER_LOST, Stopped, UserError, one_line
 from w2s_train.files import atomic_write, expanded, locked
 from w2s_train.scores import git_commit, read_record
 from w2s_train.secrets import redacted
@@ -27,6 +27,7 @@ from w2s_train.secrets import redacted
 STARTS = "starts.json"
 # What a folder that holds a run has some of.
 OURS = "config.yaml environment.json metrics.csv scores.json checkpoints samples code logs".split()
+PER_STEP = "images_per_step"  # of all processes: also changed by their number
 RESTARTS = 3  # without progress, before another one is refused
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
 
@@ -146,13 +147,21 @@ class Record:
         self.starts = {"from": name, "number": number + 1}
 
     def last_config(self) -> dict[str, Any]:
-        """The config of the start before; empty if it is not known.
+        """The config of the start before, with its images per step; empty if it is not known.
 
-        That of ``environment.json``, since a user may have edited ``config.yaml`` for this start.
+        That of ``environment.json``, since a user may have edited ``config.yaml`` for this start;
+        runs of older versions have it in the latter only.
         """
         path = self.folder / "environment.json"
-        starts = json.loads(path.read_text()) if path.is_file() else []
-        return dict(starts[-1].get("config") or {}) if starts else {}
+        try:
+            starts = json.loads(path.read_text()) if path.is_file() else []
+            if starts and starts[-1].get("config"):
+                last = starts[-1]
+                return last["config"] | {name: last[name] for name in [PER_STEP] if name in last}
+            path = self.folder / "config.yaml"
+            return dict(yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise UserError(f"{path}: must be the record of a run; {one_line(error)}") from error
 
     def claim(self) -> None:
         """Make the folder this run's own; on the first process, before loggers write there."""
@@ -203,7 +212,9 @@ class Record:
         """Write down the environment and the config of this start."""
         path = self.folder / "environment.json"
         earlier = json.loads(path.read_text()) if path.is_file() else []
-        start = environment(trainer) | {"config": redacted(self.config)}
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        start = environment(trainer) | {PER_STEP: data.images_per_step(trainer)}
+        start |= {"config": redacted(self.config)}
         entries = json.dumps([*earlier, start], indent=1)
         with atomic_write(path) as file:
             file.write(entries.encode() + b"\n")

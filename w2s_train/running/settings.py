@@ -64,7 +64,8 @@ def check_averages(module: Any, max_steps: int) -> None:
             fitting = MOSTLY_INITIAL ** (3 / max_steps)
             warnings.warn(
                 f"model.ema_decay={average.decay:g}: {share:.0%} of the average is still the "
-                f"initial weights after {max_steps} steps; at most {fitting:.4g} leaves 0.1 %",
+                f"initial weights after {max_steps} steps; {fitting:.4g} leaves 0.1 %, and "
+                "--model.scored_weights=[raw] scores the weights themselves",
                 stacklevel=2,
             )
 
