@@ -40,7 +40,7 @@ def check_flags(trainer: Any) -> None:
         )
     check_precision(trainer.precision)
     batches = trainer.overfit_batches
-    if batches < 0 or (isinstance(batches, float) and batches > 1):
+    if batches < 0 or (batches > 1 and batches != int(batches)):
         raise UserError(
             f"trainer.overfit_batches={batches}: must be a whole number of batches, at least 0, or "
             "a share of the data in [0, 1]"
@@ -77,13 +77,14 @@ def seed_of(seed: int | bool | None) -> int:
 def _check_epochs(trainer: Any) -> None:
     """The trainer's epochs end after ``limit_train_batches`` batches, or never."""
     batches, interval = trainer.limit_train_batches, trainer.val_check_interval
-    if isinstance(batches, int) and batches < 1 or isinstance(batches, float) and batches != 1:
+    # Some versions of the parser read 5 as 5.0 where a share is allowed, too.
+    whole = batches is not None and (isinstance(batches, int) or batches > 1)
+    if batches is not None and (batches != int(batches) or batches < 1):
         raise UserError(
             f"trainer.limit_train_batches={batches}: must be a number of batches, at least 1, or "
             "left out"
         )
-    whole = isinstance(batches, int)
-    if whole and isinstance(interval, int) and interval > batches:
+    if whole and interval is not None and interval > batches:
         if trainer.check_val_every_n_epoch:
             raise UserError(
                 f"trainer.val_check_interval={interval}: must be at most the batches of an epoch, "
