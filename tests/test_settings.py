@@ -76,6 +76,7 @@ def test_changes_stand_at_the_highest_key_that_says_them():
     before = {"a": 1, "b": [weak, {"c": 2}], "d": {"e": 3}}
     now = {"a": 1, "b": [{"class_path": "B", "init_args": {"y": 1}}, {"c": 5}], "d": None}
     found = [tuple(change) for change in changes(before, now)]
+    assert [each.key for each in changes({"x": 1}, weak, "y")] == ["y.class_path"]
     assert found == [
         ("b[0].class_path", "A", "B"),
         ("b[1].c", 2, 5),

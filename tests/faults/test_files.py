@@ -188,7 +188,7 @@ def small_disk(tmp_path: Path):
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system can only be mounted as root")
+        pytest.skip("a small file system can only be mounted with CAP_SYS_ADMIN, as root has it")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 

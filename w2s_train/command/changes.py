@@ -54,12 +54,12 @@ def changes(before: Any, now: Any, key: str = "") -> Iterator[Change]:
     A key that one of them lacks is of another version of this package, and says nothing.
     """
     if isinstance(before, dict) and isinstance(now, dict):
-        names = [name for name in now if name in before]
+        names = [name for name in now if name in before and name != "class_path"]
         if not same_class(before.get("class_path"), now.get("class_path")):
             names = ["class_path"]  # arguments of another class say nothing
-        for name in names if names == ["class_path"] else [n for n in names if n != "class_path"]:
+        for name in names:
             path = f"{key}.{name}" if key else name
-            yield from changes(before[name], now[name], path)
+            yield from changes(before.get(name), now.get(name), path)
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for i, (theirs, ours) in enumerate(zip(before, now, strict=True)):
             yield from changes(theirs, ours, f"{key}[{i}]")
@@ -97,8 +97,7 @@ def check(before: Any, now: Any, where: str, *, own: bool) -> str:
     applied = []
     for change in changes(before, now):
         word = verdict(change.key)
-        lists = [isinstance(x, list) and len(x) or 1 for x in change[1:]]
-        if change.key == "model.ema_decay" and lists[0] != lists[1]:
+        if change.key == "model.ema_decay" and _number(change.before) != _number(change.now):
             raise change.refusal(where)  # there are no weights for another number of averages
         if word == "refused" and (own or change.key.startswith(("model.network", "model.opt"))):
             raise change.refusal(where)
@@ -113,6 +112,10 @@ def misfit(before: Any, now: Any, where: str) -> UserError | None:
         if change.key.startswith(WEIGHTS) and verdict(change.key) != "free":
             return change.refusal(where)
     return None
+
+
+def _number(decays: Any) -> int:
+    return len(decays) if isinstance(decays, list) else 1
 
 
 def _short(value: Any) -> str:

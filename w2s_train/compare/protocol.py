@@ -17,11 +17,16 @@ Range = tuple[int, int]
 Scores = dict[Range, float]
 # Must agree. Metric, weights and guidance agree because they select the scores; the decay of the
 # EMA is a setting of the arm.
-# fmt: off
 AGREE = (
-    "sampler", "steps", "autoencoder", "precision", "extractor", "n", "labels", "metric_settings",
+    "sampler",
+    "steps",
+    "autoencoder",
+    "precision",
+    "extractor",
+    "n",
+    "labels",
+    "metric_settings",
 )
-# fmt: on
 NOTED = ("reference.versions", "data.train_urls")  # may differ; a note says so
 SHOWN_IN_NAME = 3  # settings that tell arms of one name apart
 

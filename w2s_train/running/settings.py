@@ -28,7 +28,7 @@ def check_schedule(module: Any, max_steps: int) -> None:
     """
     if module.scheduler is None:
         return
-    scheduler = module.scheduler(module.optimizer([nn.Parameter(torch.zeros(1))]))
+    scheduler = module.scheduler(_trial(module))
     name = type(scheduler).__name__
     if isinstance(scheduler, ReduceLROnPlateau):
         raise UserError(
@@ -117,6 +117,12 @@ class Settings:
         self.arguments, self.rescheduled = [], False
 
 
+def _trial(module: Any) -> torch.optim.Optimizer:
+    """The module's optimizer, on a parameter of its own."""
+    optimizer: torch.optim.Optimizer = module.optimizer([nn.Parameter(torch.zeros(1))])
+    return optimizer
+
+
 def _replay(scheduler: LRScheduler, steps: int, begin: int = 0) -> None:
     scheduler.last_epoch += begin
     with warnings.catch_warnings():  # it asks for steps of the optimizer, which were taken before
@@ -127,10 +133,10 @@ def _replay(scheduler: LRScheduler, steps: int, begin: int = 0) -> None:
 
 def _check_state(checkpoint: dict[str, Any], module: Any) -> None:
     """Refuse a state that lacks what the optimizer's next step reads, such as a momentum."""
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = module.optimizer([parameter])
+    optimizer = _trial(module)
     if isinstance(optimizer, torch.optim.SGD):
         return  # which makes what it lacks
+    (parameter,) = optimizer.param_groups[0]["params"]
     parameter.grad = torch.zeros(1)
     optimizer.step()
     needed, states = optimizer.state[parameter].keys(), checkpoint["optimizer_states"][0]["state"]
@@ -143,7 +149,7 @@ def _check_state(checkpoint: dict[str, Any], module: Any) -> None:
 
 def _in_effect(checkpoint: dict[str, Any], module: Any) -> dict[str, tuple[Any, Any]]:
     """Settings of an optimizer's state that are not those of the config: theirs, and ours."""
-    optimizer = module.optimizer([nn.Parameter(torch.zeros(1))])
+    optimizer = _trial(module)
     if module.scheduler is not None:
         module.scheduler(optimizer)
     ours, theirs = optimizer.param_groups[0], checkpoint["optimizer_states"][0]["param_groups"][0]
