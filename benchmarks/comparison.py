@@ -6,12 +6,14 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flops import peak_flops, step_flops
 from timed import Setting, Timed
 from torch._dynamo.utils import counters
+
+from w2s_train.models import DiT
 
 Entry = dict[str, Any]
 
@@ -109,7 +111,7 @@ class Comparison:
         pairs = zip(times.steps, self.times["none"].steps, strict=True)
         fast, seconds, slow = statistics.quantiles(times.steps, n=4)
         low, ratio, high = statistics.quantiles([mine / none for mine, none in pairs], n=4)
-        flops = step_flops(timed.module.network, setting.batch) / seconds
+        flops = step_flops(cast(DiT, timed.module.network), setting.batch) / seconds
         extra = times.first - times.first_steps * seconds
         return {
             "network": setting.network,

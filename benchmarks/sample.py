@@ -111,7 +111,7 @@ class Timed:
         module = self.modules[variant.eager]
         module.sampler = SAMPLERS[variant.sampler](self.args.steps)
         seeds = list(range(module.generation_block))
-        labels = [seed % module.network.num_classes for seed in seeds]
+        labels = [seed % module.network.null_class for seed in seeds]
         kind = module.device.type
         synchronize()
         began = time.perf_counter()

@@ -208,3 +208,15 @@ def newest_first(folder: Path) -> list[Path]:
         return path.resolve() == last, step <= limit, step, path.stat().st_mtime_ns
 
     return sorted(files, key=rank, reverse=True)
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """The content of a checkpoint of ours.
+
+    Raises:
+        UserError: A file that is missing, truncated, or no checkpoint of ours.
+    """
+    content = read_file(path)
+    if not isinstance(content.get("state_dict"), dict) or "network" not in content:
+        raise UserError(f"path={path}: must be a checkpoint of w2s_train")
+    return content

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from w2s_train.autoencoder import Autoencoder
 from w2s_train.guidance import Guidance
-from w2s_train.models import DiT, WeightAverage
+from w2s_train.models import Network, WeightAverage
 from w2s_train.sampler import Sampler
 
 
@@ -18,7 +18,7 @@ class Setting(NamedTuple):
 
     weights: str  # "ema", "ema 0.999" for a further average, "raw" for the live weights
     ema_decay: float | None  # None for live weights
-    network: DiT
+    network: Network
     guidance: Guidance
 
     @property
@@ -34,7 +34,10 @@ class Setting(NamedTuple):
 
 
 def all_settings(
-    network: DiT, averages: list[WeightAverage], scored: Sequence[str], guidances: list[Guidance]
+    network: Network,
+    averages: list[WeightAverage],
+    scored: Sequence[str],
+    guidances: list[Guidance],
 ) -> list[Setting]:
     """Every pair of weights and guidance; the first average, first guided, is the main one.
 
@@ -44,7 +47,7 @@ def all_settings(
         scored: "ema" for the averages, "raw" for the live weights, or both.
         guidances: At least one.
     """
-    networks: list[tuple[str, float | None, DiT]] = []
+    networks: list[tuple[str, float | None, Network]] = []
     if "ema" in scored:
         main, *more = averages
         networks.append(("ema", main.decay, main.module))

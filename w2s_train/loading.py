@@ -1,36 +1,21 @@
-"""What configs and checkpoints may name: classes of this project, and what trainers are made of.
+"""Settings of configs and checkpoints: which of them are gone, and modules built by them.
 
-A class path is an order to import and to call. Of everything that is installed, few things are safe
-to call with arguments of a stranger's choice; those stand here. The switch ``--allow_imports`` adds
-packages, on the command line and nowhere else: a config cannot allow itself anything. A module is
-built from its checkpoint, which may come from a stranger, by the same rules.
+What they may name is decided in `imports`.
 """
 
 import argparse
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from importlib import import_module
 from typing import Any, TypeVar, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from torch import Tensor, nn
 
+from w2s_train.checkpoint_file import read_checkpoint
 from w2s_train.errors import UserError, one_line
-from w2s_train.models.saved import read_checkpoint
+from w2s_train.imports import ALLOWED, SWITCH, found, trusted, within
 
-SWITCH = "--allow_imports"
-OURS = """
-    autoencoder callbacks features guidance interpolant metrics models objective sampler schedule
-    segment timesteps weak
-"""
-TRAINERS = "accelerators callbacks loggers plugins profilers strategies cli.ReduceLROnPlateau"
-ALLOWED = [
-    *(f"w2s_train.{name}" for name in OURS.split()),
-    *(f"lightning.pytorch.{name}" for name in TRAINERS.split()),
-    "lightning.fabric.plugins",  # where environments and the writing of checkpoints are defined
-    "torch.optim",
-]
 # What old configs and checkpoints name and nothing has any more, with the last commit that had it.
 REMOVED: dict[str, dict[str, tuple[Any, str]]] = {  # class -> argument -> its default, the commit
     "w2s_train.segment.Extrapolation": {"share": (1.0, "b8536ed")},
@@ -44,7 +29,6 @@ MOVED = {  # class -> what to do instead
     "w2s_train.callbacks.leaves.LeavesScores": LEAVES,
 }
 Module = TypeVar("Module", bound=nn.Module)
-trusted = list[str]()  # packages that the switch adds
 
 
 def without_removed(node: Any, key: str = "") -> Any:
@@ -128,9 +112,9 @@ def check_functions(config: Any) -> None:
     """
     for path in _class_paths(config):
         # What is not on the list is text that only looks like a class path; none is built of it.
-        if _within(path, trusted) or not _within(path, ALLOWED):
+        if within(path, trusted) or not within(path, ALLOWED):
             continue
-        value = _found(path)
+        value = found(path)
         if value is None or inspect.isclass(value):
             continue
         made = get_type_hints(value).get("return") if inspect.isfunction(value) else None
@@ -141,32 +125,13 @@ def check_functions(config: Any) -> None:
             )
 
 
-def _within(path: str, packages: list[str]) -> bool:
-    return any(f"{path}.".startswith(f"{package}.") for package in packages)
-
-
 def same_class(one: Any, other: Any) -> bool:
     """Whether two class paths, of those that may be imported, name the same."""
     if one == other or not (isinstance(one, str) and isinstance(other, str)):
         return bool(one == other)
-    if not all(_within(path, ALLOWED + trusted) for path in (one, other)):
+    if not all(within(path, ALLOWED + trusted) for path in (one, other)):
         return False
-    return _found(one) is not None and _found(one) is _found(other)
-
-
-def _found(path: str) -> Any:
-    """What an import path names; None if there is no such thing."""
-    value: Any = None
-    done = ""
-    for part in path.split("."):
-        done += f".{part}" if done else part
-        value = getattr(value, part, None)
-        if value is None:
-            try:
-                value = import_module(done)
-            except ImportError:
-                return None
-    return value
+    return found(one) is not None and found(one) is found(other)
 
 
 def _class_paths(node: Any) -> Iterator[str]:
@@ -179,13 +144,20 @@ def _class_paths(node: Any) -> Iterator[str]:
         yield from _class_paths(value)
 
 
-def instantiate(cls: type[Module], settings: dict[str, Any]) -> Module:
+def instantiate(
+    cls: type[Module], settings: dict[str, Any], allow_imports: Iterable[str] = ()
+) -> Module:
     """The class with its constructor's arguments as a config spells them.
+
+    Args:
+        cls: The class.
+        settings: The arguments.
+        allow_imports: Packages that they may name beside those of `imports`.
 
     Raises:
         UserError: They do not fit, or name what may not be imported.
     """
-    restrict_imports([])
+    restrict_imports([f"{SWITCH}={','.join(allow_imports)}"] if allow_imports else [])
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "module", fail_untyped=False)
     config = parser.parse_object({"module": settings})
@@ -193,7 +165,7 @@ def instantiate(cls: type[Module], settings: dict[str, Any]) -> Module:
     return parser.instantiate_classes(config).module
 
 
-def load_module(cls: type[Module], path: str) -> Module:
+def load_module(cls: type[Module], path: str, allow_imports: Iterable[str] = ()) -> Module:
     """The module as its checkpoint's settings and weights say.
 
     Which function builds it is decided here: the one that a checkpoint may name is ignored.
@@ -201,6 +173,7 @@ def load_module(cls: type[Module], path: str) -> Module:
     Args:
         cls: Its class.
         path: A local checkpoint; tensors and plain values are read, and nothing else.
+        allow_imports: Packages of yours that its settings may name.
 
     Raises:
         UserError: It is missing, of the net, no checkpoint of ours, or names what may not be
@@ -212,7 +185,7 @@ def load_module(cls: type[Module], path: str) -> Module:
         raise UserError(f"path={path}: must be a checkpoint with the settings of its module")
     settings = {key: value for key, value in settings.items() if key != "_instantiator"}
     try:
-        module: Any = instantiate(cls, without_removed(settings))
+        module: Any = instantiate(cls, without_removed(settings), allow_imports)
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"])
     except (argparse.ArgumentError, TypeError, ValueError, KeyError, RuntimeError) as error:

@@ -17,7 +17,7 @@ from w2s_train.generation import Setting, all_settings, generate
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.loading import check_optimizer, load_module
 from w2s_train.log import Log
-from w2s_train.models import DiT, WeightAverage
+from w2s_train.models import Network, WeightAverage, check_network, made_of, offered
 from w2s_train.objective import Objective
 from w2s_train.optim import clip, keep_fused, norm_of, step_only_if, unscale
 from w2s_train.sampler import Sampler
@@ -54,7 +54,7 @@ class DiffusionModule(LightningModule):
 
     def __init__(
         self,
-        network: DiT,
+        network: Network,
         objective: Objective,
         sampler: Sampler,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -72,7 +72,8 @@ class DiffusionModule(LightningModule):
         for name, given in lists.items():
             if given == []:
                 raise UserError(f"{name}=[]: must name at least one")
-        self.network, self.objective, self.sampler = network, objective, sampler
+        self.network, self.objective = check_network(network), objective
+        self.sampler = sampler
         self.optimizer, self.scheduler = optimizer, scheduler
         self.autoencoder = autoencoder or PixelSpace()
         self.label_dropout = require("label_dropout", label_dropout, "[0, 1]")
@@ -117,8 +118,9 @@ class DiffusionModule(LightningModule):
             return
         # Strong, averaged and weak networks share one forward: each is a variant of it.
         torch._dynamo.config.recompile_limit = 64
-        for network in (part for part in self.modules() if isinstance(part, DiT)):
-            for part in network.blocks if self.how_compiled == "blocks" else [network]:
+        for network in (part for part in self.modules() if hasattr(part, "null_class")):
+            whole = self.how_compiled != "blocks"
+            for part in [network] if whole else offered(network, "compile=blocks", "blocks"):
                 part.compile(dynamic=False)  # in place, which keeps the names of parameters
 
     def plan(self, max_steps: int) -> None:
@@ -129,15 +131,15 @@ class DiffusionModule(LightningModule):
         """
         self.objective.plan(max_steps if max_steps > 0 else None)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The loss () of one batch of images (B, C, H, W) as stored and labels (B,)."""
-        x = self.autoencoder.encode(batch["image"])
-        if x.shape[1:] != self.input_shape:
-            ours, theirs = tuple(self.input_shape)[:2], tuple(x.shape[1:])
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss () of one batch, {"image", "label"} or a pair, (B, C, H, W) and (B,)."""
+        images, labels = (batch["image"], batch["label"]) if isinstance(batch, dict) else batch
+        x, shape = self.autoencoder.encode(images), getattr(self.network, "shape", None)
+        if shape is not None and x.shape[1:] != tuple(shape):
             raise UserError(
-                f"in_channels, input_size={ours}: must fit the data, whose shape is {theirs}"
+                f"network.shape={shape}: must fit the data, whose shape is {tuple(x.shape[1:])}"
             )
-        step, y = Step(self.global_step, self.ema.module), self.drop_labels(batch["label"])
+        step, y = Step(self.global_step, self.ema.module), self.drop_labels(labels)
         loss = self.objective(self.network, x, y, step, self.training_log).mean()
         self.losses.append(loss.detach())
         self.images_seen += len(x) * self.trainer.world_size
@@ -146,8 +148,7 @@ class DiffusionModule(LightningModule):
     @property
     def input_shape(self) -> torch.Size:
         """(C, H, W) of what the network takes."""
-        network = self.network
-        return torch.Size((network.in_channels, network.input_size, network.input_size))
+        return torch.Size(offered(self.network, "sampling", "shape"))
 
     def drop_labels(self, y: Tensor) -> Tensor:
         """Labels (B,), each replaced by the null class with probability ``label_dropout``."""
@@ -240,7 +241,7 @@ class DiffusionModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["progress"] = {"images_seen": self.images_seen} | self.clock.state_dict()
-        checkpoint["network"] = self.network.arguments  # rebuilds it: models/saved.py
+        checkpoint["network"] = made_of(self.network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.loaded_step = checkpoint["global_step"]

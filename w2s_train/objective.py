@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from w2s_train.errors import UserError, require
 from w2s_train.interpolant import Interpolant, NoisySample
 from w2s_train.log import Log
-from w2s_train.models import DiT
+from w2s_train.models import Network, as_output
 from w2s_train.segment import Rows, Segment, Strong, mean_square
 from w2s_train.timesteps import TimestepDistribution, at_least, chosen_first
 from w2s_train.weak.base import Step
@@ -43,7 +43,7 @@ class Objective(nn.Module, abc.ABC):
         self.interpolant, self.timesteps = interpolant, timesteps
         self.segments: Sequence[Segment] = ()
 
-    def bind(self, network: DiT, label_dropout: float | None = None) -> None:  # noqa: B027
+    def bind(self, network: Network, label_dropout: float | None = None) -> None:  # noqa: B027
         """Introduce what has weights of its own to the network; once, before training.
 
         Args:
@@ -62,11 +62,11 @@ class Objective(nn.Module, abc.ABC):
             UserError: A step of a schedule or of a weak source that lies after the last one.
         """
 
-    def after_step(self, network: DiT, step: Step) -> None:  # noqa: B027
+    def after_step(self, network: Network, step: Step) -> None:  # noqa: B027
         """Let what follows the network do so; after each optimizer step."""
 
     @abc.abstractmethod
-    def forward(self, network: DiT, x: Tensor, y: Tensor, step: Step, log: Log) -> Tensor:
+    def forward(self, network: Network, x: Tensor, y: Tensor, step: Step, log: Log) -> Tensor:
         """Draw timesteps and noise, and give the loss per row (B,).
 
         Args:
@@ -112,7 +112,7 @@ class WeakToStrongObjective(Objective):
                 )
         self.segments = nn.ModuleList(ordered)  # type: ignore[assignment]
 
-    def bind(self, network: DiT, label_dropout: float | None = None) -> None:
+    def bind(self, network: Network, label_dropout: float | None = None) -> None:
         self.label_dropout = label_dropout or 0.0
         for weak in (segment.weak for segment in self.segments):
             weak.bind(network)
@@ -133,7 +133,7 @@ class WeakToStrongObjective(Objective):
                 stacklevel=2,
             )
 
-    def after_step(self, network: DiT, step: Step) -> None:
+    def after_step(self, network: Network, step: Step) -> None:
         def fresh() -> tuple[NoisySample, Tensor]:
             x, y = self.last_batch
             return self.draw(x), y
@@ -158,12 +158,11 @@ class WeakToStrongObjective(Objective):
         dropped = at_least(n, self.label_dropout) if segment.only_labelled else 0
         return rows.start + chosen_first(labelled[rows], n - dropped) if dropped else rows
 
-    def forward(self, network: DiT, x: Tensor, y: Tensor, step: Step, log: Log) -> Tensor:
+    def forward(self, network: Network, x: Tensor, y: Tensor, step: Step, log: Log) -> Tensor:
         self.last_batch = (x, y)
         noisy, labelled = self.draw(x), y != network.null_class
         keep = {block for segment in self.segments for block in segment.weak.keep_hidden}
-        out = network(noisy.x_t, noisy.t, y, keep_hidden=keep)
-        out = out._replace(velocity=out.velocity.float())
+        out = as_output(network(noisy.x_t, noisy.t, y, **({"keep_hidden": keep} if keep else {})))
         strong = Strong(network, noisy, y, out, step)
         target, penalties = noisy.v.float().clone(), list[Tensor]()
         for segment in self.segments:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from w2s_train.errors import UserError, require
 from w2s_train.interpolant import NoisySample, right_pad
 from w2s_train.log import Log
-from w2s_train.models import DiT, DiTOutput
+from w2s_train.models import DiTOutput, Network
 from w2s_train.schedule import Schedule
 from w2s_train.weak.base import Step, WeakSource
 
@@ -39,7 +39,7 @@ WARN_ABOVE = 0.6  # scales above it over-sharpened in every stability study know
 class Strong(NamedTuple):
     """The network being trained, evaluated on a whole batch of B rows."""
 
-    network: DiT
+    network: Network
     noisy: NoisySample
     y: Tensor  # (B,) labels, dropped ones replaced by the null class
     out: DiTOutput  # with the velocity in float32

@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from w2s_train.checkpoint_file import check_local, damage, newest_first
+from w2s_train.checkpoint_file import check_local, damage, newest_first, read_checkpoint
 from w2s_train.errors import UserError, one_line
 from w2s_train.models.dit import DiT, position_table
-from w2s_train.models.saved import read_checkpoint, saved_network
+from w2s_train.models.saved import class_path, saved_network
 from w2s_train.secrets import redacted
 
 CONVENTION = "x_t = alpha(t) x + sigma(t) noise; t = 0 is data, t = 1 is noise; v = d x_t / d t"
@@ -97,15 +97,16 @@ def _newest(folder: Path) -> Path:
     return folder / "last.ckpt"
 
 
-def _about(content: dict[str, Any], network: DiT, weights: str) -> dict[str, Any]:
+def _about(content: dict[str, Any], network: Any, weights: str) -> dict[str, Any]:
     """What has to be known of the weights of a checkpoint's network."""
     settings = redacted(content.get("hyper_parameters") or {})
     objective = (settings.get("objective") or {}).get("init_args") or {}
     return {
-        "network": network.arguments,
+        "network": getattr(network, "arguments", None),
+        "class_path": class_path(network),
         "interpolant": objective.get("interpolant"),
         "time": CONVENTION,
-        "num_classes": network.num_classes,
+        "num_classes": getattr(network, "num_classes", None),
         "null_class": network.null_class,
         "weights": weights,
         "step": content.get("global_step"),
@@ -140,6 +141,11 @@ def _write_diffusers(network: DiT, folder: Path) -> None:
 
 def _check(network: DiT) -> None:
     """Refuse what diffusers' class cannot be."""
+    if not isinstance(network, DiT):
+        name = type(network).__name__
+        raise UserError(
+            f"network={name}: must be a DiT for format=diffusers; safetensors takes any"
+        )
     arguments = network.arguments
     must = {"qk_norm": False, "mlp_ratio": 4, "out_channels": network.in_channels}
     for name, value in must.items():

@@ -186,10 +186,10 @@ class Command(LightningCLI):
         except ValueError as error:
             raise UserError(locate(str(error), self.config[str(self.subcommand)])) from error
         data, network = self.datamodule, self.model.network
-        if data.num_classes != network.num_classes:
+        known = getattr(network, "num_classes", data.num_classes)
+        if data.num_classes != known:
             raise UserError(
-                f"data.num_classes={data.num_classes}: must equal the network's num_classes, "
-                f"{network.num_classes}"
+                f"data.num_classes={data.num_classes}: must equal the network's num_classes, {known}"
             )
         if self.subcommand == "fit":
             data.repeat(self.config["fit"].trainer.overfit_batches)

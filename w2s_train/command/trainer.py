@@ -23,6 +23,7 @@ from w2s_train.evaluation.images import (
 )
 from w2s_train.evaluation.reference import ReferenceWriter
 from w2s_train.features import KEEP
+from w2s_train.models import offered
 from w2s_train.module import DiffusionModule
 from w2s_train.running.run import Run
 from w2s_train.secrets import redacted
@@ -152,7 +153,7 @@ class DiffusionTrainer(Trainer):
             columns: Of a grid.
             scale: Of a grid: each pixel becomes a square of this side.
         """
-        known = model.network.num_classes
+        known = offered(model.network, "sample", "num_classes")
         for label in classes or []:
             if not 0 <= label < known:
                 raise UserError(f"classes={classes}: must be in [0, {known - 1}]")

@@ -8,7 +8,7 @@ from torch import Tensor
 from w2s_train.errors import require
 from w2s_train.guidance.base import Guidance, VelocityField, evaluate_both
 from w2s_train.interpolant import right_pad
-from w2s_train.models import DiT
+from w2s_train.models import Network
 from w2s_train.objective import Objective
 
 LARGEST_ANGLE = math.pi / 3
@@ -35,7 +35,7 @@ class AngleDomain(Guidance):
     def __init__(self, scale: float) -> None:
         self.scale = require("scale", scale, "[1, inf)")
 
-    def bind(self, network: DiT, objective: Objective) -> None:
+    def bind(self, network: Network, objective: Objective) -> None:
         self.interpolant = objective.interpolant
 
     def rotate(self, x_c: Tensor, x_u: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class AngleDomain(Guidance):
         kept = right_pad(torch.cos(turned), across) * x_c.double()
         return kept + right_pad(ratio, across) * across
 
-    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+    def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
         def velocity(x_t: Tensor, t: float, start: float) -> Tensor:
             time = torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device)
             v_class, v_null = evaluate_both(network, x_t, t, y)

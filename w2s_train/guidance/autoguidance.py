@@ -13,7 +13,7 @@ from w2s_train.guidance.base import (
     run_network,
 )
 from w2s_train.interpolant import NoisySample
-from w2s_train.models import DiT
+from w2s_train.models import Network
 from w2s_train.objective import Objective
 from w2s_train.weak.base import WeakSource
 
@@ -56,7 +56,7 @@ class Autoguidance(Guidance):
         """Whether a source compares with the null class."""
         return any(weak.needs_label for _, _, weak in self.ranges)
 
-    def bind(self, network: DiT, objective: Objective) -> None:
+    def bind(self, network: Network, objective: Objective) -> None:
         if self.weak is not None:
             self.weak.bind(network)
             self.ranges = [(0.0, 1.0, self.weak)]
@@ -73,7 +73,7 @@ class Autoguidance(Guidance):
         source = next(inside, None)
         return source if source is not None and source.ready else None
 
-    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+    def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
         for _, _, weak in self.ranges:
             weak.to(y.device)
 

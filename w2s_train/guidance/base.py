@@ -13,31 +13,32 @@ import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError, require
-from w2s_train.models import DiT, DiTOutput
+from w2s_train.models import DiTOutput, Network, as_output
 from w2s_train.objective import Objective
 
 VelocityField = Callable[[Tensor, float, float], Tensor]
 
 
-def network_inputs(network: DiT, x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+def network_inputs(network: Network, x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
     """The state and its time, for every row, in the precision of the network's weights."""
     dtype = next(network.parameters()).dtype
     return x_t.to(dtype), torch.full((len(x_t),), t, dtype=dtype, device=x_t.device)
 
 
 def run_network(
-    network: DiT, x_t: Tensor, t: float, y: Tensor, keep_hidden: Collection[int] = ()
+    network: Network, x_t: Tensor, t: float, y: Tensor, keep_hidden: Collection[int] = ()
 ) -> DiTOutput:
     """One pass at one time for the whole batch."""
-    return network(*network_inputs(network, x_t, t), y, keep_hidden=keep_hidden)
+    options = {"keep_hidden": keep_hidden} if keep_hidden else {}
+    return as_output(network(*network_inputs(network, x_t, t), y, **options))
 
 
-def evaluate(network: DiT, x_t: Tensor, t: float, y: Tensor) -> Tensor:
+def evaluate(network: Network, x_t: Tensor, t: float, y: Tensor) -> Tensor:
     """The network's velocity, typed like ``x_t``: the solver's state is float64."""
     return run_network(network, x_t, t, y).velocity.to(x_t.dtype)
 
 
-def evaluate_both(network: DiT, x_t: Tensor, t: float, y: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate_both(network: Network, x_t: Tensor, t: float, y: Tensor) -> tuple[Tensor, Tensor]:
     """The velocities with the labels ``y`` (B,) and with the null class, in one pass."""
     both = torch.cat([y, torch.full_like(y, network.null_class)])
     v_class, v_null = evaluate(network, torch.cat([x_t, x_t]), t, both).chunk(2)
@@ -49,7 +50,7 @@ class Guidance(abc.ABC):
 
     needs_label: bool = True  # compares with and without label: meaningless if there is none
 
-    def bind(self, network: DiT, objective: Objective) -> None:  # noqa: B027
+    def bind(self, network: Network, objective: Objective) -> None:  # noqa: B027
         """Meet the network and what it is trained with; once, before sampling.
 
         Raises:
@@ -57,7 +58,7 @@ class Guidance(abc.ABC):
         """
 
     @abc.abstractmethod
-    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+    def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
         """The velocity field for labels ``y`` (B,) on a solver's grid of times, from 1 to 0."""
 
     @abc.abstractmethod
@@ -70,7 +71,7 @@ class Unguided(Guidance):
 
     needs_label = False
 
-    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+    def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
         return lambda x_t, t, start: evaluate(network, x_t, t, y)
 
     def describe(self) -> str:

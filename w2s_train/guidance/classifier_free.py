@@ -12,7 +12,7 @@ from w2s_train.guidance.base import (
     evaluate,
     evaluate_both,
 )
-from w2s_train.models import DiT
+from w2s_train.models import Network
 
 
 class ClassifierFree(Guidance):
@@ -32,7 +32,7 @@ class ClassifierFree(Guidance):
         check_scale(scale, low, high)
         self.scale, self.low, self.high = scale, low, high
 
-    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+    def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
         def velocity(x_t: Tensor, t: float, start: float) -> Tensor:
             if self.scale == 1 or not self.low <= start <= self.high:
                 return evaluate(network, x_t, t, y)
@@ -68,7 +68,7 @@ class StageWise(Guidance):
         mean = sum(s * d for s, d in zip(triangle, lengths, strict=True)) / sum(lengths)
         return [s * self.scale / mean for s in triangle]
 
-    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+    def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
         scale_at = dict(zip(times, self.scales(times), strict=False))
 
         def velocity(x_t: Tensor, t: float, start: float) -> Tensor:

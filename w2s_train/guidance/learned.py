@@ -8,12 +8,12 @@ from true noisy samples x_t gives the distribution of true noisy samples x_s. Th
 import torch
 from torch import Tensor, nn
 
+from w2s_train.checkpoint_file import read_checkpoint
 from w2s_train.errors import UserError, require
 from w2s_train.guidance.base import Guidance, VelocityField, evaluate_both
 from w2s_train.interpolant import Interpolant, right_pad
 from w2s_train.log import Log
-from w2s_train.models import DiT
-from w2s_train.models.saved import read_checkpoint
+from w2s_train.models import Network, offered
 from w2s_train.objective import Objective
 from w2s_train.timesteps import TimestepDistribution, Uniform
 from w2s_train.weak.base import Step
@@ -101,11 +101,12 @@ class GuidanceObjective(Objective):
         self.longest_step = require("longest_step", longest_step, "(0, 1)")
         self.hidden_size = hidden_size
 
-    def bind(self, network: DiT, label_dropout: float | None = None) -> None:
+    def bind(self, network: Network, label_dropout: float | None = None) -> None:
         network.requires_grad_(False)
-        self.scales = ScaleNetwork(network.num_classes, self.hidden_size)
+        classes = offered(network, "GuidanceObjective", "num_classes")
+        self.scales = ScaleNetwork(classes, self.hidden_size)
 
-    def forward(self, network: DiT, x: Tensor, y: Tensor, step: Step, log: Log) -> Tensor:
+    def forward(self, network: Network, x: Tensor, y: Tensor, step: Step, log: Log) -> Tensor:
         t = self.timesteps.draw(len(x), x.device, self.interpolant)
         s = (t - self.longest_step * torch.rand_like(t)).clamp(min=0)
         x, y, t, s = (a.repeat_interleave(self.particles, 0) for a in (x, y, t, s))
@@ -140,7 +141,7 @@ class Learned(Guidance):
         self.path = path
         self.loaded = _read_scales(path) if path is not None else None
 
-    def bind(self, network: DiT, objective: Objective) -> None:
+    def bind(self, network: Network, objective: Objective) -> None:
         self.interpolant = objective.interpolant
         if self.loaded is not None:
             self.scales = self.loaded
@@ -151,12 +152,11 @@ class Learned(Guidance):
                 "path=None: must be a checkpoint of a fit with w2s_train.guidance.GuidanceObjective"
             )
         classes = self.scales.embedding.num_embeddings - 1
-        if classes != network.num_classes:
-            raise UserError(
-                f"path={self.path}: has {classes} classes, must have {network.num_classes}"
-            )
+        known = offered(network, "Learned", "num_classes")
+        if classes != known:
+            raise UserError(f"path={self.path}: has {classes} classes, must have {known}")
 
-    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+    def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
         scales, ends = self.scales.to(y.device), dict(zip(times, times[1:], strict=False))
 
         def velocity(x_t: Tensor, t: float, start: float) -> Tensor:

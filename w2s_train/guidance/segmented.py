@@ -4,7 +4,7 @@ from torch import Tensor
 
 from w2s_train.errors import require
 from w2s_train.guidance.base import Guidance, VelocityField
-from w2s_train.models import DiT
+from w2s_train.models import Network
 from w2s_train.objective import Objective
 
 
@@ -33,11 +33,11 @@ class Segmented(Guidance):
         """Whether either half does."""
         return self.low_noise.needs_label or self.high_noise.needs_label
 
-    def bind(self, network: DiT, objective: Objective) -> None:
+    def bind(self, network: Network, objective: Objective) -> None:
         self.low_noise.bind(network, objective)
         self.high_noise.bind(network, objective)
 
-    def field(self, network: DiT, y: Tensor, times: list[float]) -> VelocityField:
+    def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
         low = self.low_noise.field(network, y, times)
         high = self.high_noise.field(network, y, times)
         return lambda x_t, t, start: (high if start >= self.border else low)(x_t, t, start)

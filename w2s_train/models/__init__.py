@@ -2,14 +2,20 @@
 
 from w2s_train.models.average import WeightAverage
 from w2s_train.models.dit import DiT, DiTOutput, FinalLayer
+from w2s_train.models.network import Network, as_output, check_network, offered
 from w2s_train.models.published import published_dit, published_sit
-from w2s_train.models.saved import saved_network
+from w2s_train.models.saved import made_of, saved_network
 
 __all__ = [
     "DiT",
     "DiTOutput",
     "FinalLayer",
+    "Network",
     "WeightAverage",
+    "as_output",
+    "check_network",
+    "made_of",
+    "offered",
     "published_dit",
     "published_sit",
     "saved_network",

@@ -13,7 +13,7 @@ is random and labels are never dropped: who calls decides what the network sees.
 
 import math
 from collections.abc import Collection, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -203,10 +203,14 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
         self._initialize()
 
-    @cached_property
-    def weights(self) -> list[nn.Parameter]:
-        """All parameters; looked for once, since there are hundreds of modules."""
-        return list(self.parameters())
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the input."""
+        return (self.in_channels, self.input_size, self.input_size)
+
+    def make_head(self) -> nn.Module:
+        """A last layer for the tokens (B, N, D) and condition (B, D) of any block."""
+        return FinalLayer(self.hidden_size, self.patch_size, self.in_channels)
 
     @property
     def null_class(self) -> int:

@@ -2,34 +2,41 @@
 
 from typing import Any, Literal
 
-from w2s_train.checkpoint_file import read_file
-from w2s_train.errors import UserError
+from w2s_train.checkpoint_file import read_checkpoint
+from w2s_train.errors import UserError, one_line
+from w2s_train.imports import network_class
 from w2s_train.models.dit import DiT
+from w2s_train.models.network import Network
 
 PREFIX = {"ema": "ema.module.", "raw": "network."}
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """The content of a checkpoint of ours.
-
-    Raises:
-        UserError: A file that is missing, truncated, or no checkpoint of ours.
-    """
-    content = read_file(path)
-    if not all(isinstance(content.get(key), dict) for key in ("state_dict", "network")):
-        raise UserError(f"path={path}: must be a checkpoint of w2s_train")
-    return content
+def made_of(network: Network) -> dict[str, Any] | None:
+    """What rebuilds a network, ``class_path`` and ``init_args``; None of one without arguments."""
+    arguments = getattr(network, "arguments", None)
+    if arguments is None:
+        return None
+    return {"class_path": class_path(network), "init_args": dict(arguments)}
 
 
-def saved_network(path: str, weights: Literal["ema", "raw"] = "ema") -> DiT:
+def class_path(network: Any) -> str:
+    """Where its class is defined."""
+    return f"{type(network).__module__}.{type(network).__qualname__}"
+
+
+def saved_network(
+    path: str, weights: Literal["ema", "raw"] = "ema", network: Network | None = None
+) -> Any:
     """The network of a run.
 
     Args:
         path: A checkpoint (``runs/NAME/checkpoints/*.ckpt``).
         weights: Its running average ("ema") or its live weights ("raw").
+        network: What takes the weights; None builds it, as its ``arguments`` say.
 
     Raises:
-        UserError: A file that is missing, truncated, or no checkpoint of ours.
+        UserError: A file that is missing, truncated, or no checkpoint of ours; a network that is
+            not given and cannot be built.
     """
     content, prefix = read_checkpoint(path), PREFIX[weights]
     state = {
@@ -38,8 +45,18 @@ def saved_network(path: str, weights: Literal["ema", "raw"] = "ema") -> DiT:
         if key.startswith(prefix)
     }
     try:
-        network = DiT(**content["network"])
+        network = network or _rebuilt(content["network"], path)
         network.load_state_dict(state)
     except (TypeError, RuntimeError) as error:
-        raise UserError(f"path={path}: must hold {weights} weights of its own network") from error
+        raise UserError(
+            f"path={path}: must hold {weights} weights of its own network ({one_line(error)[:200]})"
+        ) from error
     return network
+
+
+def _rebuilt(made: dict[str, Any] | None, path: str) -> Network:
+    if made is None:
+        raise UserError(f"path={path}: its network has no arguments to build it by; must be given")
+    if "class_path" not in made:  # of an older version
+        return DiT(**made)
+    return network_class(made["class_path"])(**made["init_args"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from w2s_train.interpolant import NoisySample
-from w2s_train.models import DiT, DiTOutput
+from w2s_train.models import DiTOutput, Network
 
 Fresh = Callable[[], tuple[NoisySample, Tensor]]
 
@@ -17,7 +17,7 @@ class Step:
     """Where training stands."""
 
     number: int = 0  # optimizer steps behind the weights
-    average: DiT | None = None  # their running average, which validation samples
+    average: Network | None = None  # their running average, which validation samples
     lr: float = 0.0  # learning rate of the run's optimizer
     # If not, the weights are those before it, and averages stay, too (`WeightAverage.update` takes
     # it); a tensor () where the host does not know yet.
@@ -42,7 +42,7 @@ class WeakSource(nn.Module, abc.ABC):
     from_training: bool = False  # its state is made by training: none in a fresh process
     scale_limit: float = 0.9  # scales from here on are refused, see `Extrapolation`
 
-    def bind(self, network: DiT) -> None:  # noqa: B027
+    def bind(self, network: Network) -> None:  # noqa: B027
         """Build what depends on the network: a copy, a head. Called once, before training.
 
         Raises:
@@ -72,7 +72,7 @@ class WeakSource(nn.Module, abc.ABC):
         return type(self).__name__
 
     @abc.abstractmethod
-    def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
+    def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         """The weak velocity (B, C, H, W).
 
         Args:
@@ -82,7 +82,7 @@ class WeakSource(nn.Module, abc.ABC):
             strong: The strong pass at the same rows.
         """
 
-    def after_step(self, network: DiT, step: Step, fresh: Fresh) -> None:  # noqa: B027
+    def after_step(self, network: Network, step: Step, fresh: Fresh) -> None:  # noqa: B027
         """Follow the network, or learn; called after each optimizer step.
 
         Args:

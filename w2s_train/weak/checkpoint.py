@@ -10,7 +10,7 @@ from torch import Tensor
 
 from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
-from w2s_train.models import DiT, DiTOutput, saved_network
+from w2s_train.models import DiTOutput, Network, saved_network
 from w2s_train.models.average import Dtype, as_kept, check_partner, frozen_copy
 from w2s_train.schedule import Steps, check_reached, whole_steps
 from w2s_train.weak.base import Fresh, Step, WeakSource
@@ -37,7 +37,7 @@ class Checkpoint(WeakSource):
         self,
         path: str | None = None,
         weights: Literal["ema", "raw"] = "ema",
-        network: DiT | None = None,
+        network: Network | None = None,
         dtype: Dtype = "float32",
     ) -> None:
         super().__init__()
@@ -49,13 +49,13 @@ class Checkpoint(WeakSource):
         assert loaded is not None
         self.network = frozen_copy(loaded, dtype)
 
-    def bind(self, network: DiT) -> None:
+    def bind(self, network: Network) -> None:
         check_partner(self.network, network, self.where)
 
     def describe(self) -> str:
         return f"Checkpoint({self.where}, {self.weights})"
 
-    def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
+    def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         with as_kept(self.network):
             return self.network(noisy.x_t, noisy.t, y).velocity
 
@@ -90,7 +90,7 @@ class Snapshot(WeakSource):
         self.step, self.refresh_every, self.weights = step, refresh_every, weights
         self.dtype: Dtype = dtype
 
-    def bind(self, network: DiT) -> None:
+    def bind(self, network: Network) -> None:
         self.network = frozen_copy(network, self.dtype)
         self.taken = False
 
@@ -117,11 +117,11 @@ class Snapshot(WeakSource):
             self.interval = whole_steps("refresh_every", self.refresh_every, total)
         return self.first_step
 
-    def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
+    def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         with as_kept(self.network):
             return self.network(noisy.x_t, noisy.t, y).velocity
 
-    def after_step(self, network: DiT, step: Step, fresh: Fresh) -> None:
+    def after_step(self, network: Network, step: Step, fresh: Fresh) -> None:
         age = step.number - self.first_step
         due = age >= 0 and not self.taken  # later than its step if a resumed run has another plan
         if due or (self.interval and age > 0 and age % self.interval == 0):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from w2s_train.errors import require
 from w2s_train.interpolant import NoisySample
-from w2s_train.models import DiT, DiTOutput
+from w2s_train.models import DiTOutput, Network, offered
 from w2s_train.models.average import check_partner
 from w2s_train.optim import Readback, keep_fused, step_only_if
 from w2s_train.weak.base import Fresh, Step, WeakSource
@@ -38,34 +38,38 @@ class CoTrained(WeakSource):
 
     from_training = True
 
-    def __init__(self, network: DiT | None = None, lr: float | None = None, every: int = 4) -> None:
+    def __init__(
+        self, network: Network | None = None, lr: float | None = None, every: int = 4
+    ) -> None:
         super().__init__()
         if lr is not None:
             require("lr", lr, "[0, inf)")
-        self.network, self.lr, self.every = network, lr, require("every", every, "[1, inf)")
+        self.network: Any = network
+        self.lr, self.every = lr, require("every", every, "[1, inf)")
         self.optimizer: torch.optim.Optimizer | None = None
         self.restored: dict[str, Any] = {}
         self.judged: list[tuple[int, Readback]] = []  # steps, and whether their gradient is finite
 
-    def bind(self, network: DiT) -> None:
+    def bind(self, network: Network) -> None:
         if self.network is None:
-            heads = max(network.num_heads // 2, 1)
-            width = max(network.hidden_size // 2 // (4 * heads), 1) * 4 * heads
+            names = ("hidden_size", "num_heads", "arguments")
+            part = "CoTrained that is given no network"
+            width, heads, arguments = offered(network, part, *names)
+            heads = max(heads // 2, 1)
+            width = max(width // 2 // (4 * heads), 1) * 4 * heads
             halved = dict(hidden_size=width, num_heads=heads)
-            self.network = DiT(**(network.arguments | halved))
+            self.network = type(network)(**(arguments | halved))
         check_partner(self.network, network, "network=(given)")
         # Whole networks that learn outside the trainer: nobody else may wait for their gradients.
         self.learned = [p for p in self.network.parameters() if p.requires_grad]
         self.network.requires_grad_(False)
 
-    def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
-        assert self.network is not None
+    def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         return self.network(noisy.x_t, noisy.t, y).velocity
 
-    def after_step(self, network: DiT, step: Step, fresh: Fresh) -> None:
+    def after_step(self, network: Network, step: Step, fresh: Fresh) -> None:
         if step.number % self.every:
             return
-        assert self.network is not None
         noisy, y = fresh()
         self._report()
         if self.optimizer is None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from w2s_train.errors import UserError, require
 from w2s_train.interpolant import NoisySample
-from w2s_train.models import DiT, DiTOutput, WeightAverage
+from w2s_train.models import DiTOutput, Network, WeightAverage
 from w2s_train.models.average import Dtype, as_kept, frozen_copy
 from w2s_train.schedule import Steps, check_reached, whole_steps
 from w2s_train.weak.base import Fresh, Step, WeakSource
@@ -49,7 +49,7 @@ class EMA(WeakSource):
         self.update_every = require("update_every", update_every, "[1, inf)")
         self.decay, self.lag = require("decay", decay, "[0, 1)"), lag
 
-    def bind(self, network: DiT) -> None:
+    def bind(self, network: Network) -> None:
         self.average = WeightAverage(network, self.decay**self.update_every)
         if self.lag:
             self.waiting = frozen_copy(network, self.dtype)
@@ -81,13 +81,13 @@ class EMA(WeakSource):
             )
         return first
 
-    def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
+    def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         weak = self.used if self.lag else self.average.module
         with as_kept(weak):
             return weak(noisy.x_t, noisy.t, y).velocity
 
     @torch.no_grad()
-    def after_step(self, network: DiT, step: Step, fresh: Fresh) -> None:
+    def after_step(self, network: Network, step: Step, fresh: Fresh) -> None:
         if step.number % self.update_every == 0:
             self.average.update(network, step.good)
         if self.lag and step.number % self.lag_steps == 0:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
-from w2s_train.models import DiT, DiTOutput, FinalLayer
+from w2s_train.models import DiTOutput, Network, offered
 from w2s_train.weak.base import WeakSource
 
 
@@ -28,15 +28,17 @@ class IntermediateHead(WeakSource):
         super().__init__()
         self.block = block
 
-    def bind(self, network: DiT) -> None:
-        block = max(network.depth // 3 - 1, 0) if self.block is None else self.block
-        if not 0 <= block < network.depth - 1:
+    def bind(self, network: Network) -> None:
+        depth, make_head = offered(
+            network, "IntermediateHead", "depth", "make_head", "keep_hidden="
+        )
+        block = max(depth // 3 - 1, 0) if self.block is None else self.block
+        if not 0 <= block < depth - 1:
             raise UserError(
-                f"block={block}: must be in [0, {network.depth - 2}], "
-                f"before the last of the network's {network.depth} blocks"
+                f"block={block}: must be in [0, {depth - 2}], "
+                f"before the last of the network's {depth} blocks"
             )
-        self.keep_hidden = (block,)
-        self.head = FinalLayer(network.hidden_size, network.patch_size, network.in_channels)
+        self.keep_hidden, self.head = (block,), make_head()
 
-    def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
+    def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         return self.head(strong.hidden[self.keep_hidden[0]], strong.cond)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
-from w2s_train.models import DiT, DiTOutput
+from w2s_train.models import DiTOutput, Network, offered
 from w2s_train.weak.base import WeakSource
 
 
@@ -28,18 +28,19 @@ class LayerSkip(WeakSource):
             raise UserError(f"blocks={blocks}: must name at least one block")
         self.blocks = blocks
 
-    def bind(self, network: DiT) -> None:
-        blocks = [max(network.depth // 3 - 1, 0)] if self.blocks is None else self.blocks
+    def bind(self, network: Network) -> None:
+        depth = offered(network, "LayerSkip", "depth", "keep_hidden=", "skip_blocks=", "resume=")
+        blocks = [max(depth // 3 - 1, 0)] if self.blocks is None else self.blocks
         for block in blocks:
-            if not 0 <= block < network.depth:
-                raise UserError(f"blocks={blocks}: must be in [0, {network.depth - 1}]")
+            if not 0 <= block < depth:
+                raise UserError(f"blocks={blocks}: must be in [0, {depth - 1}]")
         self.skipped = frozenset(blocks)
         self.keep_hidden = (min(blocks) - 1,)
 
     def describe(self) -> str:
         return f"LayerSkip({sorted(self.skipped)})"
 
-    def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
+    def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         before = self.keep_hidden[0]
         resume = (before, strong.hidden[before])
         return network(noisy.x_t, noisy.t, y, skip_blocks=self.skipped, resume=resume).velocity

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from w2s_train.interpolant import NoisySample
-from w2s_train.models import DiT, DiTOutput
+from w2s_train.models import DiTOutput, Network
 from w2s_train.weak.base import WeakSource
 
 
@@ -17,5 +17,5 @@ class NullClass(WeakSource):
 
     needs_label = True
 
-    def predict(self, network: DiT, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
+    def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         return network(noisy.x_t, noisy.t, torch.full_like(y, network.null_class)).velocity

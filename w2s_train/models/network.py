@@ -1,0 +1,125 @@
+"""What a network has to offer: a protocol, and no class to inherit from.
+
+Objective, weak sources, sampler, guidance and averages take any `torch.nn.Module` with
+
+    null_class: int                     the label that means "no class"
+    forward(x_t, t, y) -> output        x_t (B, C, H, W); t (B,), 0 (data) to 1; y (B,) int64
+    output.velocity                     (B, C, H, W)
+
+that is deterministic, drops no labels itself and keeps one gradient per parameter. The rest is
+optional, and what needs one that is not there says so in one line:
+
+    shape: (C, H, W)                    sampling; data are compared with it
+    num_classes: int                    labels of data and samples are compared with it
+    arguments: dict                     of its constructor, plain values: rebuilds it from a file
+    depth: int                          number of blocks, for the two that follow
+    forward(keep_hidden=BLOCKS)         `weak.IntermediateHead`, `weak.LayerSkip`: as `DiT.forward`
+      -> output.hidden, output.cond     has it, with what `DiTOutput` says
+    make_head() -> nn.Module            `weak.IntermediateHead`: (tokens, cond) -> velocity
+    forward(skip_blocks=, resume=)      `weak.LayerSkip`
+    blocks: nn.ModuleList               `compile: blocks`
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, cast
+
+from torch import Tensor, nn
+
+from w2s_train.errors import UserError
+from w2s_train.models.dit import DiTOutput
+
+PLAIN = (str, int, float, bool, type(None))
+
+
+class Network(Protocol):
+    """The part that every network has; a parser compares `forward` with a class that it is given.
+
+    What stands below `forward` is there in every `torch.nn.Module`.
+    """
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class"."""
+
+    def forward(self, x_t: Any, t: Any, y: Any, /) -> Any:
+        """An output with ``velocity`` (B, C, H, W), of x_t (B, C, H, W), t (B,) and y (B,)."""
+
+    __call__: Callable[..., Any]
+
+    @property
+    def parameters(self) -> Callable[..., Iterator[nn.Parameter]]: ...  # noqa: D102
+    @property
+    def state_dict(self) -> Callable[..., dict[str, Any]]: ...
+    @property
+    def load_state_dict(self) -> Callable[..., Any]: ...
+    @property
+    def requires_grad_(self) -> Callable[..., Any]: ...
+
+
+def check_network(network: Any) -> Network:
+    """The network, if it has what every network needs.
+
+    Raises:
+        UserError: It is no module, or has no whole-numbered ``null_class``; or its ``arguments``
+            could not be kept in a checkpoint.
+    """
+    name = type(network).__name__
+    if not isinstance(network, nn.Module):
+        raise UserError(f"network={name}: must be a torch.nn.Module")
+    if not isinstance(getattr(network, "null_class", None), int):
+        raise UserError(f"network={name}: must have null_class, an int (docs/networks.md)")
+    if not _is_plain(getattr(network, "arguments", None)):
+        raise UserError(f"network={name}: its arguments must be plain values (docs/networks.md)")
+    return cast(Network, network)
+
+
+def offered(network: Network | nn.Module, part: str, *names: str) -> Any:
+    """Attributes of a network that are optional; one of them, or a tuple.
+
+    Args:
+        network: Any.
+        part: Who needs them, for the message.
+        names: Attributes; ``name=`` for a keyword of `forward`, which is not returned.
+
+    Raises:
+        UserError: The network does not have them all.
+    """
+    keywords = inspect.signature(network.forward).parameters
+    has = {n: n[:-1] in keywords if n.endswith("=") else hasattr(network, n) for n in names}
+    if missing := [f"forward({n})" if n.endswith("=") else n for n in names if not has[n]]:
+        raise UserError(
+            f"network={type(network).__name__}: must have {', '.join(missing)} for {part} "
+            "(docs/networks.md)"
+        )
+    values = tuple(getattr(network, n) for n in names if not n.endswith("="))
+    return values[0] if len(values) == 1 else values
+
+
+def as_output(output: Any) -> DiTOutput:
+    """What any network returns, as our own network returns it; the velocity in float32.
+
+    Raises:
+        UserError: It has no velocity.
+    """
+    velocity = getattr(output, "velocity", None)
+    if not isinstance(velocity, Tensor):
+        raise UserError(
+            f"network: must return an output with velocity, not {type(output).__name__} "
+            "(docs/networks.md)"
+        )
+    if isinstance(output, DiTOutput):
+        return output._replace(velocity=velocity.float())
+    hidden, cond = (
+        getattr(output, "hidden", {}),
+        getattr(output, "cond", velocity.flatten(1)[:, :0]),
+    )
+    return DiTOutput(velocity.float(), velocity[:, :0], hidden, cond)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(each) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(each) for each in value)
+    return isinstance(value, PLAIN)
