@@ -44,7 +44,7 @@ class Objective(nn.Module, abc.ABC):
         self.segments: Sequence[Segment] = ()
 
     def bind(self, network: Network, label_dropout: float | None = None) -> None:  # noqa: B027
-        """Introduce what has weights of its own to the network; once, before training.
+        """Introduce what has weights of its own to the network; before training.
 
         Args:
             network: The network being trained.

@@ -28,6 +28,7 @@ from w2s_train.evaluation.images import ImageWriter
 from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer
 from w2s_train.files import OF_THE_DISK
 from w2s_train.loading import check_functions, restrict_imports, without_removed
+from w2s_train.models.warm_start import network_of
 from w2s_train.module import DiffusionModule
 from w2s_train.running.checkpoint_io import CheckpointFiles
 from w2s_train.running.checkpoints import Checkpoints
@@ -189,7 +190,7 @@ class Command(LightningCLI):
         known = getattr(network, "num_classes", data.num_classes)
         if data.num_classes != known:
             raise UserError(
-                f"data.num_classes={data.num_classes}: must equal the network's num_classes, {known}"
+                f"data.num_classes={data.num_classes}: must equal the network's, {known}"
             )
         if self.subcommand == "fit":
             data.repeat(self.config["fit"].trainer.overfit_batches)
@@ -244,6 +245,8 @@ class Command(LightningCLI):
         try:
             self.model.plan(steps)
             check_schedule(self.model, steps)
+            if self.model.start_from and self.config["fit"].ckpt_path is None:
+                network_of(self.model.start_from, self.model.network, "start_from")
             self.datamodule.check_global_batch(self.trainer)
             self.datamodule.check_unlabelled(self.model)
         except UserError as error:

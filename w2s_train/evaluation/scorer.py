@@ -37,6 +37,20 @@ def gather(shares: Any, trainer: Trainer) -> list[Any]:
     return everything
 
 
+def protocol_of(module: Any, setting: int = 0) -> dict[str, Any]:
+    """How the images of one of a module's settings are generated, for the record of a score."""
+    return module.settings[setting].describe() | {
+        "sampler": module.sampler.describe(),
+        "steps": module.sampler.steps,
+        "autoencoder": module.autoencoder.describe(),
+        "precision": str(module.trainer.precision),
+        "step": module.steps_taken,
+        "images_seen": module.images_seen,
+        "wall_clock_seconds": round(module.clock.wall_clock, 3),
+        "training_seconds": round(module.clock.training_seconds, 3),
+    }
+
+
 class Scorer(Callback, abc.ABC):
     """Takes in images group by group (a setting and a range of seeds), then scores each group."""
 
@@ -97,7 +111,7 @@ class Scorer(Callback, abc.ABC):
         made["git_commit"] = git_commit()
         if isinstance(plan.labels, Shares):
             made["labels"] = plan.labels.describe()
-        protocol = module.protocol(plan.setting) | about | made
+        protocol = protocol_of(module, plan.setting) | about | made
         shared = {key: protocol[key] for key in ("step", "weights", "guidance")}
         return [
             {"schema": SCHEMA, "metric": name, "value": value, **shared, "protocol": {**protocol}}

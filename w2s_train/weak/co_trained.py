@@ -5,7 +5,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2s_train.errors import require
 from w2s_train.interpolant import NoisySample
@@ -46,6 +46,7 @@ class CoTrained(WeakSource):
             require("lr", lr, "[0, inf)")
         self.network: Any = network
         self.lr, self.every = lr, require("every", every, "[1, inf)")
+        self.learned: list[nn.Parameter] = []  # of the network, from `bind`
         self.optimizer: torch.optim.Optimizer | None = None
         self.restored: dict[str, Any] = {}
         self.judged: list[tuple[int, Readback]] = []  # steps, and whether their gradient is finite
@@ -61,7 +62,7 @@ class CoTrained(WeakSource):
             self.network = type(network)(**(arguments | halved))
         check_partner(self.network, network, "network=(given)")
         # Whole networks that learn outside the trainer: nobody else may wait for their gradients.
-        self.learned = [p for p in self.network.parameters() if p.requires_grad]
+        self.learned = self.learned or [p for p in self.network.parameters() if p.requires_grad]
         self.network.requires_grad_(False)
 
     def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:

@@ -1,0 +1,235 @@
+"""One contract for all networks: trained, resumed, averaged, sampled, scored and exported."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, perturbed
+from own_networks import Bare, UNet
+from safetensors.torch import load_file
+
+from w2s_train import imports, weak
+from w2s_train.checkpoint_file import read_file
+from w2s_train.cli import main
+from w2s_train.errors import UserError
+from w2s_train.interpolant import LinearInterpolant
+from w2s_train.log import Log
+from w2s_train.models import WeightAverage, check_network, saved_network
+from w2s_train.module import DiffusionModule
+from w2s_train.objective import WeakToStrongObjective
+from w2s_train.sampler import Euler
+from w2s_train.segment import Extrapolation
+from w2s_train.timesteps import Uniform
+from w2s_train.weak import Step, WeakSource
+
+PIXELS = {"in_channels": 1, "patch_size": 2, "sample_size": 8, "num_layers": 2}
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
+SD3 = {"out_channels": 1, "joint_attention_dim": 16, "caption_projection_dim": 16}
+SD3 |= {"pooled_projection_dim": 16, "pos_embed_max_size": 8}
+DIT = {"num_embeds_ada_norm": 10, "norm_eps": 1e-6}
+NETWORKS = {
+    "UNet": ("own_networks.UNet", {"width": 8}),
+    "DiT": (
+        "w2s_train.models.DiT",
+        dict(input_size=8, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=10),
+    ),
+    "DiffusersDiT": ("w2s_train.models.adapters.DiffusersDiT", {"config": PIXELS | HEADS | DIT}),
+    "LabelledSD3": (
+        "w2s_train.models.adapters.LabelledSD3",
+        {"num_classes": 10, "config": PIXELS | HEADS | SD3},
+    ),
+}
+SEGMENTS = [
+    ("Snapshot", {"step": 1, "weights": "raw"}, (0.0, 0.3)),
+    ("NullClass", {}, (0.3, 0.6)),
+    ("EMA", {"decay": 0.5}, (0.6, 1.0)),
+]
+
+
+def segments(*sources: tuple[str, dict, tuple[float, float]]) -> list[dict]:
+    return [
+        {
+            "class_path": "w2s_train.segment.Extrapolation",
+            "init_args": {
+                "low": low,
+                "high": high,
+                "scale": 0.3,
+                "weak": {"class_path": f"w2s_train.weak.{name}", "init_args": arguments},
+            },
+        }
+        for name, arguments, (low, high) in sources
+    ]
+
+
+def config(path: Path, network: str, *sources: tuple) -> str:
+    class_path, init_args = NETWORKS[network]
+    made = {"class_path": class_path, "init_args": init_args}
+    objective = {"init_args": {"segments": segments(*sources)}}
+    text = yaml.safe_dump({"model": {"network": made, "objective": objective}})
+    path.write_text(text)
+    return str(path)
+
+
+def fit(folder: Path, own: str, *options: str, steps: int = 6) -> dict:
+    """Fit, and give what the last checkpoint holds."""
+    files = ["configs/digits_w2s.yaml", "tests/tiny.yaml", own]
+    main(
+        ["fit", *(f"--config={ROOT / file}" for file in files), "--allow_imports=own_networks"]
+        + [f"--trainer.default_root_dir={folder}", f"--trainer.max_steps={steps}", *options]
+    )
+    return read_file(folder / "checkpoints" / f"step-{steps:06d}.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_contract(name: str, digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    own = config(tmp_path / "own.yaml", name, *SEGMENTS)
+    whole = fit(tmp_path / "whole", own)
+
+    # Resumed, bit for bit, with the weights of every part and the same scores.
+    fit(tmp_path / "parts", own, steps=3)
+    parts = fit(tmp_path / "parts", own, "--ckpt_path=last")
+    state = whole["state_dict"]
+    assert state.keys() == parts["state_dict"].keys()
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, parts["state_dict"][key]), key
+    scores = [
+        json.loads((tmp_path / run / "scores.json").read_text()) for run in ("whole", "parts")
+    ]
+    assert [[each["value"] for each in run] for run in scores][0] == [
+        each["value"] for each in scores[1]
+    ]
+    assert [each["step"] for each in scores[0]] == [3, 6]
+
+    # Averaged: neither the first weights nor the last.
+    ckpt = str(tmp_path / "whole" / "checkpoints" / "step-000006.ckpt")
+    monkeypatch.setattr(imports, "trusted", ["own_networks"])
+    raw, ema = (saved_network(ckpt, weights) for weights in ("raw", "ema"))
+    x, t, y = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 3, 9, 10])
+    raw.eval(), ema.eval()
+    assert (raw(x, t, y).velocity - ema(x, t, y).velocity).abs().max() > 1e-5
+
+    # Exported and read again: the same velocities.
+    main(["export", f"--ckpt_path={ckpt}", f"--output={tmp_path / 'exported'}"])
+    about = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert about["class_path"].endswith(f".{name}")
+    again = type(ema)(**about["network"]).eval()
+    again.load_state_dict(load_file(tmp_path / "exported" / "model.safetensors"))
+    assert torch.equal(again(x, t, y).velocity, ema(x, t, y).velocity)
+
+    # Sampled by the command: the images of the module that its checkpoint describes.
+    from torchvision.io import read_image
+
+    images = tmp_path / "images"
+    files = [ROOT / "configs/digits_w2s.yaml", ROOT / "tests/tiny.yaml", own]
+    main(
+        ["sample", *(f"--config={file}" for file in files), "--allow_imports=own_networks"]
+        + [f"--ckpt_path={ckpt}", f"--output={images}", "--seeds=0:4"]
+    )
+    module = DiffusionModule.load_from_checkpoint(ckpt, allow_imports=["own_networks"]).eval()
+    expected = module.generate([0, 1, 2, 3], [0, 1, 2, 3])
+    found = torch.stack([read_image(str(file)) for file in sorted(images.glob("*.png"))])
+    assert torch.equal(found, expected)
+
+
+def objective(source: WeakSource) -> WeakToStrongObjective:
+    return WeakToStrongObjective(
+        LinearInterpolant(), Uniform(), [Extrapolation(0.0, 1.0, 0.5, source)]
+    )
+
+
+def test_the_target_of_any_network():
+    """V + scale (strong - weak), by hand, for a network that offers nothing but the least."""
+    network, source = Bare().eval(), weak.NullClass()
+    ours = objective(source)
+    ours.bind(check_network(network), 0.1)
+    x, y = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 10, 5])
+    torch.manual_seed(1)
+    loss = ours(network, x, y, Step(), Log())
+    torch.manual_seed(1)
+    noisy = ours.draw(x)
+    strong = network(noisy.x_t, noisy.t, y).velocity
+    without = network(noisy.x_t, noisy.t, torch.full_like(y, 10)).velocity
+    rows = torch.tensor([0, 1, 2, 3, 5])  # only the labelled ones
+    target = noisy.v.clone()
+    target[rows] += 0.5 * (strong - without)[rows].detach()
+    torch.testing.assert_close(loss, (strong - target).square().flatten(1).mean(1))
+    loss.mean().backward()
+    assert network.net.leave.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda: weak.IntermediateHead(), "must have depth, make_head, forward(keep_hidden=) for"),
+        (lambda: weak.LayerSkip(), "must have depth, forward(keep_hidden=), forward(skip_blocks=)"),
+        (lambda: weak.CoTrained(), "must have hidden_size, num_heads for CoTrained that is given"),
+        (lambda: weak.Checkpoint(network=torch.nn.Linear(1, 1)), "Linear: must have null_class"),
+        (lambda: weak.Checkpoint(network=UNet(num_classes=3)), "num_classes 3, must have 10"),
+    ],
+)
+def test_what_a_network_does_not_offer(source, message: str):
+    with pytest.raises(UserError) as error:
+        objective(source()).bind(UNet(), 0.1)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_network_that_says_too_little():
+    for network, message in (
+        (lambda x: x, "must be a torch.nn.Module"),
+        (torch.nn.Linear(1, 1), "must have null_class, an int"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_network(network)
+    odd = UNet()
+    odd.arguments = {"width": torch.zeros(1)}
+    with pytest.raises(UserError, match="arguments must be plain values"):
+        check_network(odd)
+    ours = objective(weak.EMA())
+    ours.bind(Bare(), 0.1)
+    wrong = Bare()
+    wrong.forward = lambda x_t, t, y: x_t
+    with pytest.raises(UserError, match="must return an output with velocity, not Tensor"):
+        ours(wrong, torch.randn(2, 1, 8, 8), torch.arange(2), Step(), Log())
+
+
+def test_without_a_shape_nothing_is_sampled():
+    module = DiffusionModule(Bare(), objective(weak.NullClass()), Euler(2))
+    with pytest.raises(UserError, match="network=Bare: must have shape for sampling"):
+        module.generate([0], [1])
+
+
+def test_averages_follow_what_is_saved_beside_parameters():
+    """Statistics of a batch normalization are copied, parameters are averaged."""
+    network = UNet()
+    average = WeightAverage(network, 0.5)
+    before = copy.deepcopy(average.module.state_dict())
+    perturbed(network)
+    network.train()(torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4))
+    average.update(network)
+    for name, value in average.module.state_dict().items():
+        expected = network.state_dict()[name]
+        if name in dict(network.named_parameters()):
+            expected = (before[name] + expected) / 2
+        torch.testing.assert_close(value, expected)
+    assert network.norm.running_mean.abs().max() > 0
+
+
+def test_a_checkpoint_names_no_class_that_is_not_allowed(tmp_path: Path):
+    made = {"class_path": "os.path.join", "init_args": {}}
+    for path, message in (
+        ("os.path.join", "may not be imported"),
+        ("w2s_train.models.no", "class"),
+    ):
+        torch.save({"state_dict": {}, "network": made | {"class_path": path}}, tmp_path / "x.ckpt")
+        with pytest.raises(UserError, match=message):
+            saved_network(str(tmp_path / "x.ckpt"))
+    torch.save({"state_dict": {}, "network": None}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="its network has no arguments to build it by"):
+        saved_network(str(tmp_path / "x.ckpt"))

@@ -1,0 +1,126 @@
+"""Fine-tuning: weights of another network, as far as they fit, and what becomes of the rest.
+
+Position tables are resampled to another number of patches, as is usual for vision transformers;
+where classes are others, each begins as the null class did, which was trained on all images.
+"""
+
+import math
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from w2s_train.checkpoint_file import read_checkpoint
+from w2s_train.errors import UserError
+
+POSITIONS, LABELS = "pos_embed", "embedding_table.weight"
+LEAST = 0.1  # share of a network's numbers below which it has not been warmed up
+AVERAGE, OBJECTIVE = "ema.module.", "objective."
+
+
+class Fit(NamedTuple):
+    """What one state gives another."""
+
+    state: dict[str, Tensor]  # complete: what does not fit is as it was
+    notes: list[str]  # what has changed, and what does not fit
+    share: float  # of the numbers of the other one
+
+
+def fitted(given: dict[str, Any], own: dict[str, Any]) -> Fit:
+    """The weights of ``given`` for a network with the weights ``own``, name by name."""
+    state, notes, left = dict[str, Tensor](), list[str](), Counter[str]()
+    tensors = {key: value for key, value in own.items() if isinstance(value, Tensor)}
+    for key, value in tensors.items():
+        theirs = given.get(key)
+        if not isinstance(theirs, Tensor):
+            left[_part(key)] += 1
+        elif theirs.shape == value.shape:
+            state[key] = theirs
+        elif key.endswith(POSITIONS) and theirs.shape[::2] == value.shape[::2]:
+            state[key] = resampled(theirs, value.shape[1])
+            notes.append(f"{key}: resampled from {theirs.shape[1]} to {value.shape[1]} patches")
+        elif key.endswith(LABELS) and theirs.shape[1:] == value.shape[1:]:
+            state[key] = theirs[-1:].expand_as(value)
+            notes.append(
+                f"{len(value) - 1} classes instead of {len(theirs) - 1}: all begin as none"
+            )
+        else:
+            left[f"{key} of shape {tuple(theirs.shape)}"] += 1
+    notes += [f"new: {name}" + (f" ({n} tensors)" if n > 1 else "") for name, n in left.items()]
+    taken = sum(value.numel() for value in state.values())
+    total = sum(value.numel() for value in tensors.values())
+    return Fit(own | state, notes, taken / max(total, 1))
+
+
+def resampled(table: Tensor, patches: int) -> Tensor:
+    """A table of positions (1, N, D) of a square grid for another one, bicubic."""
+    old, new = math.isqrt(table.shape[1]), math.isqrt(patches)
+    grid = table.float().transpose(1, 2).unflatten(2, (old, old))
+    return F.interpolate(grid, (new, new), mode="bicubic").flatten(2).transpose(1, 2)
+
+
+def _part(key: str) -> str:
+    """The part of a network that a weight is of: its name up to the first number."""
+    words = key.split(".")
+    first = next((i for i, word in enumerate(words) if word.isdecimal()), 0)
+    return ".".join(words[: first + 1])
+
+
+def network_of(path: str, network: Any, name: str) -> Fit:
+    """What the averaged weights of a checkpoint of ours give a network.
+
+    Args:
+        path: The checkpoint.
+        network: Which takes them.
+        name: Of the setting, for messages.
+
+    Raises:
+        UserError: No checkpoint of ours, or one of which next to nothing fits.
+    """
+    given = _within(AVERAGE, read_checkpoint(path)["state_dict"])
+    fit = fitted(given, network.state_dict())
+    if fit.share < LEAST:
+        raise UserError(
+            f"{name}={path}: {fit.share:.1%} of the network's weights fit, must be {LEAST:.0%} or "
+            f"more; {'; '.join(fit.notes)[:200]}"
+        )
+    return fit
+
+
+@torch.no_grad()
+def warm_start(module: Any, path: str) -> list[str]:
+    """Begin with what fits of a checkpoint: the averaged weights, and heads of weak sources.
+
+    Copies of the network, in averages and weak sources, are made of the new weights.
+
+    Args:
+        module: A `DiffusionModule` before its first step.
+        path: A checkpoint of ours.
+
+    Returns:
+        What has changed and what does not fit, a line each.
+
+    Raises:
+        UserError: As for `network_of`.
+    """
+    fit = network_of(path, module.network, "start_from")
+    module.network.load_state_dict(fit.state)
+    for average in (module.ema, *module.more_ema):
+        average.module.load_state_dict(fit.state)
+    module.objective.bind(module.network, module.label_dropout)
+    for guidance in module.guidances:
+        guidance.bind(module.network, module.objective)
+    learned = {
+        name: value for name, value in module.objective.named_parameters() if value.requires_grad
+    }
+    theirs = fitted(_within(OBJECTIVE, read_checkpoint(path)["state_dict"]), learned)
+    for name, value in learned.items():
+        value.copy_(theirs.state[name])
+    return fit.notes + theirs.notes
+
+
+def _within(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The part of a state below a prefix, which is taken off."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
