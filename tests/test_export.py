@@ -6,15 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, perturbed
 from safetensors.torch import load_file
 
+from w2s_train.autoencoder import StableDiffusionVAE
 from w2s_train.cli import main
-from w2s_train.command.export import export, rates_change
+from w2s_train.command.export import export
+from w2s_train.command.to_diffusers import rates_change
 from w2s_train.errors import UserError
+from w2s_train.guidance import ClassifierFree
+from w2s_train.interpolant import LinearInterpolant
 from w2s_train.models import DiT, saved_network
+from w2s_train.module import DiffusionModule
+from w2s_train.objective import WeakToStrongObjective
+from w2s_train.sampler import Euler
+from w2s_train.timesteps import Uniform
 
 WITHOUT_LIGHTNING = """
 import sys
@@ -105,7 +114,7 @@ def test_diffusers_predicts_the_same(tmp_path: Path, scale: float, shift: float)
     export(str(path), tmp_path / "out", format="diffusers")
     assert not [file for file in (tmp_path / "out").iterdir() if file.suffix in (".bin", ".pt")]
     theirs = diffusers.DiTTransformer2DModel.from_pretrained(
-        str(tmp_path / "out"), use_safetensors=True, low_cpu_mem_usage=False
+        str(tmp_path / "out" / "transformer"), use_safetensors=True, low_cpu_mem_usage=False
     ).eval()
     network = saved_network(str(path)).eval()
     t = torch.cat([torch.linspace(0, 1, 21), torch.rand(12)])
@@ -115,6 +124,65 @@ def test_diffusers_predicts_the_same(tmp_path: Path, scale: float, shift: float)
         other = theirs(x, timestep=t, class_labels=y).sample
     assert (ours - other).norm() <= 1e-5 * ours.norm()
     assert (ours - other).abs().max() <= 1e-4 * ours.abs().max()
+
+
+def pipeline(folder: Path, **parts: object) -> object:
+    """As docs/checkpoints.md loads it."""
+    from diffusers import DiffusionPipeline
+
+    made = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True, **parts)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def module(path: Path, **options) -> DiffusionModule:
+    """What would sample the exported weights here."""
+    objective = WeakToStrongObjective(LinearInterpolant(), Uniform())
+    ours = DiffusionModule(saved_network(str(path)), objective, Euler(7), **options)
+    return ours.eval()
+
+
+@pytest.mark.slow
+def test_the_pipeline_samples_the_same_images(tmp_path: Path):
+    """Pixels, unguided and guided: the images of our Euler, to a rounding of one grey level."""
+    pytest.importorskip("diffusers")
+    path = save(tmp_path)
+    export(str(path), tmp_path / "out", format="diffusers")
+    labels, seeds = [0, 3, 9, 10], [5, 6, 7, 8]
+    for scale in (1.0, 2.5):
+        expected = module(path, guidance=ClassifierFree(scale)).generate(seeds, labels)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        made = pipeline(tmp_path / "out")(
+            labels, num_inference_steps=7, guidance_scale=scale, generator=generators
+        )
+        images = torch.stack([torch.from_numpy(np.array(image)) for image in made.images])
+        assert (images.int() - expected[:, 0].int()).abs().max() <= 1
+        assert images.float().std() > 20
+
+
+@pytest.mark.slow
+def test_the_pipeline_has_its_autoencoder(place: Path, tmp_path: Path, capsys):
+    """Latents: decoded as here; where it cannot be found, that is said and it can be given."""
+    diffusers = pytest.importorskip("diffusers")
+    channels = diffusers.AutoencoderKL.from_pretrained(place / "vae").config.latent_channels
+    path = save(tmp_path, in_channels=channels)
+    content = torch.load(path, weights_only=True)
+    arguments = {"path": str(place / "vae"), "channels": channels, "scale": 0.5}
+    class_path = "w2s_train.autoencoder.StableDiffusionVAE"
+    for folder, changed in (("out", {}), ("none", {"path": str(tmp_path / "nowhere")})):
+        settings = {"class_path": class_path, "init_args": arguments | changed}
+        content["hyper_parameters"]["autoencoder"] = settings
+        torch.save(content, path)
+        export(str(path), tmp_path / folder, format="diffusers")
+    assert "must be given as vae" in capsys.readouterr().err
+    expected = module(path, autoencoder=StableDiffusionVAE(**arguments)).generate([5], [3])
+    vae = diffusers.AutoencoderKL.from_pretrained(place / "vae")
+    for made in (pipeline(tmp_path / "out"), pipeline(tmp_path / "none", vae=vae)):
+        (image,) = made([3], 7, generator=torch.Generator().manual_seed(5)).images
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        assert (image.int() - expected[0].int()).abs().max() <= 1
+    with pytest.raises(ValueError, match="vae: must be given"):
+        pipeline(tmp_path / "none")([3], 2)
 
 
 def test_the_change_of_rates_is_small():

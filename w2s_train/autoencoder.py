@@ -168,6 +168,16 @@ class StableDiffusionVAE(Autoencoder):
             raise UserError(f"channels={self.channels}: must be {theirs}, as {self.path} has")
         self._loaded.append(vae)
 
+    @property
+    def vae(self) -> Any:
+        """Diffusers' model, once it is loaded."""
+        return self._loaded[0]
+
+    @property
+    def latent_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and std (C,) with which a latent z is made, (z - mean) / std."""
+        return self._mean.flatten(), 1 / self._factor.flatten()
+
     def check(self, made: dict[str, Any], where: str) -> None:
         if (channels := made["latent_shape"][0]) != self.channels:
             raise UserError(

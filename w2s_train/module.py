@@ -18,7 +18,6 @@ from w2s_train.guidance import Guidance, Unguided
 from w2s_train.loading import check_optimizer, load_module
 from w2s_train.log import Log
 from w2s_train.models import Network, WeightAverage, check_network, made_of, offered
-from w2s_train.models.warm_start import warm_start
 from w2s_train.objective import Objective
 from w2s_train.optim import clip, keep_fused, norm_of, step_only_if, unscale
 from w2s_train.sampler import Sampler
@@ -47,8 +46,6 @@ class DiffusionModule(LightningModule):
             it, so that an image depends on its seed alone and not on its neighbours' number.
         compile: Compile networks with `torch.compile`, whole; "blocks" compiles one block for all,
             which takes much less time to do and a little more at every step.
-        start_from: A checkpoint of another run, for fine-tuning: a fit that does not go on begins
-            with what fits of its averaged weights, see `models.warm_start`.
 
     Raises:
         UserError: A number out of its range, an optimizer that refuses its arguments, or a weak
@@ -69,7 +66,6 @@ class DiffusionModule(LightningModule):
         scored_weights: list[Literal["ema", "raw"]] | None = None,
         generation_block: int = 125,
         compile: bool | Literal["blocks"] = False,
-        start_from: str | None = None,
     ) -> None:
         super().__init__()
         lists = dict(guidance=guidance, ema_decay=ema_decay, scored_weights=scored_weights)
@@ -84,7 +80,6 @@ class DiffusionModule(LightningModule):
         self.unconditional = label_dropout == 1
         self.generation_block = require("generation_block", generation_block, "[1, inf)")
         self.how_compiled, self.scored_weights = compile, scored_weights or ["ema"]
-        self.start_from = start_from
         self.objective.bind(network, label_dropout)
         self.guidances = guidance if isinstance(guidance, list) else [guidance or Unguided()]
         for each in self.guidances:
@@ -118,8 +113,6 @@ class DiffusionModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Plan the run, and compile: each number of rows and kind of pass is a graph of its own."""
         if stage == "fit":
-            if self.start_from and not self.trainer.ckpt_path:
-                rank_zero_info("; ".join(warm_start(self, self.start_from)))
             self.plan(self.trainer.max_steps)
         if not self.how_compiled:
             return

@@ -26,9 +26,9 @@ FREE = """
     data.sampling_seeds data.labels_as_in_training data.batch_timeout_minutes
     model.network.init_args.gradient_checkpointing model.network.init_args.path
     model.autoencoder.init_args.path model.autoencoder.init_args.decode_batch model.sampler
-    model.guidance model.start_from model.scored_weights model.generation_block model.compile
+    model.guidance model.scored_weights model.generation_block model.compile
     model.optimizer.init_args.fused model.optimizer.init_args.foreach
-    ckpt_path weights_only config
+    ckpt_path start_from weights_only config
 """.split()
 # Where weights of the network, its averages and weak sources come from.
 WEIGHTS = ("model.network", "model.objective", "model.ema_decay")

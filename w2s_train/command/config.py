@@ -22,7 +22,7 @@ from w2s_train.errors import UserError, one_line
 PARTS = "trainer model data checkpoint guard watch".split()
 # The first word of every key, and the options that are no keys.
 KEYS = """
-    seed_everything ckpt_path weights_only verbose return_predictions
+    seed_everything ckpt_path start_from weights_only verbose return_predictions
     output format seeds classes columns scale urls dataset split keep_features statistics images
     config print_config help allow_imports profile $schema
 """.split()

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError, one_lin
 from w2s_train.evaluation.images import ImageWriter
 from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer
 from w2s_train.files import OF_THE_DISK
+from w2s_train.imports import found
 from w2s_train.loading import check_functions, restrict_imports, without_removed
-from w2s_train.models.warm_start import network_of
+from w2s_train.models.warm_start import warm_start
 from w2s_train.module import DiffusionModule
 from w2s_train.running.checkpoint_io import CheckpointFiles
 from w2s_train.running.checkpoints import Checkpoints
@@ -88,6 +90,8 @@ class Command(LightningCLI):
         parser.add_class_arguments(Checkpoints, "checkpoint")
         parser.add_class_arguments(Guard, "guard")
         parser.add_class_arguments(Watch, "watch")
+        about = "A checkpoint of another run: a fit that begins takes over what fits of it."
+        parser.add_argument("--start_from", type=str | None, default=None, help=about)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=seed_of)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -114,7 +118,11 @@ class Command(LightningCLI):
         self.goes_on = False
         if subcommand != "reference":
             self.goes_on = config.ckpt_path == "last"
-            config.ckpt_path = find_checkpoint(config.ckpt_path, folder, subcommand)
+            # A function that makes a network has read its weights from a file.
+            published = isfunction(found(config.model.network.class_path))
+            config.ckpt_path = find_checkpoint(
+                config.ckpt_path, folder, subcommand, published=published
+            )
             config.weights_only = True  # of a checkpoint only tensors and plain values are read
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -245,17 +253,22 @@ class Command(LightningCLI):
         try:
             self.model.plan(steps)
             check_schedule(self.model, steps)
-            if self.model.start_from and self.config["fit"].ckpt_path is None:
-                network_of(self.model.start_from, self.model.network, "start_from")
             self.datamodule.check_global_batch(self.trainer)
             self.datamodule.check_unlabelled(self.model)
         except UserError as error:
             raise UserError(locate(str(error), self.config["fit"])) from error
         check_averages(self.model, steps)
+        self._warm_start()
         self._compare_with_checkpoint()
         self.record.check_progress(self.config["fit"].ckpt_path)
         if self.trainer.is_global_zero:
             self.record.claim()
+
+    def _warm_start(self) -> None:
+        """Begin with the weights of another run; one that goes on has its own."""
+        config = self.config["fit"]
+        if config.start_from is not None and config.ckpt_path is None:
+            rank_zero_info(warm_start(self.model, config.start_from))
 
     def _compare_with_checkpoint(self) -> None:
         """Refuse what would make a run that goes on another one; say what else has changed."""

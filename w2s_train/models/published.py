@@ -10,7 +10,9 @@ The sign and the time of SiT are absorbed when loading: the last layer is negate
 embeds 1 - t. Channels that predict a variance (``learn_sigma``) are dropped from the last layer.
 """
 
+import argparse
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -20,7 +22,11 @@ from w2s_train.checkpoint_file import read_file
 from w2s_train.errors import UserError
 from w2s_train.interpolant import Interpolant
 from w2s_train.models.dit import DiT
+from w2s_train.models.warm_start import fitted
 
+PARTS = ("x_embedder.", "t_embedder.", "y_embedder.", "blocks.", "final_layer.", "pos_embed")
+HOLDERS = ("ema", "model", "state_dict")  # where training checkpoints have the weights; in order
+WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.", "model.")  # of compiled and distributed modules
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
@@ -52,13 +58,27 @@ def architecture(state: dict[str, Tensor], num_heads: int | None = None) -> dict
     )
 
 
-def published_sit(path: str, num_heads: int | None = None, reversed_time: bool = True) -> DiT:
+def published_sit(
+    path: str,
+    num_heads: int | None = None,
+    reversed_time: bool = True,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+) -> DiT:
     """A `DiT` with the weights of a published SiT, predicting velocities in our convention.
 
+    With another number of classes or size it is a start for fine-tuning: each class begins as the
+    null class was, and positions are resampled (`models.warm_start`).
+
     Args:
-        path: A ``.pt`` file with a state dict, alone or under the key "ema".
+        path: A ``.pt`` file: a state dict, alone or under the key "ema", "model" or "state_dict".
         num_heads: Attention heads; None for the published S, B, L and XL.
         reversed_time: True for the original SiT (t = 1 is data), False for REPA and SGG.
+        num_classes: Instead of the published number.
+        input_size: Height and width of the input instead of the published ones, in latent cells.
+
+    Raises:
+        UserError: A file that cannot be read, or holds no SiT; a width that needs ``num_heads``.
     """
     state = _read(path)
     sizes = architecture(state, num_heads)
@@ -70,7 +90,9 @@ def published_sit(path: str, num_heads: int | None = None, reversed_time: bool =
     sizes["out_channels"] = channels
     if reversed_time:
         sizes |= dict(time_scale=-1.0, time_shift=1.0)
-    return _load(path, DiT(**sizes), state)
+    other = dict(num_classes=num_classes, input_size=input_size)
+    network = DiT(**(sizes | {key: value for key, value in other.items() if value is not None}))
+    return _load(path, network, state)
 
 
 def published_dit(path: str, num_heads: int | None = None) -> DiT:
@@ -79,7 +101,7 @@ def published_dit(path: str, num_heads: int | None = None) -> DiT:
     Its t counts steps, 0 ... 999; sample it through `NoisePredictionField`.
 
     Args:
-        path: A ``.pt`` file with a state dict, alone or under the key "ema".
+        path: A ``.pt`` file: a state dict, alone or under the key "ema", "model" or "state_dict".
         num_heads: Attention heads; None for the published S, B, L and XL.
     """
     state = _read(path)
@@ -87,20 +109,29 @@ def published_dit(path: str, num_heads: int | None = None) -> DiT:
 
 
 def _read(path: str) -> dict[str, Tensor]:
-    state = read_file(path)
-    state = state.get("ema", state)
-    keep = ("x_embedder.", "t_embedder.", "y_embedder.", "blocks.", "final_layer.", "pos_embed")
-    state = {key: value for key, value in state.items() if key.startswith(keep)}
+    """The weights of a file, under the names that a network of its own gives them."""
+    with torch.serialization.safe_globals([argparse.Namespace]):  # training settings, unused
+        content = read_file(path)
+    whole = next((content[key] for key in HOLDERS if isinstance(content.get(key), dict)), content)
+    state = dict[str, Tensor]()
+    for key, value in whole.items():
+        for prefix in WRAPPERS:
+            key = key.removeprefix(prefix)
+        if key.startswith(PARTS):
+            state[key] = value
     if "pos_embed" not in state:
         raise UserError(f"path={path}: must hold the state dict of a published DiT or SiT")
     return state
 
 
 def _load(path: str, network: DiT, state: dict[str, Tensor]) -> DiT:
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"path={path}: must hold all weights of a DiT or SiT") from error
+    fit, unknown = fitted(state, own := network.state_dict()), sorted(state.keys() - own.keys())
+    if fit.left or unknown:
+        problems = "; ".join([*fit.left, *(f"{key} is unknown" for key in unknown)])[:200]
+        raise UserError(f"path={path}: must hold all weights of a DiT or SiT, no more; {problems}")
+    network.load_state_dict(fit.state)
+    if fit.changed:
+        warnings.warn(f"path={path}: {'; '.join(fit.changed)}", stacklevel=3)
     return network
 
 

@@ -24,13 +24,14 @@ class Fit(NamedTuple):
     """What one state gives another."""
 
     state: dict[str, Tensor]  # complete: what does not fit is as it was
-    notes: list[str]  # what has changed, and what does not fit
+    changed: list[str]  # what is taken over in another form
+    left: list[str]  # what is not taken over
     share: float  # of the numbers of the other one
 
 
 def fitted(given: dict[str, Any], own: dict[str, Any]) -> Fit:
     """The weights of ``given`` for a network with the weights ``own``, name by name."""
-    state, notes, left = dict[str, Tensor](), list[str](), Counter[str]()
+    state, changed, left = dict[str, Tensor](), list[str](), Counter[str]()
     tensors = {key: value for key, value in own.items() if isinstance(value, Tensor)}
     for key, value in tensors.items():
         theirs = given.get(key)
@@ -40,25 +41,27 @@ def fitted(given: dict[str, Any], own: dict[str, Any]) -> Fit:
             state[key] = theirs
         elif key.endswith(POSITIONS) and theirs.shape[::2] == value.shape[::2]:
             state[key] = resampled(theirs, value.shape[1])
-            notes.append(f"{key}: resampled from {theirs.shape[1]} to {value.shape[1]} patches")
+            changed.append(f"{key}: resampled from {theirs.shape[1]} to {value.shape[1]} patches")
         elif key.endswith(LABELS) and theirs.shape[1:] == value.shape[1:]:
             state[key] = theirs[-1:].expand_as(value)
-            notes.append(
+            changed.append(
                 f"{len(value) - 1} classes instead of {len(theirs) - 1}: all begin as none"
             )
         else:
             left[f"{key} of shape {tuple(theirs.shape)}"] += 1
-    notes += [f"new: {name}" + (f" ({n} tensors)" if n > 1 else "") for name, n in left.items()]
+    new = [f"new: {name}" + (f" ({n} tensors)" if n > 1 else "") for name, n in left.items()]
     taken = sum(value.numel() for value in state.values())
     total = sum(value.numel() for value in tensors.values())
-    return Fit(own | state, notes, taken / max(total, 1))
+    return Fit(own | state, changed, new, taken / max(total, 1))
 
 
 def resampled(table: Tensor, patches: int) -> Tensor:
-    """A table of positions (1, N, D) of a square grid for another one, bicubic."""
+    """A table of positions (1, N, D) of a square grid for another one, bicubic; exact for ramps."""
     old, new = math.isqrt(table.shape[1]), math.isqrt(patches)
     grid = table.float().transpose(1, 2).unflatten(2, (old, old))
-    return F.interpolate(grid, (new, new), mode="bicubic").flatten(2).transpose(1, 2)
+    return (
+        F.interpolate(grid, (new, new), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    )
 
 
 def _part(key: str) -> str:
@@ -68,29 +71,8 @@ def _part(key: str) -> str:
     return ".".join(words[: first + 1])
 
 
-def network_of(path: str, network: Any, name: str) -> Fit:
-    """What the averaged weights of a checkpoint of ours give a network.
-
-    Args:
-        path: The checkpoint.
-        network: Which takes them.
-        name: Of the setting, for messages.
-
-    Raises:
-        UserError: No checkpoint of ours, or one of which next to nothing fits.
-    """
-    given = _within(AVERAGE, read_checkpoint(path)["state_dict"])
-    fit = fitted(given, network.state_dict())
-    if fit.share < LEAST:
-        raise UserError(
-            f"{name}={path}: {fit.share:.1%} of the network's weights fit, must be {LEAST:.0%} or "
-            f"more; {'; '.join(fit.notes)[:200]}"
-        )
-    return fit
-
-
 @torch.no_grad()
-def warm_start(module: Any, path: str) -> list[str]:
+def warm_start(module: Any, path: str) -> str:
     """Begin with what fits of a checkpoint: the averaged weights, and heads of weak sources.
 
     Copies of the network, in averages and weak sources, are made of the new weights.
@@ -100,25 +82,32 @@ def warm_start(module: Any, path: str) -> list[str]:
         path: A checkpoint of ours.
 
     Returns:
-        What has changed and what does not fit, a line each.
+        What has changed and what does not fit, in one line.
 
     Raises:
-        UserError: As for `network_of`.
+        UserError: No checkpoint of ours, or one of which next to nothing fits the network.
     """
-    fit = network_of(path, module.network, "start_from")
-    module.network.load_state_dict(fit.state)
-    for average in (module.ema, *module.more_ema):
-        average.module.load_state_dict(fit.state)
+    try:
+        given = read_checkpoint(path)["state_dict"]
+    except UserError as error:
+        raise UserError(str(error).replace("path=", "start_from=", 1)) from error
+    fit = fitted(_within(AVERAGE, given), module.network.state_dict())
+    if fit.share < LEAST:
+        raise UserError(
+            f"start_from={path}: {fit.share:.1%} of the network's weights fit, must be {LEAST:.0%} "
+            f"or more; {'; '.join(fit.left)[:200]}"
+        )
+    for network in (module.network, *(each.module for each in (module.ema, *module.more_ema))):
+        network.load_state_dict(fit.state)
     module.objective.bind(module.network, module.label_dropout)
     for guidance in module.guidances:
         guidance.bind(module.network, module.objective)
-    learned = {
-        name: value for name, value in module.objective.named_parameters() if value.requires_grad
-    }
-    theirs = fitted(_within(OBJECTIVE, read_checkpoint(path)["state_dict"]), learned)
-    for name, value in learned.items():
-        value.copy_(theirs.state[name])
-    return fit.notes + theirs.notes
+    own = {name: p for name, p in module.objective.named_parameters() if p.requires_grad}
+    heads = fitted(_within(OBJECTIVE, given), own)
+    for name, parameter in own.items():
+        parameter.copy_(heads.state[name])
+    said = "; ".join([*fit.changed, *fit.left, *heads.left])
+    return f"start_from={path}: {said or 'everything fits'}"
 
 
 def _within(prefix: str, state: dict[str, Any]) -> dict[str, Any]:

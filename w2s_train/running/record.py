@@ -43,13 +43,16 @@ def run_folder(config: Any) -> Path:
     return Path("runs") / ("+".join(names) or "unnamed")
 
 
-def find_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> str | None:
+def find_checkpoint(
+    ckpt_path: str | None, folder: Path, subcommand: str, *, published: bool = False
+) -> str | None:
     """The checkpoint to start from; says which it is when asked for the last one.
 
-    A damaged last one is passed over, with a warning, for the newest that is whole.
+    A damaged last one is passed over, with a warning, for the newest that is whole. A network that
+    is ``published`` has weights without one.
     """
     if ckpt_path is None:
-        if subcommand != "fit":
+        if subcommand != "fit" and not published:
             raise UserError(f"ckpt_path=null: {subcommand} needs a checkpoint file, or last")
         return None
     check_local(ckpt_path, "ckpt_path")

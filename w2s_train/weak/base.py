@@ -43,7 +43,7 @@ class WeakSource(nn.Module, abc.ABC):
     scale_limit: float = 0.9  # scales from here on are refused, see `Extrapolation`
 
     def bind(self, network: Network) -> None:  # noqa: B027
-        """Build what depends on the network: a copy, a head. Before training; again after a start_from.
+        """Build what depends on the network: a copy, a head. Before training; anew by `warm_start`.
 
         Raises:
             UserError: The source does not fit the network.
