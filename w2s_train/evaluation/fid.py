@@ -60,6 +60,7 @@ class FID(Scorer):
         self.reference_path, self.extractor = Path(reference), features
         self.metrics = metrics or []
         self.reference: Reference | None = None  # from `load`
+        self.settings: dict[str, FeatureMetric] = {}  # by the name of a score
 
     def check_files(self) -> None:
         """Refuse files that are not there, without reading them.
@@ -125,6 +126,14 @@ class FID(Scorer):
                 f"reference={self.reference_path}: was made with {key} {made}, must be {ours}"
             )
 
+    def check_shape(self, images: Tensor) -> None:
+        """Refuse images (N, C, H, W) of another shape than those of the reference.
+
+        Raises:
+            UserError: They are.
+        """
+        self._compare(self._loaded, "images", shape_name(images.shape[1:]))
+
     def describe(self) -> str:
         return ", ".join([self.extractor.describe(), *(m.describe() for m in self.metrics)])
 
@@ -155,11 +164,10 @@ class FID(Scorer):
         size = self.extractor.num_features
         self.sums = [FeatureSums(size, module.device) for _ in self.plans]
         self.kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.plans]
-        self.settings: dict[str, FeatureMetric] = {}  # by the name of a score
         self.began = time.perf_counter()
 
     def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
-        self._compare(self._loaded, "images", shape_name(images.shape[1:]))
+        self.check_shape(images)
         features = self.extractor(images)
         self.sums[group].update(features)
         if self.metrics:
@@ -196,27 +204,38 @@ class FID(Scorer):
     def _scores(self, group: int, trainer: Trainer) -> tuple[dict[str, float], int]:
         """The scores of a group by name, and the number of images behind them."""
         sums = summed(self.sums[group], trainer)
-        n, suffix = sums.count, self._suffix(sums.count)
+        n = sums.count
         if n <= self.extractor.num_features:
             rank_zero_warn(
                 f"{n:,} images are too few for a covariance of {self.extractor.num_features:,} "
                 "features: the distance is far too large, and comparable at equal numbers only"
             )
-        distance = frechet_distance(sums.moments(), self._loaded.moments)
-        scores = {self.extractor.metric: distance}
+        features = list[Tensor]()
         if self.metrics:
             parts = [part for share in gather(self.kept[group], trainer) for part in share]
             order = torch.cat([index for index, _ in parts]).argsort()
-            features = torch.cat([features for _, features in parts])[order]
+            features = [torch.cat([features for _, features in parts])[order]]
+        return self.scores(sums, features), n
+
+    def scores(self, sums: FeatureSums, features: list[Tensor]) -> dict[str, float]:
+        """The scores by name, with the number of images where it is below the protocol's.
+
+        Args:
+            sums: Of the features of all images, at least two.
+            features: Of single images, (N, F) in parts; empty where there are no other metrics.
+        """
+        suffix = self._suffix(sums.count)
+        scores = {self.extractor.metric: frechet_distance(sums.moments(), self._loaded.moments)}
+        if self.metrics:
             device = next(self.extractor.parameters()).device
-            generated, reference = features.to(device), self._loaded.features.to(device)
+            generated, reference = torch.cat(features).to(device), self._loaded.features.to(device)
             for metric in self.metrics:
                 found = metric.compute(generated, reference, self.extractor)
                 scores |= {self._name(name): value for name, value in found.items()}
                 self.settings |= {f"{self._name(name)}{suffix}": metric for name in found}
         # Float64 sums over another grouping of the same features differ in their last bits, and the
         # root in the distance magnifies that to about 1e-9: keep the digits that are always equal.
-        return {f"{name}{suffix}": float(f"{v:.6g}") for name, v in scores.items()}, n
+        return {f"{name}{suffix}": float(f"{v:.6g}") for name, v in scores.items()}
 
     def _name(self, metric: str) -> str:
         """Of another metric: plain for FID's Inception, else with the features it is made of."""
