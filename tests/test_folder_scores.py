@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import images, loaded
-from torchvision.io import write_png
+from PIL import Image
 
 from w2s_train.errors import UserError
 from w2s_train.evaluation.folder import score_folder
@@ -28,7 +28,7 @@ def written(folder: Path, x: torch.Tensor) -> Path:
     for i, image in enumerate(x):
         path = folder / f"{i % 3}" / f"{i:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(image, str(path))
+        Image.fromarray(image[0].numpy()).save(path)
     return folder
 
 
@@ -51,7 +51,7 @@ def test_the_scores_by_hand(features: ClassifierFeatures, tmp_path: Path):
             expected[f"{key}_{name}"] = value
     assert scores == pytest.approx(expected, rel=1e-5)
 
-    write_png(images(1, 1, 9)[0], str(folder / "odd.png"))
+    Image.fromarray(images(1, 1, 9)[0, 0].numpy()).save(folder / "odd.png")
     with pytest.raises(UserError, match="was made with images 1x8x8, must be 1x9x9"):
         score_folder(folder, tmp_path / "reference.npz", features)
     (folder / "odd.png").write_bytes(b"no image")

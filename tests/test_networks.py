@@ -22,6 +22,7 @@ from w2s_train.module import DiffusionModule
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.sampler import Euler
 from w2s_train.segment import Extrapolation
+from w2s_train.shards.decode import decode_image
 from w2s_train.timesteps import Uniform
 from w2s_train.weak import Step, WeakSource
 
@@ -123,8 +124,6 @@ def test_contract(name: str, digits: None, tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(again(x, t, y).velocity, ema(x, t, y).velocity)
 
     # Sampled by the command: the images of the module that its checkpoint describes.
-    from torchvision.io import read_image
-
     images = tmp_path / "images"
     files = [ROOT / "configs/digits_w2s.yaml", ROOT / "tests/tiny.yaml", own]
     main(
@@ -133,7 +132,7 @@ def test_contract(name: str, digits: None, tmp_path: Path, monkeypatch: pytest.M
     )
     module = DiffusionModule.load_from_checkpoint(ckpt, allow_imports=["own_networks"]).eval()
     expected = module.generate([0, 1, 2, 3], [0, 1, 2, 3])
-    found = torch.stack([read_image(str(file)) for file in sorted(images.glob("*.png"))])
+    found = torch.stack([decode_image(file.read_bytes()) for file in sorted(images.glob("*.png"))])
     assert torch.equal(found, expected)
 
 
