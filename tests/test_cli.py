@@ -65,6 +65,11 @@ BAD = {
     "wrong type": (["--model.label_dropout=abc"], ["model.label_dropout", "abc", "float"]),
     "wrong class": (["--model.sampler=w2s_train.weak.NullClass"], ["model.sampler"]),
     "missing class": (["--model.sampler.class_path=w2s_train.sampler.Foo"], ["Foo"]),
+    "no network": (
+        ["--model.network=w2s_train.models.FinalLayer"],
+        ["class_path=w2s_train.models.FinalLayer: must be a network, with null_class and forward("],
+    ),
+    "short name": (["--model.network=DiT"], ["class_path=DiT: must be a full path, such as w2s_t"]),
     "misspelt class": (
         ["--model.objective.init_args.interpolant=w2s_train.interpolant.Linear"],
         ["class_path=w2s_train.interpolant.Linear: there is no such class", "LinearInterpolant"],

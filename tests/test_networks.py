@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -232,3 +236,28 @@ def test_a_checkpoint_names_no_class_that_is_not_allowed(tmp_path: Path):
     torch.save({"state_dict": {}, "network": None}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="its network has no arguments to build it by"):
         saved_network(str(tmp_path / "x.ckpt"))
+
+
+@pytest.mark.slow
+def test_the_network_of_the_page(digits: None, tmp_path: Path):
+    """docs/networks.md as a user follows it; with a head, which the UNet has not, one line."""
+    text = (ROOT / "docs" / "networks.md").read_text()
+    code, overlay = (re.search(rf"```{x}\n# mine/.*?```", text, re.S) for x in ("python", "yaml"))
+    assert code is not None and overlay is not None
+    (tmp_path / "mine").mkdir()
+    for name, block in (("my.py", code), ("unet.yaml", overlay)):
+        (tmp_path / "mine" / name).write_text("\n".join(block[0].splitlines()[1:-1]))
+    (line,) = re.findall(r"PYTHONPATH=mine (lightning fit .*)", text)
+    words = [w.replace("mine/", f"{tmp_path}/mine/") for w in line.split()[1:]]
+    run = ["--trainer.default_root_dir", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}/mine:{ROOT}"}
+    for overlay_name, status in (("early_checkpoint", 0), ("head_above", 1)):
+        options = [w.replace("early_checkpoint", overlay_name) for w in words]
+        tiny = ["-c", "tests/tiny.yaml"]
+        command = [sys.executable, "-m", "w2s_train", *options[:3], *tiny, *options[3:], *run]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+    refused = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(refused) == 1
+    assert "network=UNet: must have depth, make_head, forward(keep_hidden=) for" in refused[0]
+    assert "Traceback" not in done.stderr

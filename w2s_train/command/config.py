@@ -184,6 +184,13 @@ def explain(message: str, parts: dict[str, Any]) -> str:
             f"class_path={denied[1]}: must be a class of w2s_train, torch.optim or Lightning's "
             f"trainer; --allow_imports={denied[1].split('.')[0]} allows it, if you trust its code"
         )
+    if other := re.search(r"Import path ([\w.]+) does not implement protocol Network", line):
+        return (
+            f"class_path={other[1]}: must be a network, with null_class and forward(x_t, t, y) "
+            "(docs/networks.md)"
+        )
+    if short := re.search(r"Expected a dot import path string: (\w+)", line):
+        return f"class_path={short[1]}: must be a full path, such as w2s_train.models.DiT"
     if missing := re.search(NO_CLASS, line):
         module, name = missing[1] or missing[3], missing[2] or missing[4]
         return f"class_path={module}.{name}: there is no such class; {_classes(module, name)}"

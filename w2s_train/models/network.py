@@ -6,7 +6,7 @@ Objective, weak sources, sampler, guidance and averages take any `torch.nn.Modul
     forward(x_t, t, y) -> output        x_t (B, C, H, W); t (B,), 0 (data) to 1; y (B,) int64
     output.velocity                     (B, C, H, W)
 
-that is deterministic, drops no labels itself and keeps one gradient per parameter. The rest is
+that is deterministic, drops no labels itself and uses every parameter in every pass. The rest is
 optional, and what needs one that is not there says so in one line:
 
     shape: (C, H, W)                    sampling; data are compared with it
