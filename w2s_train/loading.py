@@ -130,7 +130,7 @@ def check_functions(config: Any) -> None:
         # What is not on the list is text that only looks like a class path; none is built of it.
         if _within(path, trusted) or not _within(path, ALLOWED):
             continue
-        value = _found(path)
+        value = found(path)
         if value is None or inspect.isclass(value):
             continue
         made = get_type_hints(value).get("return") if inspect.isfunction(value) else None
@@ -151,11 +151,11 @@ def same_class(one: Any, other: Any) -> bool:
         return bool(one == other)
     if not all(_within(path, ALLOWED + trusted) for path in (one, other)):
         return False
-    return _found(one) is not None and _found(one) is _found(other)
+    return found(one) is not None and found(one) is found(other)
 
 
-def _found(path: str) -> Any:
-    """What an import path names; None if there is no such thing."""
+def found(path: str) -> Any:
+    """What an import path names, of those that may be imported; None if there is no such thing."""
     value: Any = None
     done = ""
     for part in path.split("."):

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from w2s_train.module import DiffusionModule
 from w2s_train.running.checkpoint_io import CheckpointFiles
 from w2s_train.running.checkpoints import Checkpoints
 from w2s_train.running.guard import Guard
-from w2s_train.running.loggers import Events, MetricsCSV
+from w2s_train.running.loggers import Events, MetricsCSV, placed
 from w2s_train.running.profile import Profile
 from w2s_train.running.progress import Progress
 from w2s_train.running.record import PER_STEP, Record, find_checkpoint, run_folder
@@ -115,16 +116,26 @@ class Command(LightningCLI):
             self.goes_on = config.ckpt_path == "last"
             config.ckpt_path = find_checkpoint(config.ckpt_path, folder, subcommand)
             config.weights_only = True  # of a checkpoint only tensors and plain values are read
+        # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
+        # job that was stopped before its first checkpoint keeps its folder.
+        start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
+        resumed = self.goes_on or start == folder.resolve()
+        self.record = Record(folder, self._whole_config(), resumed)
+        if subcommand in ("predict", "sample", "reference"):
+            config.trainer.logger = False
+        logger = config.trainer.logger
+        config.trainer.logger = placed(logger, folder, self.record.run_ids())
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with loggers and callbacks that every run has."""
         config = self.config_init[self.subcommand]
         folder = config.trainer.default_root_dir
-        if self.subcommand in ("predict", "sample", "reference"):
-            kwargs["logger"] = False
-        elif config.trainer.logger in (None, True):
-            loggers = [Events(folder, name="", version=""), MetricsCSV(folder)]
-            kwargs["logger"] = loggers
+        if self.subcommand not in ("predict", "sample", "reference"):
+            given = config.trainer.logger
+            if given in (None, True):
+                given = Events(folder, name="", version="")
+            given = list(given) if isinstance(given, Iterable) else [given] if given else []
+            kwargs["logger"] = [*given, MetricsCSV(folder)]
         # Lightning's own limit does not leave time to save.
         self.stop, kwargs["max_time"] = Stop(config.trainer.max_time), None
         kwargs["plugins"] = _plugins(config.trainer.plugins)
@@ -149,11 +160,6 @@ class Command(LightningCLI):
         ours: list[Any] = [Progress()] * bar + [Profile()] * self.profile
         if self.subcommand == "predict":
             ours.append(ImageWriter(folder / "samples"))
-        # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
-        # job that was stopped before its first checkpoint keeps its folder.
-        start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
-        resumed = self.goes_on or start == folder.resolve()
-        self.record = Record(folder, self._whole_config(), resumed)
         resumable = [each for each in given if isinstance(each, ResumableEvaluation)]
         if len(resumable) > 1:
             times = len(resumable)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
 from w2s_train.errors import UserError, require
@@ -32,6 +33,20 @@ def image_grid(images: Tensor, columns: int, scale: int) -> Tensor:
     """
     large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return make_grid(large.float() / 255, nrow=columns, padding=2, pad_value=0.5)
+
+
+def log_image(logger: Logger, name: str, image: Tensor, step: int) -> None:
+    """Send an image (3, H, W) in [0, 1] to a logger that has a way for it; others keep none."""
+    experiment: Any = getattr(logger, "experiment", None)
+    pil = to_pil_image(image)
+    if hasattr(logger, "log_image"):  # W&B's, and whoever has the same method
+        logger.log_image(name, [pil], step=step)
+    elif hasattr(experiment, "add_image"):  # TensorBoard's
+        experiment.add_image(name, image, step)
+    elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):  # MLflow's
+        experiment.log_image(logger.run_id, pil, key=name, step=step)
+    elif hasattr(experiment, "log_image"):  # Comet's
+        experiment.log_image(pil, name=name, step=step)
 
 
 class SampleGrid(Scorer):
@@ -84,9 +99,8 @@ class SampleGrid(Scorer):
             kind = (setting.weights, setting.guidance.describe()) if number else ()
             save_image(grid, folder / grid_name(module.steps_taken, *kind))
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    tag = f"samples {setting.name}" if number else "samples"
-                    logger.experiment.add_image(tag, grid, module.steps_taken)
+                tag = f"samples {setting.name}" if number else "samples"
+                log_image(logger, tag, grid, module.steps_taken)
 
 
 class SampleWriter(Callback, abc.ABC):
