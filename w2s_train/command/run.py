@@ -1,6 +1,7 @@
 """What the ``lightning`` command does once it knows that it has work to do."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,22 +12,24 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from w2s_train import callbacks
-from w2s_train.autoencoder import latents_beside
+from w2s_train.autoencoder import PixelSpace, latents_beside
 from w2s_train.checkpoint_file import read_file
 from w2s_train.command import changes
 from w2s_train.command.config import StrictLoader, check_numbers, check_pipe, explain, locate
 from w2s_train.command.flags import check_flags, check_precision, seed_of
 from w2s_train.command.processes import check_processes, cluster_environments
 from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
-from w2s_train.datamodule import ShardDataModule
+from w2s_train.datamodule import ShardDataModule, classes_of
 from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError, one_line
+from w2s_train.evaluation.fid import FID
 from w2s_train.evaluation.images import ImageWriter
-from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer
+from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer, looks_at_images
 from w2s_train.files import OF_THE_DISK
 from w2s_train.loading import check_functions, restrict_imports, without_removed
 from w2s_train.module import DiffusionModule
@@ -111,6 +114,10 @@ class Command(LightningCLI):
         check_flags(config.trainer)
         folder = run_folder(config)
         config.trainer.default_root_dir = str(folder)
+        if config.data.num_classes is None:
+            data = config.data
+            data.num_classes = classes_of(data.train_urls, data.images, data.made_by)
+            config.model.network.init_args.num_classes = data.num_classes
         self.goes_on = False
         if subcommand != "reference":
             self.goes_on = config.ckpt_path == "last"
@@ -143,6 +150,7 @@ class Command(LightningCLI):
         kwargs["overfit_batches"] = 0  # and of this: `instantiate_classes`
         watched_strategies(config.watch)
         kwargs["callbacks"] = self._all_callbacks(Path(folder))
+        kwargs |= self._limits()
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError, TypeError) as error:
@@ -178,6 +186,19 @@ class Command(LightningCLI):
         )
         return [*(each for each in given if each not in resumable), *ours, run]
 
+    def _limits(self) -> dict[str, Any]:
+        """Generate no image that no callback of the config takes in."""
+        given = [each for each in self._callbacks() if looks_at_images(each)]
+        if self.subcommand in ("fit", "validate", "test") and not given:
+            if self.subcommand == "fit":
+                return {"limit_val_batches": 0}
+            rule = "must hold who takes in images, such as w2s_train.callbacks.SampleGrid"
+            raise UserError(f"trainer.callbacks: {rule}, for {self.subcommand}")
+        seeds = [each.seeds if isinstance(each, Scorer) else None for each in given]
+        if given and None not in seeds:
+            self.datamodule.only_first(max(filter(None, seeds)))
+        return {}
+
     def _whole_config(self) -> Any:
         """The config of a fit with all defaults, as plain values."""
         if self.subcommand != "fit":
@@ -192,6 +213,9 @@ class Command(LightningCLI):
         except ValueError as error:
             raise UserError(locate(str(error), self.config[str(self.subcommand)])) from error
         data, network = self.datamodule, self.model.network
+        if data.images is not None and not isinstance(self.model.autoencoder, PixelSpace):
+            raise UserError(f"data.images={data.images}: must come without an autoencoder")
+        data.fit_to(self.model.input_shape)
         if data.num_classes != network.num_classes:
             raise UserError(
                 f"data.num_classes={data.num_classes}: must equal the network's num_classes, "
@@ -212,7 +236,9 @@ class Command(LightningCLI):
         """Run it; a checkpoint of another network is a user's error."""
         for callback in self._callbacks() if subcommand in ("fit", "validate", "test") else ():
             if isinstance(callback, Scorer):
-                made_later = self.datamodule.script is not None
+                made_later = self.datamodule.makes_shards
+                if isinstance(callback, FID) and not made_later:
+                    self._check_reference(callback)
                 callback.check(self.model, self.datamodule, made_later=made_later)
         self._check_autoencoder(subcommand)
         try:
@@ -229,6 +255,48 @@ class Command(LightningCLI):
             named = changes.misfit({"model": before}, {"model": self._settings}, where)
             raise named or UserError(f"ckpt_path={path}: must fit the config; {reason}") from error
 
+    def _check_reference(self, fid: FID) -> None:
+        """Name the command that makes a reference, as far as the words at hand tell."""
+        if fid.reference_path.is_file():
+            return
+        words = iter([word for word in self.given[1:] if word != PROFILE])
+        kept = ["lightning", "reference"]
+        for word in words:
+            if word.partition("=")[0] not in ("--ckpt_path", "--weights_only", "--verbose"):
+                kept.append(word)
+            elif "=" not in word:
+                next(words, None)
+        if not isinstance(self.model.autoencoder, PixelSpace):
+            kept += ["--urls", "SHARDS_OF_IMAGES"]
+        path = fid.reference_path
+        raise UserError(f"reference={path}: must be an existing file; made by: {shlex.join(kept)}")
+
+    def _make_references(self) -> None:
+        """Of the images of a folder, where they are missing; by the first process, on one device.
+
+        What features need is looked at before any image is.
+        """
+        missing = [
+            each
+            for each in self._callbacks()
+            if isinstance(each, FID) and not each.reference_path.is_file()
+        ]
+        if self.datamodule.images is None or not missing:
+            return
+        for each in missing:
+            each.extractor.load()
+        if self.trainer.is_global_zero:
+            alone = DiffusionTrainer(
+                accelerator=self.config["fit"].trainer.accelerator,
+                devices=1,
+                logger=False,
+                callbacks=list[Any](missing),
+                plugins=[LightningEnvironment()],
+                enable_checkpointing=False,
+                enable_model_summary=False,
+            )
+            alone.reference(self.model, self.datamodule)
+
     def _check_autoencoder(self, subcommand: str) -> None:
         """What decodes must be there before the first step, and must be what made the latents."""
         if subcommand == "reference":
@@ -236,7 +304,7 @@ class Command(LightningCLI):
         autoencoder, data = self.model.autoencoder, self.datamodule
         if subcommand != "fit" or any(isinstance(each, Scorer) for each in self._callbacks()):
             autoencoder.load()
-        urls = data.expand(data.train_urls) if data.script is None else []
+        urls = data.expand(data.train_urls) if not data.makes_shards else []
         for where, made in latents_beside(urls, data.storage).items():
             autoencoder.check(made, where)
             if subcommand == "fit" and (advice := autoencoder.advice(made, where)):
@@ -257,6 +325,7 @@ class Command(LightningCLI):
         check_averages(self.model, steps)
         self._compare_with_checkpoint()
         self.record.check_progress(self.config["fit"].ckpt_path)
+        self._make_references()
         if self.trainer.is_global_zero:
             self.record.claim()
 

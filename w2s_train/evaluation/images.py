@@ -67,6 +67,7 @@ class SampleGrid(Scorer):
         for name, value in dict(num_images=num_images, columns=columns, scale=scale).items():
             require(name, value, "[1, inf)")
         self.num_images, self.columns, self.scale = num_images, columns, scale
+        self.seeds = num_images
 
     def describe(self) -> str:
         return f"grid of {self.num_images}"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -40,10 +39,10 @@ def placed(config: Any, folder: Path, before: dict[str, list[Any]]) -> Any:
     """
     if isinstance(config, list | tuple):
         return [placed(each, folder, before) for each in config]
-    if not isinstance(config, Namespace):
+    if not hasattr(config, "class_path"):
         return config
     config, kind = copy.deepcopy(config), found(config.class_path)
-    arguments = config.init_args
+    arguments = config.get("init_args") or {}
     for name in FOLDERS:
         if name in arguments and arguments[name] == (default := _default(kind, name)):
             arguments[name] = str(folder / (default or ""))
@@ -52,8 +51,8 @@ def placed(config: Any, folder: Path, before: dict[str, list[Any]]) -> Any:
         ids = before.get(kind.__name__)
         if ids and names:
             arguments[names[0]] = ids.pop(0)
-    if "resume" in arguments and arguments.resume is None:
-        arguments.resume = "allow"  # as Lightning's for W&B does, where no parser gives it null
+    if "resume" in arguments and arguments["resume"] is None:
+        arguments["resume"] = "allow"  # as Lightning's for W&B does, where no parser gives it null
     return config
 
 

@@ -153,7 +153,7 @@ class Record:
         That of ``environment.json``, since a user may have edited ``config.yaml`` for this start;
         runs of older versions have it in the latter only.
         """
-        last = ([{}] + self._earlier())[-1]
+        last: dict[str, Any] = [{}, *self._earlier()][-1]
         if last.get("config"):
             return last["config"] | {name: last[name] for name in [PER_STEP] if name in last}
         path = self.folder / "config.yaml"
