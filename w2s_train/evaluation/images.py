@@ -4,6 +4,7 @@ import abc
 import contextlib
 import io
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def log_image(logger: Logger, name: str, image: Tensor, step: int) -> None:
     elif hasattr(experiment, "add_image"):  # TensorBoard's
         experiment.add_image(name, image, step)
     elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):  # MLflow's
-        experiment.log_image(logger.run_id, pil, key=name, step=step)
+        key = re.sub(r"[^\w./ -]", "", name)  # others are refused
+        experiment.log_image(logger.run_id, pil, key=key, step=step)
     elif hasattr(experiment, "log_image"):  # Comet's
         experiment.log_image(pil, name=name, step=step)
 

@@ -29,8 +29,9 @@ IDS = ("id", "run_id", "experiment_key", "version")
 def placed(config: Any, folder: Path, before: dict[str, list[Any]]) -> Any:
     """``trainer.logger`` of a config, so that it writes into the run folder and goes on with a run.
 
-    What the config says stays; what stands at its default may change. The exception is Lightning's
-    `CSVLogger`, which deletes what it finds where it goes on: it begins another version.
+    What the config says stays; what stands at its default may change. A store of many runs, as
+    MLflow's, stays where it is by default; and Lightning's `CSVLogger`, which deletes what it finds
+    where it goes on, begins another version.
 
     Args:
         config: One logger or several as they were parsed, or a bool.
@@ -43,9 +44,9 @@ def placed(config: Any, folder: Path, before: dict[str, list[Any]]) -> Any:
         return config
     config, kind = copy.deepcopy(config), found(config.class_path)
     arguments = config.get("init_args") or {}
-    for name in FOLDERS:
-        if name in arguments and arguments[name] == (default := _default(kind, name)):
-            arguments[name] = str(folder / (default or ""))
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if name in FOLDERS and arguments[name] == parameter.default in (".", None):
+            arguments[name] = str(folder)
     names = [name for name in IDS if name in arguments]
     if not issubclass(kind, CSVLogger) and not any(arguments[name] for name in names):
         ids = before.get(kind.__name__)
@@ -54,15 +55,6 @@ def placed(config: Any, folder: Path, before: dict[str, list[Any]]) -> Any:
     if "resume" in arguments and arguments["resume"] is None:
         arguments["resume"] = "allow"  # as Lightning's for W&B does, where no parser gives it null
     return config
-
-
-def _default(kind: type, name: str) -> Any:
-    """Of an argument, in the first constructor that names it."""
-    for each in kind.__mro__:
-        known = inspect.signature(each.__init__).parameters  # type: ignore[misc]
-        if name in known:
-            return known[name].default
-    return inspect.Parameter.empty
 
 
 def run_ids(loggers: Sequence[Logger]) -> dict[str, list[Any]]:
