@@ -292,8 +292,6 @@ class Command(LightningCLI):
                 logger=False,
                 callbacks=list[Any](missing),
                 plugins=[LightningEnvironment()],
-                enable_checkpointing=False,
-                enable_model_summary=False,
             )
             alone.reference(self.model, self.datamodule)
 
