@@ -107,7 +107,8 @@ def test_features_that_cannot_be_had_come_before_any_work(tmp_path: Path, monkey
         raise OSError("no network")
 
     monkeypatch.setattr(inception, "check_download_inception", no_network)
-    features = "{class_path: w2s_train.features.InceptionFeatures, init_args: {folder: weights}}"
+    features = "{class_path: w2s_train.features.InceptionFeatures, init_args: {folder: %s}}"
+    features %= tmp_path / "weights"
     callback = f"{{reference: {tmp_path}/made/reference.npz, features: {features}}}"
     scores = f"--trainer.callbacks={{class_path: w2s_train.callbacks.FID, init_args: {callback}}}"
     network = "--model.network.init_args.num_classes=1"
