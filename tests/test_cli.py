@@ -137,7 +137,7 @@ BAD = {
     ),
     "large weak network": (
         [source("CoTrained", "network: {class_path: w2s_train.models.DiT, init_args: {depth: 1}}")],
-        ["network=", "input_size 32, must have 8"],
+        ["network=", "shape (4, 32, 32), must have (1, 8, 8)"],
     ),
     "no co-training": ([source("CoTrained", "every: 0")], ["every=0", "at least 1"]),
     "averaged head": (

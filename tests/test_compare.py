@@ -240,6 +240,19 @@ def test_paths_that_are_no_runs_are_named(arms, compare, tmp_path: Path):
     ]
 
 
+def test_runs_that_a_later_try_moved_aside_must_be_named(make, arms, compare):
+    """And no others whose names end in a dot and a number."""
+    moved = make("none-5", 5).rename(arms[0].with_name("none-5.1"))
+    make("none-5", 5)
+    make("none-0.1", 7)
+    found, _ = compare(arms[0].parent / "*")
+    line = "moved aside by a later try; taken if named, without a glob"
+    assert found["refused"] == [f"{moved}: {line}"]
+    assert found["arms"][0]["seeds"] == [0, 1, 5, 7]
+    found, _ = compare(arms[0].parent / "none-?", moved, arms[2])
+    assert [line.partition(": ")[2][:17] for line in found["refused"]] == ["seed_everything=5"]
+
+
 def test_a_repeated_seed_is_no_evidence(make, arms, compare):
     again = make("none-again-0", 0, (1.0, 1.0, 1.0))
     found, _ = compare(*arms, again)

@@ -7,17 +7,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
+from refusals import parsers_built_once
+from torch.utils.data import Dataset
 
 from w2s_train.clock import FitClock
+from w2s_train.command.run import compose
 from w2s_train.errors import PREEMPTED
 from w2s_train.evaluation.scorer import Scorer
 from w2s_train.module import DiffusionModule
 from w2s_train.shards.order import GenerationPlan, Remaining
+from w2s_train.shards.workers import batches
 from w2s_train.signals import REQUESTS
 
 CALLBACKS = """
@@ -281,6 +286,46 @@ def test_unknown_metrics(command, metrics: Path):
     assert "\n" not in str(error.value)
 
 
+GRID = "{class_path: w2s_train.callbacks.SampleGrid, init_args: {num_images: 5}}"
+FEW = f"--trainer.callbacks={GRID}"
+
+
+def test_no_image_is_planned_that_nobody_takes_in(digits: None, monkeypatch):
+    """A grid asks for its own, once; who else looks at evaluations for all; nobody for nothing."""
+    monkeypatch.chdir(ROOT)
+
+    def plan(*options: str) -> tuple[float, int, int]:
+        words = ["fit", "-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml", *options]
+        with parsers_built_once():
+            found = compose([*words, "--data.sampling_seeds=2"], run=False)
+        data = found.datamodule
+        return found.trainer.limit_val_batches, data.num_generated, data.sampling_seeds
+
+    assert plan() == (1.0, 90, 2)  # a FID
+    assert plan(FEW) == (1.0, 5, 1)
+    assert plan("--trainer.callbacks=null") == (0, 90, 2)
+    stopping = "{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: x}}"
+    assert plan(f"--trainer.callbacks=[{GRID},{stopping}]") == (1.0, 90, 2)
+
+
+@pytest.mark.slow
+def test_a_run_without_scorers_generates_nothing(command, monkeypatch):
+    seeds = []
+    generate = DiffusionModule.generate
+
+    def note(module: Any, numbers: list[int], *args: Any) -> Any:
+        seeds.extend(numbers)
+        return generate(module, numbers, *args)
+
+    monkeypatch.setattr(DiffusionModule, "generate", note)
+    folder = command("fit", "--trainer.callbacks=[]")
+    assert seeds == [] and (folder / "checkpoints" / "step-000006.ckpt").is_file()
+    with pytest.raises(SystemExit, match="trainer.callbacks: must hold .*SampleGrid, for validate"):
+        command("validate", "--trainer.callbacks=[]", "--ckpt_path=last")
+    command("validate", FEW, "--ckpt_path=last")
+    assert seeds == [0, 1, 2, 3, 4]
+
+
 def test_shares_of_a_plan():
     """Whatever is done already and however many processes: every index once."""
     plan = GenerationPlan(range(100, 123), [3, 5])
@@ -316,3 +361,36 @@ def test_clock(monkeypatch):
     now[0] = 20.0
     assert (again.wall_clock, again.training_seconds) == (15, 12)
     assert again.evaluation_share == pytest.approx(3 / 15)
+
+
+def test_pace(monkeypatch):
+    """Of the steps since the last call; evaluation and a step back are left out."""
+    now, loader = [0.0], SimpleNamespace(waited=1.0)
+    monkeypatch.setattr("w2s_train.clock.time.monotonic", lambda: now[0])
+    clock = FitClock()
+    clock.start()
+    assert clock.pace(3, 30, loader) == {}
+    now[0] = 10.0
+    clock.start_evaluation()
+    now[0], loader.waited = 17.0, 3.0
+    clock.end_evaluation()
+    names = ("time/step_seconds", "time/data_seconds", "time/images_per_second")
+    assert clock.pace(7, 70, loader) == dict(zip(names, (2.5, 0.5, 4.0), strict=True))
+    assert clock.pace(5, 50, loader) == {}
+    now[0] = 18.0
+    assert clock.pace(6, 60, [])["time/step_seconds"] == 1.0  # any loader will do
+
+
+def test_waiting_for_batches_is_timed():
+    """In the loader, whether or not workers read; what is done with a batch is not counted."""
+    loader = batches(Slow(), range(3), workers=0, minutes=1)
+    began = time.monotonic()
+    for _ in loader:
+        time.sleep(0.05)
+    assert 0.06 <= loader.waited <= time.monotonic() - began - 0.15
+
+
+class Slow(Dataset):
+    def __getitem__(self, place: int) -> int:
+        time.sleep(0.02)
+        return place

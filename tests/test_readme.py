@@ -176,6 +176,6 @@ def test_every_command_runs_as_it_is_printed(clone: Path):
     assert (clone / "comparison" / "comparison.html").is_file()
     assert len(list((clone / "images").glob("*.png"))) == 64
     assert (clone / "data/images/classes.txt").read_text().split() == ["eight", "three"]
-    assert (clone / "runs/cifar10_w2s/checkpoints/last.ckpt").exists()
+    assert (clone / "runs/images_w2s/checkpoints/last.ckpt").exists()
     assert (clone / "exported" / "model.safetensors").is_file()
     assert "hidden_size: 1152" in done.stdout  # of the XL that was parsed only

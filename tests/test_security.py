@@ -250,7 +250,8 @@ def test_checkpoints(use: str, form: str, digits: None, sentinel: Path, tmp_path
     name, option = USES[use]
     if "Checkpoint" in option(path):
         assert sources.Checkpoint
-    message = refusal(tmp_path / "out", option(path), name=name)
+    grid = ["--trainer.callbacks=w2s_train.callbacks.SampleGrid"] * (name == "validate")
+    message = refusal(tmp_path / "out", option(path), *grid, name=name)
     assert f"path={path}: " in message, message
 
 

@@ -320,8 +320,10 @@ def test_schedules_that_cannot_be(case: str, digits: None, tmp_path: Path):
 
 
 def composed(*options: str) -> Any:
+    grid = "--trainer.callbacks=w2s_train.callbacks.SampleGrid"  # without it, nobody validates
+    words = ["fit", "-c", "tests/minimal.yaml", "--data.prepare=null", grid, *options]
     with parsers_built_once():
-        return compose(["fit", "-c", "tests/minimal.yaml", "--data.prepare=null", *options], False)
+        return compose(words, False)
 
 
 @pytest.mark.slow
@@ -405,7 +407,7 @@ HONOURED: dict[str, tuple[str, Any]] = {
     "strategy": ("ddp", lambda t: isinstance(t.strategy, DDPStrategy)),
 }
 TRANSLATED: dict[str, tuple[str, Any]] = {
-    "logger": ("true", lambda c: len(c.trainer.loggers) == 2),
+    "logger": ("true", lambda c: named(c) == ["Events", "MetricsCSV"]),
     "max_time": ("00:01:00:00", lambda c: c.stop.limit == 3600),
     "plugins": ("null", lambda c: isinstance(c.trainer.strategy.checkpoint_io, CheckpointFiles)),
     "default_root_dir": ("elsewhere", lambda c: c.trainer.default_root_dir == "elsewhere"),
@@ -414,6 +416,21 @@ TRANSLATED: dict[str, tuple[str, Any]] = {
         lambda c: not c.trainer._accelerator_connector.use_distributed_sampler,
     ),
 }
+
+
+def named(command: Any) -> list[str]:
+    """Classes of loggers."""
+    return [type(each).__name__ for each in command.trainer.loggers]
+
+
+@pytest.mark.parametrize(
+    "given, names",
+    [("false", []), ("remembering.Remembering", ["Remembering"])],
+)
+def test_metrics_csv_is_there_with_any_logger(given: str, names: list[str], monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = composed(f"--trainer.logger={given}", "--allow_imports=remembering")
+    assert named(found) == [*names, "MetricsCSV"]
 
 
 def among(trainer: Trainer, kind: type) -> list[Any]:

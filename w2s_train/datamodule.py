@@ -5,6 +5,9 @@ for reference statistics.
 import hashlib
 import os
 import runpy
+import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,11 @@ from torch.utils.data import DataLoader
 from w2s_train.errors import UserError, require
 from w2s_train.secrets import redacted
 from w2s_train.shards import ShardBatches, ShardFiles, ShardImages, Storage, expand_urls
+from w2s_train.shards.format import CLASSES, read_index
 from w2s_train.shards.global_batch import accumulate, parts_for, recount
 from w2s_train.shards.index import Shard, check_labels, count_labels, find_shards
 from w2s_train.shards.order import GenerationPlan, Places, Positions, Remaining, Shares, StreamOrder
-from w2s_train.shards.storage import is_remote
+from w2s_train.shards.storage import is_remote, split_url
 from w2s_train.shards.workers import batches, check_room
 
 SMALL = 512e6  # bytes of decoded samples that are held in memory unless the config says otherwise
@@ -40,7 +44,9 @@ class ShardDataModule(LightningDataModule):
     Args:
         train_urls: Path, glob or brace pattern of the training shards, or such a URL
             (``s3://``, ``gs://``, ``hf://``, ``https://``, ...).
-        num_classes: Labels are 0 ... num_classes - 1; must equal the network's.
+        num_classes: Labels are 0 ... num_classes - 1; must equal the network's. None is as many as
+            ``classes.txt`` or ``index.json`` beside the shards tell of, or as ``images`` has; the
+            command gives the network as many.
         batch_size: Rows per process at a time; with ``global_batch_size``, the most.
         global_batch_size: Rows per optimizer step, over all processes and accumulated parts; the
             rows per process and ``trainer.accumulate_grad_batches`` follow from it, and steps mean
@@ -73,6 +79,9 @@ class ShardDataModule(LightningDataModule):
         sampling_seeds: Validations are repeated with so many sets of ``num_generated`` seeds, none
             of them twice; each gets a score of its own.
         prepare: Name of a script in ``data/`` that makes the shards when they are missing.
+        images: Folder of images, in a sub-folder per class or all of one class, of which
+            ``data/prepare.py`` makes the shards where they are missing, of the network's size.
+        made_by: The command that makes the shards, to be named where they are missing.
         dataset: Name of the data set, for its references; that of the shards' folder if not given.
         seed: Of the order; the command links it to ``seed_everything``.
 
@@ -83,7 +92,7 @@ class ShardDataModule(LightningDataModule):
     def __init__(
         self,
         train_urls: str,
-        num_classes: int,
+        num_classes: int | None,
         batch_size: int,
         global_batch_size: int | None = None,
         num_workers: int = 4,
@@ -101,10 +110,14 @@ class ShardDataModule(LightningDataModule):
         labels_as_in_training: bool = False,
         sampling_seeds: int = 1,
         prepare: str | None = None,
+        images: str | None = None,
+        made_by: str | None = None,
         dataset: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if num_classes is None:
+            num_classes = classes_of(train_urls, images, made_by)
         positive = dict(num_classes=num_classes, batch_size=batch_size, num_generated=num_generated)
         positive |= dict(global_batch_size=1 if global_batch_size is None else global_batch_size)
         positive |= dict(generation_batch_size=generation_batch_size, sampling_seeds=sampling_seeds)
@@ -118,11 +131,13 @@ class ShardDataModule(LightningDataModule):
             require("cache_gigabytes", cache_gigabytes, "(0, inf)")
         self.prepare_data_per_node = False  # nodes share the project's folder
         self.script = find_script(prepare) if prepare else None
+        self.images, self.made_by, self.shape = images, made_by, (0, 0, 0)
+        self.makes_shards = prepare is not None or images is not None
         self.storage = Storage(cache, cache_gigabytes, allow_pipe)
         self.train_urls, self.num_classes, self.batch_size = train_urls, num_classes, batch_size
         self.global_batch_size, self.most_rows = global_batch_size, batch_size
         self.divided_for: Any = None  # the trainer that accumulates for the global batch
-        if self.script is None:
+        if not self.makes_shards:
             self.expand(train_urls)
         self.num_workers, self.batch_timeout_minutes = num_workers, batch_timeout_minutes
         self.shuffle, self.flip = shuffle, flip
@@ -140,12 +155,29 @@ class ShardDataModule(LightningDataModule):
 
     def expand(self, urls: str, name: str = "train_urls") -> list[str]:
         """The shards that a pattern names; see `expand_urls`."""
-        return expand_urls(urls, name, allow_pipe=self.storage.allow_pipe)
+        try:
+            return expand_urls(urls, name, allow_pipe=self.storage.allow_pipe)
+        except UserError as error:
+            raise _named(error, self.made_by if urls == self.train_urls else None) from None
+
+    def fit_to(self, shape: Sequence[int]) -> None:
+        """Say of which shape (C, H, W) the shards of ``images`` are to be."""
+        self.shape = (shape[0], shape[1], shape[2])
 
     def prepare_data(self) -> None:
-        """Run the preparation script, which does nothing where its files exist already."""
+        """Run what makes the shards, which does nothing where they exist already.
+
+        Raises:
+            UserError: Of ``images``, no shards can be made.
+        """
         if self.script is not None:
             runpy.run_path(str(self.script), run_name="w2s_train.prepare")["prepare"]()
+        if self.images is not None:
+            script, *words = prepare_folder(self.images, self.train_urls, self.shape)
+            script = str(Path(__file__).resolve().parents[1] / script)
+            if subprocess.run([sys.executable, script, *words]).returncode:
+                command = shlex.join(["python", script, *words])
+                raise UserError(f"images={self.images}: must become shards; see above: {command}")
 
     def setup(self, stage: str) -> None:
         """Divide the global batch, before anybody asks the trainer what it accumulates.
@@ -167,6 +199,10 @@ class ShardDataModule(LightningDataModule):
         self.divided_for, self.batch_size = trainer, parts.rows
         accumulate(trainer, parts.number)
         rank_zero_info(f"global batch {size}: {parts.describe(trainer.world_size)}")
+
+    def only_first(self, seeds: int) -> None:
+        """Generate so many images of an evaluation at most, once: nobody takes in more."""
+        self.num_generated, self.sampling_seeds = min(self.num_generated, seeds), 1
 
     def repeat(self, batches: int | float) -> None:
         """Train on the first batches again and again, as ``trainer.overfit_batches`` says.
@@ -440,6 +476,45 @@ def check_workers(data: ShardDataModule, trainer: Any, rows: int, size: int) -> 
         size: Bytes of a row.
     """
     check_room(rows * size, data.num_workers, getattr(trainer, "num_devices", 1))
+
+
+def prepare_folder(images: str, train_urls: str, shape: tuple[int, int, int]) -> list[str]:
+    """The words of a command, after ``python``, that makes shards (C, H, W) of a folder."""
+    split = Path(train_urls).name.partition("-")[0]
+    words = ["data/prepare.py", "folder", images, "--output", str(Path(train_urls).parent)]
+    words += ["--split", split, "--size", str(shape[1]), "--mode", "RGB" if shape[0] == 3 else "L"]
+    return words if _class_folders(images) else [*words, "--unlabelled"]
+
+
+def classes_of(train_urls: str, images: str | None, made_by: str | None) -> int:
+    """Number of classes of shards, or of a folder of images that become some.
+
+    Raises:
+        UserError: It is not known.
+    """
+    folder, name = split_url(train_urls)
+    if (listed := Path(folder) / CLASSES).is_file():
+        return len(listed.read_bytes().splitlines())
+    if images is not None:
+        return max(len(_class_folders(images)), 1)
+    last = [entry["labels"][-1] for entry in read_index(Path(folder)).values() if entry["labels"]]
+    if not last:
+        rule = f"must be a number where {folder} tells of no classes"
+        raise _named(UserError(f"num_classes=null: {rule}"), made_by)
+    return int(max(last)) + 1
+
+
+def _class_folders(images: str) -> list[str]:
+    """Sub-folders, each a class."""
+    if not os.path.isdir(images):
+        raise UserError(f"images={images}: must be an existing folder")
+    entries = os.scandir(images)
+    return [each.name for each in entries if each.is_dir() and not each.name.startswith(".")]
+
+
+def _named(error: UserError, made_by: str | None) -> UserError:
+    """The error, with the command that makes what is missing."""
+    return UserError(f"{error}; made by: {made_by}") if made_by else error
 
 
 def find_script(name: str) -> Path:

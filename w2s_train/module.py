@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from w2s_train.autoencoder import Autoencoder, PixelSpace
-from w2s_train.clock import FitClock
+from w2s_train.clock import FitClock, memory
 from w2s_train.errors import UserError, require
 from w2s_train.generation import Setting, all_settings, generate
 from w2s_train.guidance import Guidance, Unguided
@@ -211,7 +211,9 @@ class DiffusionModule(LightningModule):
         metrics["train/learning_rate"] = self.learning_rate
         metrics["train/images_seen"] = self.images_seen
         self.last_logged = metrics
-        self.record(metrics)
+        loader = self.trainer.train_dataloader
+        pace = self.clock.pace(self.global_step, self.images_seen, loader)
+        self.record(metrics | pace | memory(self.device))
 
     def record(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Send metrics to the loggers at a step (the current one), and to other callbacks."""

@@ -1,7 +1,9 @@
 """What the ``lightning`` command does once it knows that it has work to do."""
 
 import argparse
+import shlex
 import sys
+from collections.abc import Iterable
 from inspect import isfunction
 from pathlib import Path
 from typing import Any
@@ -11,31 +13,34 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from w2s_train import callbacks
-from w2s_train.autoencoder import latents_beside
+from w2s_train.autoencoder import PixelSpace, latents_beside
 from w2s_train.checkpoint_file import read_file
 from w2s_train.command import changes
 from w2s_train.command.config import StrictLoader, check_numbers, check_pipe, explain, locate
 from w2s_train.command.flags import check_flags, check_precision, seed_of
 from w2s_train.command.processes import check_processes, cluster_environments
 from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
-from w2s_train.datamodule import ShardDataModule
+from w2s_train.datamodule import ShardDataModule, classes_of
 from w2s_train.errors import INTERRUPTED, PEER_LOST, Stopped, UserError, one_line
+from w2s_train.evaluation.fid import FID
 from w2s_train.evaluation.images import ImageWriter
-from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer
+from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer, looks_at_images
 from w2s_train.files import OF_THE_DISK
 from w2s_train.imports import found
 from w2s_train.loading import check_functions, restrict_imports, without_removed
+from w2s_train.models import offered
 from w2s_train.models.warm_start import warm_start
 from w2s_train.module import DiffusionModule
 from w2s_train.running.checkpoint_io import CheckpointFiles
 from w2s_train.running.checkpoints import Checkpoints
 from w2s_train.running.guard import Guard
-from w2s_train.running.loggers import Events, MetricsCSV
+from w2s_train.running.loggers import Events, MetricsCSV, placed
 from w2s_train.running.profile import Profile
 from w2s_train.running.progress import Progress
 from w2s_train.running.record import PER_STEP, Record, find_checkpoint, run_folder
@@ -115,6 +120,10 @@ class Command(LightningCLI):
         check_flags(config.trainer)
         folder = run_folder(config)
         config.trainer.default_root_dir = str(folder)
+        if config.data.num_classes is None:
+            data = config.data
+            data.num_classes = classes_of(data.train_urls, data.images, data.made_by)
+            config.model.network.init_args.num_classes = data.num_classes
         self.goes_on = False
         if subcommand != "reference":
             self.goes_on = config.ckpt_path == "last"
@@ -124,16 +133,26 @@ class Command(LightningCLI):
                 config.ckpt_path, folder, subcommand, published=published
             )
             config.weights_only = True  # of a checkpoint only tensors and plain values are read
+        # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
+        # job that was stopped before its first checkpoint keeps its folder.
+        start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
+        resumed = self.goes_on or start == folder.resolve()
+        self.record = Record(folder, self._whole_config(), resumed)
+        if subcommand in ("predict", "sample", "reference"):
+            config.trainer.logger = False
+        logger = config.trainer.logger
+        config.trainer.logger = placed(logger, folder, self.record.run_ids())
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with loggers and callbacks that every run has."""
         config = self.config_init[self.subcommand]
         folder = config.trainer.default_root_dir
-        if self.subcommand in ("predict", "sample", "reference"):
-            kwargs["logger"] = False
-        elif config.trainer.logger in (None, True):
-            loggers = [Events(folder, name="", version=""), MetricsCSV(folder)]
-            kwargs["logger"] = loggers
+        if self.subcommand not in ("predict", "sample", "reference"):
+            given = config.trainer.logger
+            if given in (None, True):
+                given = Events(folder, name="", version="")
+            given = list(given) if isinstance(given, Iterable) else [given] if given else []
+            kwargs["logger"] = [*given, MetricsCSV(folder)]
         # Lightning's own limit does not leave time to save.
         self.stop, kwargs["max_time"] = Stop(config.trainer.max_time), None
         kwargs["plugins"] = _plugins(config.trainer.plugins)
@@ -141,6 +160,7 @@ class Command(LightningCLI):
         kwargs["overfit_batches"] = 0  # and of this: `instantiate_classes`
         watched_strategies(config.watch)
         kwargs["callbacks"] = self._all_callbacks(Path(folder))
+        kwargs |= self._limits()
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError, TypeError) as error:
@@ -158,11 +178,6 @@ class Command(LightningCLI):
         ours: list[Any] = [Progress()] * bar + [Profile()] * self.profile
         if self.subcommand == "predict":
             ours.append(ImageWriter(folder / "samples"))
-        # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
-        # job that was stopped before its first checkpoint keeps its folder.
-        start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
-        resumed = self.goes_on or start == folder.resolve()
-        self.record = Record(folder, self._whole_config(), resumed)
         resumable = [each for each in given if isinstance(each, ResumableEvaluation)]
         if len(resumable) > 1:
             times = len(resumable)
@@ -181,6 +196,19 @@ class Command(LightningCLI):
         )
         return [*(each for each in given if each not in resumable), *ours, run]
 
+    def _limits(self) -> dict[str, Any]:
+        """Generate no image that no callback of the config takes in."""
+        given = [each for each in self._callbacks() if looks_at_images(each)]
+        if self.subcommand in ("fit", "validate", "test") and not given:
+            if self.subcommand == "fit":
+                return {"limit_val_batches": 0}
+            rule = "must hold who takes in images, such as w2s_train.callbacks.SampleGrid"
+            raise UserError(f"trainer.callbacks: {rule}, for {self.subcommand}")
+        seeds = [each.seeds if isinstance(each, Scorer) else None for each in given]
+        if given and None not in seeds:
+            self.datamodule.only_first(max(filter(None, seeds)))
+        return {}
+
     def _whole_config(self) -> Any:
         """The config of a fit with all defaults, as plain values."""
         if self.subcommand != "fit":
@@ -195,6 +223,10 @@ class Command(LightningCLI):
         except ValueError as error:
             raise UserError(locate(str(error), self.config[str(self.subcommand)])) from error
         data, network = self.datamodule, self.model.network
+        if data.images is not None and not isinstance(self.model.autoencoder, PixelSpace):
+            raise UserError(f"data.images={data.images}: must come without an autoencoder")
+        if data.images is not None:
+            data.fit_to(offered(network, "data.images", "shape"))
         known = getattr(network, "num_classes", data.num_classes)
         if data.num_classes != known:
             raise UserError(
@@ -215,7 +247,9 @@ class Command(LightningCLI):
         """Run it; a checkpoint of another network is a user's error."""
         for callback in self._callbacks() if subcommand in ("fit", "validate", "test") else ():
             if isinstance(callback, Scorer):
-                made_later = self.datamodule.script is not None
+                made_later = self.datamodule.makes_shards
+                if isinstance(callback, FID) and not made_later:
+                    self._check_reference(callback)
                 callback.check(self.model, self.datamodule, made_later=made_later)
         self._check_autoencoder(subcommand)
         try:
@@ -232,6 +266,46 @@ class Command(LightningCLI):
             named = changes.misfit({"model": before}, {"model": self._settings}, where)
             raise named or UserError(f"ckpt_path={path}: must fit the config; {reason}") from error
 
+    def _check_reference(self, fid: FID) -> None:
+        """Name the command that makes a reference, as far as the words at hand tell."""
+        if fid.reference_path.is_file():
+            return
+        words = iter([word for word in self.given[1:] if word != PROFILE])
+        kept = ["lightning", "reference"]
+        for word in words:
+            if word.partition("=")[0] not in ("--ckpt_path", "--weights_only", "--verbose"):
+                kept.append(word)
+            elif "=" not in word:
+                next(words, None)
+        if not isinstance(self.model.autoencoder, PixelSpace):
+            kept += ["--urls", "SHARDS_OF_IMAGES"]
+        path = fid.reference_path
+        raise UserError(f"reference={path}: must be an existing file; made by: {shlex.join(kept)}")
+
+    def _make_references(self) -> None:
+        """Of the images of a folder, where they are missing; by the first process, on one device.
+
+        What features need is looked at before any image is.
+        """
+        missing = [
+            each
+            for each in self._callbacks()
+            if isinstance(each, FID) and not each.reference_path.is_file()
+        ]
+        if self.datamodule.images is None or not missing:
+            return
+        for each in missing:
+            each.extractor.load()
+        if self.trainer.is_global_zero:
+            alone = DiffusionTrainer(
+                accelerator=self.config["fit"].trainer.accelerator,
+                devices=1,
+                logger=False,
+                callbacks=list[Any](missing),
+                plugins=[LightningEnvironment()],
+            )
+            alone.reference(self.model, self.datamodule)
+
     def _check_autoencoder(self, subcommand: str) -> None:
         """What decodes must be there before the first step, and must be what made the latents."""
         if subcommand == "reference":
@@ -239,7 +313,7 @@ class Command(LightningCLI):
         autoencoder, data = self.model.autoencoder, self.datamodule
         if subcommand != "fit" or any(isinstance(each, Scorer) for each in self._callbacks()):
             autoencoder.load()
-        urls = data.expand(data.train_urls) if data.script is None else []
+        urls = data.expand(data.train_urls) if not data.makes_shards else []
         for where, made in latents_beside(urls, data.storage).items():
             autoencoder.check(made, where)
             if subcommand == "fit" and (advice := autoencoder.advice(made, where)):
@@ -261,6 +335,7 @@ class Command(LightningCLI):
         self._warm_start()
         self._compare_with_checkpoint()
         self.record.check_progress(self.config["fit"].ckpt_path)
+        self._make_references()
         if self.trainer.is_global_zero:
             self.record.claim()
 

@@ -22,7 +22,7 @@ SEEDS_AND_PLACES = frozenset(
 # So may this: it changes no training, and what it changes in scores is checked by their protocols.
 EVALUATION = re.compile(
     r"data\.(generation_batch_size|num_generated|sampling_seeds|num_workers|dataset|train_urls"
-    r"|labels_as_in_training|batch_timeout_minutes)$"
+    r"|images|made_by|labels_as_in_training|batch_timeout_minutes)$"
     r"|trainer\.(callbacks|logger|log_every_n_steps|enable_|val_check_interval)|checkpoint\."
     r"|model\.(scored_weights|generation_block|guidance|sampler)"
 )
@@ -117,11 +117,23 @@ def _is_output(folder: Path) -> bool:
     return os.path.exists(folder / "comparison.json") and not os.path.exists(folder / "config.yaml")
 
 
+def _moved_aside(folder: Path) -> bool:
+    """Whether a later fit has found this run in its folder, and moved it to ``FOLDER.1`` ..."""
+    name, dot, number = folder.resolve().name.rpartition(".")
+    if not dot or not number.isdecimal():
+        return False
+    try:
+        trainer = _load_config(folder / "config.yaml").get("trainer")
+        return Path(trainer["default_root_dir"]).name == name  # type: ignore[index]
+    except (UserError, TypeError, KeyError):
+        return False  # no run, as `read` says
+
+
 def read_all(patterns: Sequence[str], *, unfinished: bool = False) -> Findings:
     """Read all runs that can be read, each once.
 
     Args:
-        patterns: Paths and globs.
+        patterns: Paths and globs; what a later try has moved aside must be named.
         unfinished: Take runs that have not reached their last step.
     """
     runs: list[Run] = []
@@ -133,6 +145,11 @@ def read_all(patterns: Sequence[str], *, unfinished: bool = False) -> Findings:
                 folders.setdefault(folder.resolve(), folder)
         except UserError as error:
             refused.append(str(error))
+    named = {Path(pattern).resolve() for pattern in patterns if os.path.exists(pattern)}
+    aside = [path for path in folders.keys() - named if _moved_aside(path)]
+    if aside:
+        names = ", ".join(sorted(str(folders.pop(path)) for path in aside))
+        refused.append(f"{names}: moved aside by a later try; taken if named, without a glob")
     for folder in folders.values():
         try:
             run = read(folder)

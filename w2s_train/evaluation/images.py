@@ -4,6 +4,7 @@ import abc
 import contextlib
 import io
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
 from w2s_train.errors import UserError, require
@@ -34,6 +36,21 @@ def image_grid(images: Tensor, columns: int, scale: int) -> Tensor:
     return make_grid(large.float() / 255, nrow=columns, padding=2, pad_value=0.5)
 
 
+def log_image(logger: Logger, name: str, image: Tensor, step: int) -> None:
+    """Send an image (3, H, W) in [0, 1] to a logger that has a way for it; others keep none."""
+    experiment: Any = getattr(logger, "experiment", None)
+    pil = to_pil_image(image)
+    if hasattr(logger, "log_image"):  # W&B's, and whoever has the same method
+        logger.log_image(name, [pil], step=step)
+    elif hasattr(experiment, "add_image"):  # TensorBoard's
+        experiment.add_image(name, image, step)
+    elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):  # MLflow's
+        key = re.sub(r"[^\w./ -]", "", name)  # others are refused
+        experiment.log_image(logger.run_id, pil, key=key, step=step)
+    elif hasattr(experiment, "log_image"):  # Comet's
+        experiment.log_image(pil, name=name, step=step)
+
+
 class SampleGrid(Scorer):
     """Writes the first images of the generation plan as ``grids/step-XXXXXX.png``.
 
@@ -52,6 +69,7 @@ class SampleGrid(Scorer):
         for name, value in dict(num_images=num_images, columns=columns, scale=scale).items():
             require(name, value, "[1, inf)")
         self.num_images, self.columns, self.scale = num_images, columns, scale
+        self.seeds = num_images
 
     def describe(self) -> str:
         return f"grid of {self.num_images}"
@@ -84,9 +102,8 @@ class SampleGrid(Scorer):
             kind = (setting.weights, setting.guidance.describe()) if number else ()
             save_image(grid, folder / grid_name(module.steps_taken, *kind))
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    tag = f"samples {setting.name}" if number else "samples"
-                    logger.experiment.add_image(tag, grid, module.steps_taken)
+                tag = f"samples {setting.name}" if number else "samples"
+                log_image(logger, tag, grid, module.steps_taken)
 
 
 class SampleWriter(Callback, abc.ABC):

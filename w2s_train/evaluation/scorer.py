@@ -3,6 +3,7 @@
 import abc
 import hashlib
 import json
+import operator
 import os
 import shutil
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -55,6 +57,7 @@ class Scorer(Callback, abc.ABC):
     """Takes in images group by group (a setting and a range of seeds), then scores each group."""
 
     plans: list[GenerationPlan]  # one a group
+    seeds: int | None = None  # it takes in images of seeds below this; None: of all
 
     def check(self, module: Any, data: Any, *, made_later: bool) -> None:  # noqa: B027
         """Refuse what cannot be scored, before any work.
@@ -143,6 +146,14 @@ class Scorer(Callback, abc.ABC):
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
     on_test_end = on_validation_end
+
+
+def looks_at_images(callback: Callback) -> bool:
+    """Whether a callback, other than a bar, takes part in evaluations."""
+    hooks = [name for name in vars(Callback) if name.startswith("on_validation_")]
+    own = (getattr(getattr(callback, name), "__func__", None) for name in hooks)
+    others = [getattr(Callback, name) for name in hooks]
+    return not isinstance(callback, ProgressBar) and any(map(operator.is_not, own, others))
 
 
 class ResumableEvaluation(Callback):

@@ -109,7 +109,7 @@ def fetched(target: Path, download: Callable[[Path], object]) -> Path:
             except (OSError, RuntimeError) as error:  # of network or disk; a wrong hash
                 raise UserError(
                     f"weights=None: must be a local {target.name} where it cannot be fetched "
-                    f"({error})"
+                    f"({error}); --trainer.callbacks w2s_train.callbacks.SampleGrid does without"
                 ) from error
             os.replace(folder / target.name, target)
     return target

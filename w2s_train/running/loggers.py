@@ -1,20 +1,88 @@
-"""``metrics.csv``: every logged number, appended and never deleted; and TensorBoard's events.
+"""``metrics.csv``: every logged number, appended and never deleted; TensorBoard's events; and what
+a config's own loggers need to write into the run folder, and to go on with a run.
 
 Numbers that cannot be written, such as for a full disk, are lost with a warning: they end no run.
 """
 
 import contextlib
+import copy
 import csv
+import inspect
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from w2s_train.errors import one_line
+from w2s_train.errors import UserError, one_line
+from w2s_train.imports import found
+
+# What constructors of loggers call the folder into which they write, and the run that they write.
+FOLDERS = ("save_dir", "root_dir")
+IDS = ("id", "run_id", "experiment_key", "version")
+
+
+def placed(config: Any, folder: Path, before: dict[str, list[Any]]) -> Any:
+    """``trainer.logger`` of a config, so that it writes into the run folder and goes on with a run.
+
+    What the config says stays; what stands at its default may change. A store of many runs, as
+    MLflow's, stays where it is by default; and Lightning's `CSVLogger`, which deletes what it finds
+    where it goes on, begins another version.
+
+    Args:
+        config: One logger or several as they were parsed, or a bool.
+        folder: Of the run.
+        before: See `run_ids`; an id is taken out when it is given to a logger.
+    """
+    if isinstance(config, list | tuple):
+        return [placed(each, folder, before) for each in config]
+    if not hasattr(config, "class_path"):
+        return config
+    config, kind = copy.deepcopy(config), found(config.class_path)
+    arguments = config.get("init_args") or {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if name in FOLDERS and arguments[name] == parameter.default in (".", None):
+            arguments[name] = str(folder)
+    names = [name for name in IDS if name in arguments]
+    if not issubclass(kind, CSVLogger) and not any(arguments[name] for name in names):
+        ids = before.get(kind.__name__)
+        if ids and names:
+            arguments[names[0]] = ids.pop(0)
+    if "resume" in arguments and arguments["resume"] is None:
+        arguments["resume"] = "allow"  # as Lightning's for W&B does, where no parser gives it null
+    return config
+
+
+def run_ids(loggers: Sequence[Logger]) -> dict[str, list[Any]]:
+    """Which run each logger writes, by the name of its class; starts it where it has not begun.
+
+    Raises:
+        UserError: It cannot be started.
+    """
+    ids: dict[str, list[Any]] = {}
+    for logger in loggers:
+        name = type(logger).__name__
+        try:
+            getattr(logger, "experiment", None)
+            version = logger.version
+        except Exception as error:  # of any service
+            raise UserError(f"trainer.logger={name}: cannot start ({one_line(error)})") from error
+        if version not in (None, ""):
+            ids.setdefault(name, []).append(version if isinstance(version, int) else str(version))
+    return ids
+
+
+def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
+    """Give the config to each logger; one that does not take it is warned about."""
+    for logger in loggers:
+        try:
+            logger.log_hyperparams(config)
+        except Exception as error:  # such as MLflow's, for a value that is another after a resume
+            rank_zero_warn(f"{type(logger).__name__}: no config was logged ({one_line(error)})")
 
 
 @contextlib.contextmanager
@@ -33,6 +101,13 @@ class Events(TensorBoardLogger):
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         with warned(f"TensorBoard's numbers of step {step} were"), self._dropped():
             super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The config as a text, which needs no score beside it."""
+        lines = yaml.safe_dump(params, sort_keys=False).splitlines()
+        with warned("TensorBoard's config was"), self._dropped():
+            self.experiment.add_text("config", "\n".join(f"    {line}" for line in lines))
 
     @rank_zero_only
     def save(self) -> None:

@@ -21,6 +21,7 @@ from w2s_train import __version__
 from w2s_train.checkpoint_file import check_local, damage, newest_first
 from w2s_train.errors import NO_PROGRESS, PEER_LOST, Stopped, UserError, one_line
 from w2s_train.files import atomic_write, expanded, locked
+from w2s_train.running.loggers import log_config, run_ids
 from w2s_train.scores import git_commit, read_record
 from w2s_train.secrets import redacted
 
@@ -155,15 +156,29 @@ class Record:
         That of ``environment.json``, since a user may have edited ``config.yaml`` for this start;
         runs of older versions have it in the latter only.
         """
+        last: dict[str, Any] = [{}, *self._earlier()][-1]
+        if last.get("config"):
+            return last["config"] | {name: last[name] for name in [PER_STEP] if name in last}
+        path = self.folder / "config.yaml"
+        try:
+            return dict(yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: must be the record of a run; {one_line(error)}") from error
+
+    def run_ids(self) -> dict[str, list[Any]]:
+        """What `w2s_train.running.loggers.run_ids` was last; empty if the run is a new one."""
+        ids: dict[str, list[Any]] = {}
+        for start in self._earlier() if self.resumed else []:
+            ids |= start.get("loggers", {})
+        return ids
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        """Earlier starts, as ``environment.json`` has them."""
         path = self.folder / "environment.json"
         try:
             starts = json.loads(path.read_text()) if path.is_file() else []
-            if starts and starts[-1].get("config"):
-                last = starts[-1]
-                return last["config"] | {name: last[name] for name in [PER_STEP] if name in last}
-            path = self.folder / "config.yaml"
-            return dict(yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
-        except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+            return [dict(start) for start in starts]
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path}: must be the record of a run; {one_line(error)}") from error
 
     def claim(self) -> None:
@@ -212,15 +227,15 @@ class Record:
                 file.write(json.dumps(self.starts).encode())
 
     def write_start(self, trainer: Trainer) -> None:
-        """Write down the environment and the config of this start."""
-        path = self.folder / "environment.json"
-        earlier = json.loads(path.read_text()) if path.is_file() else []
+        """Write down the environment, the config and the loggers' runs of this start."""
+        config, ids = redacted(self.config), run_ids(trainer.loggers)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         start = environment(trainer) | {PER_STEP: data.images_per_step(trainer)}
-        start |= {"config": redacted(self.config)}
-        entries = json.dumps([*earlier, start], indent=1)
-        with atomic_write(path) as file:
+        start |= {"loggers": ids} if ids else {}
+        entries = json.dumps([*self._earlier(), start | {"config": config}], indent=1)
+        with atomic_write(self.folder / "environment.json") as file:
             file.write(entries.encode() + b"\n")
+        log_config(trainer.loggers, config)
 
     def ended(self, error: BaseException | None = None) -> None:
         """It came to its end, or was stopped and saved; other errors count as no progress."""

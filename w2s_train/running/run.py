@@ -94,6 +94,7 @@ class Run(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.settings.apply(trainer, pl_module)
+        pl_module.clock.pace(trainer.global_step, pl_module.images_seen, trainer.train_dataloader)
         if trainer.is_global_zero and self.record.resumed:  # not before nobody can refuse it
             self.record.write_config()
             self.record.write_start(trainer)

@@ -122,6 +122,8 @@ def _lose(queue: Any, error: Exception, item: Any) -> None:
 class Batches(DataLoader[Any]):
     """A loader of batches that are items of a data set; see `batches`."""
 
+    waited = 0.0  # seconds in which the loop had no batch
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """The batches; workers start here."""
         try:
@@ -131,7 +133,17 @@ class Batches(DataLoader[Any]):
                 f"data.num_workers={self.num_workers}: must be fewer, or 0; they cannot be started "
                 f"({one_line(error)})"
             ) from error
-        return self._awaited(found) if self.num_workers else found
+        return self._timed(self._awaited(found) if self.num_workers else found)
+
+    def _timed(self, found: Iterator[Any]) -> Iterator[Any]:
+        """The batches; the time in which they are waited for is added up."""
+        while True:
+            began = time.monotonic()
+            batch = next(found, None)
+            self.waited += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
 
     def _awaited(self, found: Iterator[Any]) -> Iterator[Any]:
         workers = multiprocessing.active_children()
