@@ -29,6 +29,8 @@ commands:
 options:
   -c FILE               a YAML config; later ones override earlier ones, KEY VALUE overrides all;
                         but for fit, the checkpoint's run has one
+  --KEY.0.KEY VALUE     a key inside a list, by index or by a segment's name, such as
+                        --model.objective.segments.0.scale 0.4
   --allow_imports NAMES let configs name classes of more packages, such as my_package,other
   --ckpt_path last      go on with the run in the run folder, or start it
   --profile             of fit: write a trace of five steps and the ten heaviest operations

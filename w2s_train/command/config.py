@@ -28,7 +28,9 @@ KEYS = """
 """.split()
 # How the parser, or a package of ours, says that a class is missing.
 NO_CLASS = r"module '([\w.]+)' has no attribute '(\w+)'|no file of ([\w.]+) defines (\w+)"
-CHOSEN = [f"w2s_train.{name}" for name in "weak segment sampler guidance timesteps".split()]
+CHOSEN = [
+    f"w2s_train.{name}" for name in "weak segment sampler guidance interpolant timesteps".split()
+]
 SCORING = ("validate", "test", "predict", "sample")
 ALIASES = 20  # of YAML, in one file
 COUNTS = (
