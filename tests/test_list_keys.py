@@ -146,6 +146,8 @@ REFUSED = {
     f"{S}.0.weak=NulClass": "must have its module, such as w2s_train.weak.NullClass",
     "--model.ema_decay.1=0.9": "model.ema_decay.1=0.9: must name an item of a list; "
     "model.ema_decay is 0.99",
+    "--model.objective.0=5": "model.objective.0=5: must name an item of a list; model.objective."
+    "init_args.0 is in none",
     "--model.objectiv.segments.0.scale=1": "must name an item of a list; model.objectiv is null",
 }
 

@@ -85,6 +85,8 @@ def _put(config: dict[str, Any], given: ListKey, value: Any) -> dict[str, Any]:
             else:
                 node = node[step]
             done.append(str(step))
+    if not outer:
+        raise UserError(f"{given}: must name an item of a list; {'.'.join(done)} is in none")
     if last == "class_path":
         holder.clear()  # arguments of another class
     holder[last] = value
