@@ -17,8 +17,8 @@ run_ranks() {
     echo "$(date -Is) job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST: $run"
     before=$(begun "$run")
     srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-        --open-mode=append --output="$run/logs/$logs-%t.log" \
-        bash "$code/launch/rank.sh" python -m w2s_train "${@:5}" \
+        --open-mode=append --output="$run/logs/$logs-%t.log" "${srun_options[@]}" \
+        bash "$code/launch/rank.sh" "${launcher[@]}" python -m w2s_train "${@:5}" \
         --trainer.num_nodes="$SLURM_NNODES" --trainer.devices="$SLURM_NTASKS_PER_NODE" \
         --trainer.strategy=ddp
     rc=$?

@@ -1,6 +1,7 @@
 """The command: fast answers, and one clear line for every user's error (faults row 18)."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -69,7 +70,10 @@ BAD = {
         ["--model.network=w2s_train.models.FinalLayer"],
         ["class_path=w2s_train.models.FinalLayer: must be a network, with null_class and forward("],
     ),
-    "short name": (["--model.network=DiT"], ["class_path=DiT: must be a full path, such as w2s_t"]),
+    "short name": (
+        ["--model.network=DiT"],
+        ["model.network=DiT: must have its module, such as w2s_train.models.DiT"],
+    ),
     "misspelt class": (
         ["--model.objective.init_args.interpolant=w2s_train.interpolant.Linear"],
         ["class_path=w2s_train.interpolant.Linear: there is no such class", "LinearInterpolant"],
@@ -479,3 +483,32 @@ def test_checkpoints_run_no_code(command, folder: Path, tmp_path: Path):
 def test_checkpoints_must_fit(command, folder: Path):
     with pytest.raises(SystemExit, match="hidden_size=24: must be 16, as in .*step-000006.ckpt"):
         command("validate", "--ckpt_path=last", "--model.network.init_args.hidden_size=24")
+
+
+@pytest.mark.slow
+def test_no_advice_of_the_trainer_on_a_terminal(folder: Path):
+    """A fit that goes on with other callbacks, and a validation: what is said is ours."""
+    code = "import sys; sys.stdout.isatty = lambda: True; from w2s_train.cli import main; main()"
+    tiny = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml", "--ckpt_path=last"]
+    tiny.append(f"--trainer.default_root_dir={folder}")
+    monitor = "--trainer.callbacks=[lightning.pytorch.callbacks.LearningRateMonitor]"
+    (folder / "srun").write_text("#!/bin/sh\n")
+    (folder / "srun").chmod(0o755)
+    path = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    for words in (
+        ["fit", *tiny, monitor, "--trainer.max_steps=7"],
+        ["fit", *tiny, "--trainer.max_steps=8"],
+        ["validate", *tiny],
+    ):
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **path},
+            check=True,
+        )
+        said = done.stdout + done.stderr
+        for advice in ("litlogger", "litmodels", "add the following callbacks", "srun", "loss nan"):
+            assert advice not in said, said

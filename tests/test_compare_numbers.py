@@ -1,12 +1,16 @@
 """The statistics of a comparison."""
 
+import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+from run_folders import BRANCH, write_run
 
 from w2s_train.compare import numbers
+from w2s_train.compare.runs import read
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 3), (2, 5), (8, 3)])
@@ -125,3 +129,15 @@ def test_interpolation():
     assert numbers.interpolate(x, halved, 4.0) == halved[-1]
     assert numbers.interpolate(x, halved, 0.9) is None
     assert numbers.interpolate(x, halved, 4.1) is None
+
+
+def test_a_name_of_a_segment_makes_no_other_recipe(tmp_path: Path):
+    """It stands in logs only; a scale does."""
+    named, other = copy.deepcopy(BRANCH), copy.deepcopy(BRANCH)
+    named[0]["init_args"]["name"] = "high"
+    other[0]["init_args"]["scale"] = 0.4
+    plain, same, differs = (
+        read(write_run(tmp_path / name, segments=segments)).recipe
+        for name, segments in (("a", BRANCH), ("b", named), ("c", other))
+    )
+    assert plain == same != differs

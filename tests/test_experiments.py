@@ -20,9 +20,11 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from refusals import parsed
 from run_folders import ENTRY
 from scipy import stats
 
+from w2s_train.command import list_keys
 from w2s_train.guidance import ClassifierFree
 from w2s_train.models import DiT, DiTOutput
 from w2s_train.sampler import Euler
@@ -158,7 +160,12 @@ def test_a_record_is_of_the_run_that_the_study_describes(scores):
     expected: object = {}
     for path in overlays(command):
         expected = merged(expected, plain(read_yaml(ROOT / path)))
-    for key, value in itertools.pairwise(command):
+    command, inside = list_keys.split(command)
+    pairs = [*itertools.pairwise(command)]
+    pairs += [
+        option.split("=", 1) for option in list_keys.options(expected, inside, yaml.safe_load)
+    ]
+    for key, value in pairs:
         if key.startswith(("--model.", "--trainer.", "--data.")):
             for part in reversed(key.removeprefix("--").split(".")):
                 value = {part: yaml.safe_load(value) if isinstance(value, str) else value}
@@ -249,6 +256,16 @@ def test_mistakes_are_one_line(options, said, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         run.main()
     assert str(caught.value.code).startswith(said) and "\n" not in str(caught.value.code)
+
+
+def test_a_study_may_set_keys_inside_lists():
+    """In both forms of an arm; what the command makes of the words."""
+    arms = ({"--model.objective.segments.0.scale": 0.25}, "--model.objective.segments.0.scale 0.25")
+    for added in arms:
+        words = run.command("lightning fit -c configs/digits_w2s.yaml", added, 3, Path("runs/a-3"))
+        config = parsed(*words[2:])
+        assert config.model.objective.init_args.segments[0].init_args.scale == 0.25
+        assert config.seed_everything == 3
 
 
 def test_options_are_words_or_json():

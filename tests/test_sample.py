@@ -18,6 +18,7 @@ from w2s_train.evaluation.images import TarWriter
 from w2s_train.features import ClassifierFeatures, InceptionFeatures
 from w2s_train.features.frechet import Moments, Reference
 from w2s_train.module import DiffusionModule
+from w2s_train.scores import read_scores
 from w2s_train.shards.decode import decode_image
 from w2s_train.shards.format import ShardTable, is_written, table_path
 from w2s_train.shards.samples import read_shard
@@ -91,6 +92,48 @@ def test_every_format_holds_the_same_images(run: Path, tmp_path: Path):
 def test_bad_samples(run: Path, options: list[str], message: str):
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         sample(run, *options)
+
+
+@pytest.mark.slow
+def test_a_run_brings_its_own_config(run: Path, tmp_path: Path, capsys):
+    """Also where it was moved to; one class; options of the command line come after it."""
+    sample(run, "--seeds=0:3", "--classes=3", f"--output={tmp_path}/one")
+    assert capsys.readouterr().out.endswith(f"written: 3 images to {tmp_path}/one\n")
+    moved = run.rename(tmp_path / "moved")
+    folders = {"two": moved, "three": moved / "checkpoints" / "last.ckpt"}
+    for name, path in folders.items():
+        options = ["--seeds=0:3", "--classes=3", f"--output={tmp_path / name}"]
+        main(["sample", f"--ckpt_path={path}", *options])
+        for seed in range(3):
+            image = Path(name, f"{seed:06d}-3.png")
+            assert (tmp_path / image).read_bytes() == (tmp_path / "one" / image.name).read_bytes()
+    before = len(read_scores(moved))
+    step = moved / "checkpoints" / "step-000003.ckpt"
+    main(["validate", "--ckpt_path", str(step), "--model.sampler.init_args.steps=3"])
+    last = read_scores(moved)[-1]
+    assert (len(read_scores(moved)), last.step, last.protocol.steps) == (before + 1, 3, 3)
+    assert not run.exists()
+
+
+ALONE = {
+    (): "ckpt_path=null: must be a run folder, or a checkpoint in one",
+    ("--ckpt_path=last",): "ckpt_path=last: must be a run folder, or a checkpoint in one",
+    (
+        "--ckpt_path",
+        "lone.ckpt",
+    ): "ckpt_path=lone.ckpt: must be a run folder, or a checkpoint in one",
+}
+
+
+@pytest.mark.parametrize("options", ALONE)
+@pytest.mark.parametrize("name", ["validate", "sample"])
+def test_a_lone_checkpoint_asks_for_a_config(
+    name: str, options: tuple, tmp_path: Path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lone.ckpt").touch()
+    with pytest.raises(SystemExit, match=f"error: {ALONE[options]}.* lightning {name} -c CONFIG"):
+        main([name, *options])
 
 
 @pytest.mark.slow

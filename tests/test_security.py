@@ -3,6 +3,7 @@
 Every case would make a sentinel file, if it worked; it ends with one line and status 1 instead.
 """
 
+import contextlib
 import functools
 import http.server
 import io
@@ -18,8 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, quick, sources
-from refusals import refusal
+from refusals import MINIMAL, parsers_built_once, refusal
 from shard_files import npy, png
 from torch import nn
 
@@ -152,6 +154,42 @@ def test_configs(case: str, digits: None, sentinel: Path, tmp_path: Path):
     message = refusal(tmp_path / "run", "-c", str(config))
     for part in expected:
         assert part in message, message
+
+
+OF_A_RUN = {
+    "pipe": (
+        "data: {prepare: null, allow_pipe: true, train_urls: 'pipe:touch SENTINEL'}",
+        "data.allow_pipe=true: must be given on the command line",
+    ),
+    "a folder that says so": (
+        "data: {prepare: null, allow_pipe: true, train_urls: 'pipe:touch SENTINEL'}",
+        "data.allow_pipe=true: must be given on the command line",
+    ),
+    "import": (
+        "model: {optimizer: strange_package.Thing}",
+        "--allow_imports=strange_package allows",
+    ),
+    "the switch": ("allow_imports: strange_package", "allow_imports"),
+}
+
+
+@pytest.mark.fault("19  malicious input")
+@pytest.mark.parametrize("case", quick(OF_A_RUN))
+def test_the_config_beside_a_checkpoint(case: str, digits: None, sentinel: Path, tmp_path: Path):
+    """It is read without being named, and may no more than one that is."""
+    text, expected = OF_A_RUN[case]
+    run = tmp_path / ("x --data.allow_pipe=true y" if case == "a folder that says so" else "run")
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").touch()
+    config = yaml.safe_load(MINIMAL.read_text())
+    for key, part in yaml.safe_load(text.replace("SENTINEL", str(sentinel))).items():
+        config[key] = config.get(key, {}) | part if isinstance(part, dict) else part
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for checkpoint in (run, run / "checkpoints" / "last.ckpt"):
+        with parsers_built_once(), contextlib.chdir(ROOT), pytest.raises(SystemExit) as stop:
+            main(["sample", "--ckpt_path", str(checkpoint), "--output", str(tmp_path / "out")])
+        message = str(stop.value.code)
+        assert expected in message and "\n" not in message, message
 
 
 @pytest.mark.fault("19  malicious input")

@@ -156,6 +156,16 @@ def test_the_first_failure_decides(cluster, project: Path, submit, tmp_path: Pat
     python = tmp_path / "python"
     python.write_text("#!/bin/bash\n[ $SLURM_PROCID = 1 ] && exit 77\nsleep 60\n")
     python.chmod(0o755)
-    job, _ = submit("--nodes", "2", "--runs", str(tmp_path / "runs"), "--", "--trainer.max_steps=1")
+    launcher = tmp_path / "launcher"
+    launcher.write_text(
+        f'#!/bin/bash\necho "$@" >{tmp_path}/launched-$SLURM_PROCID\nexec "${{@:2}}"\n'
+    )
+    launcher.chmod(0o755)
+    options = ["--launcher", f"{launcher} --nv", "--srun-args", "--export=ALL"]
+    options += ["--runs", str(tmp_path / "runs"), "--", "--trainer.max_steps=1"]
+    job, _ = submit("--nodes", "2", *options)
     record = cluster.wait_for(job, "FAILED", 120)
     assert (record["ExitCode"], record["Restarts"]) == ("77:0", "0")
+    for rank in (0, 1):
+        launched = (tmp_path / f"launched-{rank}").read_text()
+        assert launched.startswith("--nv python -m w2s_train fit -c ")

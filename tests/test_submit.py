@@ -1,12 +1,15 @@
 """`launch/submit` before it submits: what it prints, refuses and copies."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, quick
 
 SITE = """\
@@ -206,6 +209,18 @@ WRONG = {
     "--trainer.devices: is set by": [*CONFIGS, "--", "--trainer.devices=2"],
     "-c: is set by": [*CONFIGS, "--", "-cother.yaml"],
     "evaluate=/none.ckpt: must be an existing file": [*CONFIGS, "--evaluate", "/none.ckpt"],
+    "sweep=model.x=: must be KEY=A,B,": [*CONFIGS, "--sweep", "model.x="],
+    "sweep=model.x=1,1: must be KEY=A,B,... with different": [*CONFIGS, "--sweep", "model.x=1,1"],
+    "sweep=seed_everything=1,2: seed_everything is set elsewhere": [
+        *CONFIGS,
+        "--sweep",
+        "seed_everything=1,2",
+    ],
+    "array=2: must be %N": [*CONFIGS, "--array", "2"],
+    "array=%2: must come with several runs": [*CONFIGS, "--array", "%2"],
+    "time: is of SLURM, and has no --local": [*CONFIGS, "--local", "--time", "1:00:00"],
+    "nodes: is of SLURM, and has no --local": [*CONFIGS, "--local", "--nodes", "2"],
+    "launcher=a 'b: must be words for a shell": [*CONFIGS, "--launcher", "a 'b"],
     "evaluate=last: there is no checkpoint in": [*CONFIGS, "--evaluate", "last"],
 }
 
@@ -228,11 +243,148 @@ def test_the_site_is_checked(project: Path, submit):
 
 
 def test_what_is_no_code_is_not_copied(project: Path, submit):
-    """A large file that git does not ignore is data that someone forgot."""
+    """Studies, tests and stray outputs, but for the config that lies there, and those beside it."""
+    names = ["samples.png", "images/0.png", "mine/own.py", "experiments/a/one.yaml"]
+    names += ["experiments/a/nested.yaml", "experiments/a/runs/config.yaml", "experiments/b.yaml"]
+    for name in [*names, "tests/test_a.py", "docs/page.md", "experiments/a/grid.png"]:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("")
+    git(project, "add", "experiments", "docs")
+    submit(*CONFIGS[:2], "-c", "experiments/a/one.yaml")
+    (code,) = (project / "runs" / "base+one" / "code").iterdir()
+    copied = {str(path.relative_to(code)) for path in everything(code) if path.is_file()}
+    assert {"mine/own.py", "experiments/a/one.yaml", "experiments/a/nested.yaml"} <= copied
+    assert not [n for n in copied if n.startswith(("tests", "docs", "images", "samples"))]
+    assert len([n for n in copied if n.startswith("experiments")]) == 2
+
+
+def test_what_is_large_is_refused(project: Path, submit):
+    """Data that someone has given to git."""
     with open(project / "data.bin", "wb") as file:
         file.truncate(300_000_000)
+    git(project, "add", "-N", "data.bin")
     assert "error: code: 300 MB, such as data.bin; git must ignore" in submit(*CONFIGS).stderr
     assert not (project / "runs").exists()
+
+
+def test_gpus_of_a_type_come_alone(project: Path, submit):
+    """Of the command line or of the site; one process has one of them."""
+    done = submit(*CONFIGS, "--gres", "gpu:a100:4", "--dry-run")
+    assert "--gres=gpu:a100:4" in done.stdout and "--gpus-per-node" not in done.stdout
+    assert "GPUs on each: 4" in done.stdout
+    (project.parent / "site.sh").write_text(SITE.replace("--qos=long", "--gres=gpu:h100:2"))
+    done = submit(*CONFIGS, "--tasks-per-node", "2", "--dry-run")
+    assert "--gres=gpu:h100:2" in done.stdout and "--gpus-per-node" not in done.stdout
+    done = submit(*CONFIGS, "--dry-run")
+    assert done.stderr == "error: tasks_per_node=4: must be in [1, 2]; one process has one GPU\n"
+
+
+def test_a_launcher_stands_before_python(project: Path, submit):
+    """Of the site, or of the command line, which the copy of the site's file says then."""
+    image = project / "a b.sif"
+    words = ["--launcher", "apptainer exec --nv 'a b.sif'", "--srun-args", "--mpi=none"]
+    missing = submit(*CONFIGS, *words)
+    assert (
+        missing.stderr.startswith("error: launcher=apptainer") and f"{image} must" in missing.stderr
+    )
+    image.touch()
+    done = submit(*CONFIGS, *words)
+    line = "srun --mpi=none bash RUN/code/.../rank.sh apptainer exec --nv 'a b.sif' python -m "
+    assert line in done.stdout, done.stderr
+    (code,) = (project / "runs" / "base+one" / "code").iterdir()
+    script = 'source launch/site.sh; printf "%s|" "${launcher[@]}" "${srun_options[@]}"'
+    said = subprocess.check_output(["bash", "-c", script], cwd=code, text=True)
+    assert said == "apptainer|exec|--nv|a b.sif|--mpi=none|"
+    (project.parent / "site.sh").write_text(f"{SITE}launcher=(nice -n 5)\n")
+    assert "rank.sh nice -n 5 python -m w2s_train fit" in submit(*CONFIGS, "--dry-run").stdout
+
+
+# ---- a sweep ------------------------------------------------------------------------------------
+
+FAKE = """
+import json, signal, sys, time
+def main(words):
+    value = dict(w[2:].split("=", 1) for w in words if "=" in w)
+    if value.get("model.x") == "wrong":
+        sys.exit("error: model.x=wrong: must be a number")
+    if __name__ == "__main__":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        print("ran", json.dumps(words), flush=True)
+        time.sleep(60 if value.get("model.x") == "wait" else 0)
+        sys.exit(int(value.get("model.x", "0") == "7") and 77)
+if __name__ == "__main__":
+    main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def package(project: Path) -> Path:
+    """In place of ours: a command that refuses, fails or waits, as its values say."""
+    (project / "w2s_train" / "command").mkdir()
+    (project / "w2s_train" / "command" / "run.py").write_text("class Command: pass\n")
+    (project / "w2s_train" / "__init__.py").touch()
+    for name in ("cli", "__main__"):
+        (project / "w2s_train" / f"{name}.py").write_text(FAKE)
+    return project
+
+
+def test_a_sweep_is_an_array_that_names_its_folders(package: Path, submit):
+    """Each value with each; as much of a key as tells it from others; nothing odd in a name."""
+    sweep = ["--sweep", "model.segments.0.init_args.scale=0.2,0.4", "--sweep"]
+    sweep += ["model.segments.1.scale=[1,2],w2s_train.weak.EMA", "--seeds", "3", "--array", "%2"]
+    done = submit("-c", "configs/base.yaml", *sweep, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for name in (
+        f"base+0.scale={first}+1.scale={second}-seed3 (new)"
+        for first in ("0.2", "0.4")
+        for second in ("1_2", "w2s_train.weak.EMA")
+    ):
+        assert f"/runs/{name}" in done.stdout
+    assert "--model.segments.0.init_args.scale=0.2 '--model.segments.1.scale=[1,2]'" in done.stdout
+    assert "values   each of the 4 commands was parsed" in done.stdout
+    assert "--array=0-3%2 " in done.stdout
+    submit("-c", "configs/base.yaml", "--sweep", "model.x=1,2")
+    last = (package / "sbatch.txt").read_text().splitlines()[-1]
+    assert last.startswith(f"{package}/runs/base+x=2 -c ") and last.endswith(" --model.x=2")
+    # Where the package cannot be imported, that is said.
+    (package / "w2s_train" / "command" / "run.py").write_text("import no_such_package\n")
+    said = submit("-c", "configs/base.yaml", "--sweep", "model.x=1,2", "--dry-run").stdout
+    assert "values   not checked: ModuleNotFoundError: No module named 'no_such_package'" in said
+
+
+def test_a_sweep_runs_here_one_after_another(package: Path, submit):
+    """What fails is said, the others run; the status is that of the first that failed."""
+    done = submit(
+        "-c", "configs/base.yaml", "--local", "--sweep", "model.x=1,7,2", "--", "--a", "b"
+    )
+    assert done.returncode == 77, done.stderr
+    ran = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ran ")]
+    assert ran == [
+        ["fit", "-c", "configs/base.yaml", f"--trainer.default_root_dir={package}/runs/base+x={x}"]
+        + [f"--model.x={x}", "--a", "b", "--ckpt_path=last"]
+        for x in (1, 7, 2)
+    ]
+    assert "2 of 3 finished\nnot finished: run 1 (77); the same command goes on" in done.stdout
+    wrong = submit("-c", "configs/base.yaml", "--local", "--sweep", "model.x=1,wrong")
+    assert wrong.stderr == "error: base+x=wrong: model.x=wrong: must be a number\n"
+    assert wrong.stdout == "" and wrong.returncode == 1
+
+
+def test_a_sweep_that_is_told_to_stop_lets_its_run_save(package: Path):
+    """The run at hand ends with 75, and the others are not started."""
+    words = ["-c", "configs/base.yaml", "--local", "--sweep", "model.x=wait,1"]
+    process = subprocess.Popen(
+        [sys.executable, "launch/submit", *words], cwd=package, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    said = ""
+    while "ran " not in said:
+        said = process.stdout.readline()
+        assert said, "ended before it ran"
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "run 0: ended with status 75\n0 of 2 finished; 1 not started" in out
 
 
 @pytest.mark.parametrize("where", ["option", "config"])
@@ -247,3 +399,31 @@ def test_secrets_are_not_copied(project: Path, submit: Callable, where: str):
     done = submit(*arguments)
     assert done.returncode == 1 and "must hold no password" in done.stderr
     assert "hunter22" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_over_a_key_inside_a_list(digits: None, tmp_path: Path):
+    """What a constructor refuses fails alone; run again, what is finished stays as it is."""
+    words = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml", "--local", "--runs"]
+    words += [str(tmp_path), "--sweep", "model.objective.segments.0.scale=0.2,0.95,0.4"]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "submit"),
+        *words,
+        "--",
+        "--data.num_workers=0",
+    ]
+    records = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stderr
+        assert "scale=0.95: must be in [0, 0.9) for IntermediateHead" in done.stderr
+        assert "2 of 3 finished\nnot finished: run 1 (1)" in done.stdout
+        runs = [tmp_path / f"digits_w2s+tiny+scale={scale}" for scale in ("0.2", "0.4")]
+        assert sorted(path for path in tmp_path.iterdir() if path.is_dir()) == runs
+        records.append([(run / "environment.json").read_bytes() for run in runs])
+        for run, scale in zip(runs, (0.2, 0.4), strict=True):
+            config = yaml.safe_load((run / "config.yaml").read_text())
+            segments = config["model"]["objective"]["init_args"]["segments"]
+            assert [each["init_args"]["scale"] for each in segments] == [scale, 0.1]
+    assert records[0] == records[1]

@@ -27,7 +27,10 @@ commands:
   compare     judge runs against a baseline:  lightning compare RUN [RUN ...]
 
 options:
-  -c FILE               a YAML config; later ones override earlier ones, KEY VALUE overrides all
+  -c FILE               a YAML config; later ones override earlier ones, KEY VALUE overrides all;
+                        but for fit, the checkpoint's run has one
+  --KEY.0.KEY VALUE     a key inside a list, by index or by a segment's name, such as
+                        --model.objective.segments.0.scale 0.4
   --allow_imports NAMES let configs name classes of more packages, such as my_package,other
   --ckpt_path last      go on with the run in the run folder, or start it
   --profile             of fit: write a trace of five steps and the ten heaviest operations
@@ -79,10 +82,11 @@ def _run(args: list[str]) -> None:
         # From now on, and not only when everything is loaded: jobs are preempted at any time.
         REQUESTS.reset()
         REQUESTS.listen(*PREEMPTION)
-    from w2s_train.command.config import check_arguments
+    from w2s_train.command.config import check_arguments, with_own_config
 
     try:
         check_arguments(args[1:])
+        args = with_own_config(args)
         _check_temporary()
     except UserError as error:
         sys.exit(f"error: {error}")

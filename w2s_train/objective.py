@@ -56,11 +56,7 @@ class Objective(nn.Module, abc.ABC):
         """
 
     def plan(self, max_steps: int | None) -> None:  # noqa: B027
-        """Learn how long the run will be, in optimizer steps; before it starts.
-
-        Raises:
-            UserError: A step of a schedule or of a weak source that lies after the last one.
-        """
+        """Learn the number of optimizer steps before the first; UserError: a part begins later."""
 
     def after_step(self, network: Network, step: Step) -> None:  # noqa: B027
         """Let what follows the network do so; after each optimizer step."""
@@ -89,7 +85,7 @@ class WeakToStrongObjective(Objective):
             ``trainer.max_steps``. Stated, a run may be cut short or extended without moving them.
 
     Raises:
-        UserError: Two segments overlap, or a plan of no steps.
+        UserError: Two segments overlap or have one name, or a plan of no steps.
     """
 
     def __init__(
@@ -110,6 +106,9 @@ class WeakToStrongObjective(Objective):
                     f"segments=[{before.low}, {before.high}) and [{after.low}, {after.high}): "
                     "must not overlap"
                 )
+        names = [segment.name for segment in ordered]
+        if len({*names}) < len(names):
+            raise UserError(f"segments={names}: must have names of their own")
         self.segments = nn.ModuleList(ordered)  # type: ignore[assignment]
 
     def bind(self, network: Network, label_dropout: float | None = None) -> None:

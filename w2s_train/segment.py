@@ -19,6 +19,7 @@ Gradients stop in this file only.
 
 import abc
 import math
+import re
 import warnings
 from typing import NamedTuple
 
@@ -59,18 +60,28 @@ class Segment(nn.Module, abc.ABC):
         high: End of the range, exclusive, in (low, 1]; 1 itself belongs to the last segment.
         weak: The weak source.
         schedule: When it starts and how it grows; None is at once and constant.
+        name: In logs, and as a key; None is its range, such as t_0.2-1.
 
     Raises:
-        UserError: The range is empty, inverted or not inside [0, 1].
+        UserError: The range is empty, inverted or not inside [0, 1]; a name that is no word.
     """
 
     def __init__(
-        self, low: float, high: float, weak: WeakSource, schedule: Schedule | None = None
+        self,
+        low: float,
+        high: float,
+        weak: WeakSource,
+        schedule: Schedule | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         self.low = require("low", low, "[0, 1)")
         if not low < high <= 1:
             raise UserError(f"high={high}: must be in ({low}, 1], above low={low}")
+        if name is not None and not re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII):
+            raise UserError(f"name={name}: must be letters, digits, _ and -, a letter first")
+        self.name = name or f"t_{low:g}-{high:g}"
+        self.title = f"{f'{name}, ' if name else ''}{low:g} <= t < {high:g}"
         self.high, self.weak, self.schedule = high, weak, schedule or Schedule()
         self.only_labelled = weak.needs_label  # the difference is 0 where the label was dropped
         self.planned: Schedule | None = None
@@ -97,11 +108,6 @@ class Segment(nn.Module, abc.ABC):
             self.plan(None, None)
         assert self.planned is not None
         return self.planned.factor(step.number, self.total)
-
-    @property
-    def name(self) -> str:
-        """The range, for logs."""
-        return f"t_{self.low:g}-{self.high:g}"
 
     def contains(self, t: Tensor) -> Tensor:
         """Which timesteps (B,) belong to the range: (B,) bool."""
@@ -165,6 +171,7 @@ class Extrapolation(Segment):
             network, as released Model Guidance code does, at the cost of one more forward pass.
         schedule: When it starts and how it grows; None is at once and constant.
         allow_unstable: Accept any scale.
+        name: In logs, and as a key; None is its range.
 
     Raises:
         UserError: A number out of its range; ``from_average`` with a source that is trained.
@@ -182,8 +189,9 @@ class Extrapolation(Segment):
         from_average: bool = False,
         schedule: Schedule | None = None,
         allow_unstable: bool = False,
+        name: str | None = None,
     ) -> None:
-        super().__init__(low, high, weak, schedule)
+        super().__init__(low, high, weak, schedule, name)
         self.scale = require("scale", scale, "[0, inf)")
         self.omega = require("omega", omega, "[0, inf)")
         self.only_labelled = weak.needs_label and omega == 1
@@ -210,15 +218,13 @@ class Extrapolation(Segment):
             )
 
     def effective_scale(self, factor: float = 1.0) -> float:
-        """The guidance scale of the fixed point, omega / (1 - kappa); infinite where there is none.
-        ``factor`` is that of the schedule.
-        """
+        """Guidance of the fixed point, omega / (1 - kappa), or infinite; factor: the schedule's."""
         kappa = factor * self.scale
         return (1 + factor * (self.omega - 1)) / (1 - kappa) if kappa < 1 else math.inf
 
     def describe(self) -> str:
         return (
-            f"{self.low:g} <= t < {self.high:g}: {self.weak.describe()}, scale {self.scale:g}, "
+            f"{self.title}: {self.weak.describe()}, scale {self.scale:g}, "
             f"effective guidance scale {self.effective_scale():.3g}"
             + (", from the running average" if self.from_average else "")
             + (f", {self.schedule}" if self.schedule != Schedule() else "")
@@ -265,6 +271,7 @@ class Consistency(Segment):
         weak: The weak source.
         weight: Weight of the penalty.
         schedule: When it starts and how it grows; None is at once and constant.
+        name: In logs, and as a key; None is its range.
 
     Raises:
         UserError: A negative weight.
@@ -277,15 +284,13 @@ class Consistency(Segment):
         weak: WeakSource,
         weight: float = 0.2,
         schedule: Schedule | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(low, high, weak, schedule)
+        super().__init__(low, high, weak, schedule, name)
         self.weight = require("weight", weight, "[0, inf)")
 
     def describe(self) -> str:
-        return (
-            f"{self.low:g} <= t < {self.high:g}: consistency with {self.weak.describe()}, "
-            f"weight {self.weight:g}"
-        )
+        return f"{self.title}: consistency with {self.weak.describe()}, weight {self.weight:g}"
 
     def act(self, strong: Strong, rows: Rows, target: Tensor, log: Log) -> Tensor:
         inputs = self.weak_inputs(strong, rows)

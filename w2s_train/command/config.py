@@ -28,6 +28,11 @@ KEYS = """
 """.split()
 # How the parser, or a package of ours, says that a class is missing.
 NO_CLASS = r"module '([\w.]+)' has no attribute '(\w+)'|no file of ([\w.]+) defines (\w+)"
+CHOSEN = [
+    f"w2s_train.{name}"
+    for name in "models weak segment sampler guidance interpolant timesteps".split()
+]
+SCORING = ("validate", "test", "predict", "sample")
 ALIASES = 20  # of YAML, in one file
 COUNTS = (
     "val_check_interval",
@@ -62,7 +67,7 @@ class StrictLoader(yaml.SafeLoader):
 
 def check_arguments(args: list[str]) -> None:
     """Refuse files, and first words of keys, that cannot be meant."""
-    for option, following in zip(args, [*args[1:], ""], strict=True):
+    for option, following in zip(args, [*args, ""][1:], strict=True):
         name, equals, value = option.partition("=")
         value = value if equals else following
         if name in ("-c", "--config"):
@@ -72,6 +77,46 @@ def check_arguments(args: list[str]) -> None:
         elif option.startswith("--") and len(option) > 2:
             _check_key(name[2:], f"unrecognized arguments: {option}")
             _check_part(Path(value))
+
+
+def with_own_config(args: list[str]) -> list[str]:
+    """The arguments, with the config of the run whose checkpoint is asked for, where none is given.
+
+    It comes before all options, and may allow no more than any config.
+
+    Args:
+        args: The command line; the command first.
+
+    Raises:
+        UserError: There is none.
+    """
+    command, *given = args
+    if command not in SCORING or any(
+        arg.startswith(("-c", "--config", "-h", "--help", "--model.network"))
+        or arg.partition("=")[0] == "--model"
+        for arg in given
+    ):
+        return args
+    path = _last_value("--ckpt_path", given)
+    whole = path is not None and os.path.isdir(path)
+    # Links are not followed: they lead to the checkpoint of another run.
+    run = Path(path or "") if whole else Path(os.path.abspath(path or "")).parent.parent
+    if path in (None, "last") or not (run / "config.yaml").is_file():
+        raise UserError(
+            f"ckpt_path={path or 'null'}: must be a run folder, or a checkpoint in one, with its "
+            f"config.yaml, or come with a config: lightning {command} -c CONFIG --ckpt_path FILE"
+        )
+    added = [f"--config={run / 'config.yaml'}", f"--trainer.default_root_dir={run}"]
+    return [command, *added, *given, *(["--ckpt_path=last"] if whole else [])]
+
+
+def _last_value(name: str, args: list[str]) -> str | None:
+    """What an option is set to last."""
+    found = None
+    for option, following in zip(args, [*args, ""][1:], strict=True):
+        if option.partition("=")[0] == name:
+            found = option.partition("=")[2] if "=" in option else following
+    return found
 
 
 def _check_config(value: str) -> None:
@@ -149,8 +194,7 @@ def check_numbers(config: Any) -> None:
 
 def check_pipe(allowed: bool, args: list[str]) -> None:
     """Only who types the command may let it run others; a config may come from anybody."""
-    line = " ".join(args)
-    if allowed and not re.search(r"(^| )--data\.allow_pipe[ =]true( |$)", line, re.IGNORECASE):
+    if allowed and (_last_value("--data.allow_pipe", args) or "").lower() != "true":
         raise UserError(
             "data.allow_pipe=true: must be given on the command line, --data.allow_pipe=true"
         )
@@ -189,12 +233,16 @@ def explain(message: str, parts: dict[str, Any]) -> str:
             f"class_path={other[1]}: must be a network, with null_class and forward(x_t, t, y) "
             "(docs/networks.md)"
         )
-    if short := re.search(r"Expected a dot import path string: (\w+)", line):
-        return f"class_path={short[1]}: must be a full path, such as w2s_train.models.DiT"
+    if named := re.search(r"Expected a dot import path string: (\w+)( |$)", line):
+        found = [f"{m}.{n}" for m in CHOSEN for n in _like(named[1], _classes_of(m), 1)]
+        if like := difflib.get_close_matches(named[1], found, n=3, cutoff=0.0):
+            key = ".".join(re.findall(r'"([\w.]+)": ', line))
+            return f"{key}={named[1]}: must have its module, such as {' or '.join(like)}"
     if missing := re.search(NO_CLASS, line):
         module, name = missing[1] or missing[3], missing[2] or missing[4]
         return f"class_path={module}.{name}: there is no such class; {_classes(module, name)}"
-    # Of a value that may have one of several types, the reasons are enough.
+    # Of a value that may have one of several types, the reasons are enough; lists are long.
+    line = re.sub(r" Given value: (\[|\{|Namespace).*", "", line)
     line = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: ", "", line)
     line = re.sub(r" - Expected a <class 'NoneType'>| Given value type: <class '[^']*'>", "", line)
     if unknown := re.search(r"class_path '([\w.]+)': Option '[\w.]+' is not accepted", line):
@@ -208,18 +256,38 @@ def explain(message: str, parts: dict[str, Any]) -> str:
     return line
 
 
+def innermost(line: str) -> str:
+    """What `explain` says about a value, without its key and the classes around it."""
+    return re.sub(r"""^(.*("\w+"|class_path '[\w.]+'): (- )*|[\w.]+=\S*: )""", "", line)
+
+
 def _classes(module: str, name: str) -> str:
-    """Which classes of a module, or of the files of ours, have names like one that is missing."""
-    found = import_module(module)
-    files = [found]
-    if module.startswith("w2s_train"):
-        under = pkgutil.iter_modules(getattr(found, "__path__", []))
-        files += [import_module(f"{module}.{file.name}") for file in under]
-    names = {
-        each for file in files for each, value in vars(file).items() if isinstance(value, type)
-    }
-    like = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5)
+    """Which classes a module has, or all files of ours; those like one that is missing first."""
+    like = _like(name, _classes_of(module), 0 if module.startswith("w2s_train") else 3)
     return f"{module} has {', '.join(like)}" if like else f"{module} has none of a similar name"
+
+
+def _like(name: str, names: list[str], number: int) -> list[str]:
+    """The most similar of them; 0 is all."""
+    cutoff = 0.5 if number else 0.0
+    return difflib.get_close_matches(name, names, n=number or len(names) or 1, cutoff=cutoff)
+
+
+def _classes_of(module: str) -> list[str]:
+    """Names of the classes in a module; in one of ours, of those that a config may choose."""
+    found = import_module(module)
+    if not module.startswith("w2s_train"):
+        return sorted(name for name, value in vars(found).items() if isinstance(value, type))
+    under = pkgutil.iter_modules(getattr(found, "__path__", []))
+    files = [found, *(import_module(f"{module}.{file.name}") for file in under)]
+    classes = {each for file in files for each in vars(file).values() if isinstance(each, type)}
+    return sorted(
+        each.__name__
+        for each in classes
+        if each.__module__.startswith(module)
+        and not inspect.isabstract(each)
+        and not issubclass(each, tuple)
+    )
 
 
 def _parameters(function: Any) -> str:

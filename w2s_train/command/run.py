@@ -21,8 +21,15 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from w2s_train import callbacks
 from w2s_train.autoencoder import PixelSpace, latents_beside
 from w2s_train.checkpoint_file import read_file
-from w2s_train.command import changes
-from w2s_train.command.config import StrictLoader, check_numbers, check_pipe, explain, locate
+from w2s_train.command import changes, list_keys
+from w2s_train.command.config import (
+    StrictLoader,
+    check_numbers,
+    check_pipe,
+    explain,
+    innermost,
+    locate,
+)
 from w2s_train.command.flags import check_flags, check_precision, seed_of
 from w2s_train.command.processes import check_processes, cluster_environments
 from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
@@ -101,13 +108,39 @@ class Command(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse them, and check what parsers do not see."""
-        super().parse_arguments(parser, [arg for arg in args if arg != PROFILE])
+        self._parse(parser, [arg for arg in args if arg != PROFILE])
         subcommand = self.config.subcommand
         self.profile = PROFILE in args
         if self.profile and subcommand != "fit":
             raise UserError(f"{PROFILE}: must stand with fit; {subcommand} takes no training step")
         check_numbers(self.config[subcommand])
         check_functions(self.config)
+
+    def _parse(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        """Parse them, with keys inside lists."""
+        args, inside = list_keys.split(args)
+        if not inside:
+            return super().parse_arguments(parser, args)
+
+        def changed(number: int) -> list[str]:
+            """All arguments, with that many of the keys."""
+            others = [arg for arg in args if not arg.startswith("--print_config")]
+            config = parser.parse_args(others, _skip_validation=True)
+            part = self._parser(config.subcommand)
+            text = part.dump(config[config.subcommand], skip_none=False, skip_validation=True)
+            return args + list_keys.options(yaml.safe_load(text), inside[:number], read_strictly)
+
+        try:
+            super().parse_arguments(parser, changed(len(inside)))
+        except argparse.ArgumentError as error:
+            for number, each in enumerate(inside, 1):
+                try:
+                    parser.parse_args(changed(number), _skip_validation=True)
+                except argparse.ArgumentError as reason:
+                    raise UserError(
+                        f"{each}: {innermost(explain(str(reason), CLASSES))}"
+                    ) from error
+            raise
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let the checkpoint's settings override the command line's."""

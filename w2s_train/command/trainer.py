@@ -133,7 +133,7 @@ class DiffusionTrainer(Trainer):
         output: str | None = None,
         format: Format = "png",
         seeds: str = "0:64",
-        classes: list[int] | None = None,
+        classes: int | list[int] | None = None,
         columns: int = 8,
         scale: int = 1,
     ) -> None:
@@ -148,16 +148,18 @@ class DiffusionTrainer(Trainer):
                 the format, if not given.
             format: A folder of PNGs, one PNG with a grid, ADM's .npz, or webdataset shards.
             seeds: FIRST:LAST, the last one not included. An image depends on seed and class alone.
-            classes: Taken in turn; if not given, all of them, in turn or as
+            classes: One, or several in turn, such as [3,7]; if not given, all, in turn or as
                 ``data.labels_as_in_training`` says.
             columns: Of a grid.
             scale: Of a grid: each pixel becomes a square of this side.
         """
         known = offered(model.network, "sample", "num_classes")
+        classes = [classes] if isinstance(classes, int) else classes
         for label in classes or []:
             if not 0 <= label < known:
                 raise UserError(f"classes={classes}: must be in [0, {known - 1}]")
-        datamodule.seeds, datamodule.classes = parse_seeds(seeds), classes
+        chosen = parse_seeds(seeds)
+        datamodule.seeds, datamodule.classes = chosen, classes
         if isinstance(model.autoencoder, Vectors):
             raise UserError("autoencoder=Vectors: must make images; these are points")
         path = Path(output or f"samples{SUFFIXES[format]}")
@@ -175,6 +177,8 @@ class DiffusionTrainer(Trainer):
             weights_only=weights_only,
             return_predictions=False,
         )
+        if self.is_global_zero:
+            print(f"written: {len(chosen):,} images to {path}")
 
 
 def check_statistics(
@@ -209,11 +213,14 @@ def parse_seeds(seeds: str) -> range:
 def quiet_lightning() -> None:
     """Drop advertisements and warnings that say nothing about this project."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
+        lambda record: "💡 Tip" not in record.getMessage()  # of litlogger, and of litmodels
     )
-    # Averages are in eval mode while the network trains; the other two are Lightning's own affair.
-    # The parser gets this process's arguments, less a switch that it does not know.
+    # Averages are in eval mode while the network trains; the next two are Lightning's own affair.
+    # Who started this process is checked by ours; callbacks may differ where a run goes on. The
+    # parser gets this process's arguments, less a switch that it does not know.
     for message in (
+        "The `srun` command is available",
+        ".*Please add the following callbacks",
         ".*in eval mode at the start of training",
         ".*LeafSpec",
         ".*val_dataloader.*",

@@ -24,7 +24,7 @@ EVALUATION = re.compile(
     r"data\.(generation_batch_size|num_generated|sampling_seeds|num_workers|dataset|train_urls"
     r"|images|made_by|labels_as_in_training|batch_timeout_minutes)$"
     r"|trainer\.(callbacks|logger|log_every_n_steps|enable_|val_check_interval)|checkpoint\."
-    r"|model\.(scored_weights|generation_block|guidance|sampler)"
+    r"|model\.(scored_weights|generation_block|guidance|sampler|objective\.segments\.\d+\.name$)"
 )
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
