@@ -1,12 +1,33 @@
 """Flags of Lightning's trainer that mean something else here, or nothing: docs/settings.md."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities import rank_zero_info
 
 from w2s_train.errors import UserError
 
+# Callbacks that change training beside the keys that say so: what to use instead.
+INSTEAD: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: "trainer.accumulate_grad_batches",
+    LearningRateFinder: "model.optimizer.init_args.lr",
+    BatchSizeFinder: "data.batch_size",
+    WeightAveraging: "model.ema_decay",
+    StochasticWeightAveraging: "model.ema_decay, and model.scheduler for its rates",
+    BaseFinetuning: "model.network.init_args.path, whose weights are all trained",
+    ModelPruning: "model.network for a smaller one, or prune what `lightning export` writes",
+}
 REFUSED = ("fsdp", "deepspeed", "model_parallel", "ddp_spawn")  # strategies; the first three split
 PRECISIONS = ("32-true", "32", "16-mixed", "16", "bf16-mixed", "bf16")  # of float32 weights
 
@@ -40,7 +61,7 @@ def check_flags(trainer: Any) -> None:
         )
     check_precision(trainer.precision)
     batches = trainer.overfit_batches
-    if batches < 0 or (batches > 1 and batches != int(batches)):
+    if batches < 0 or (batches > 1 and not float(batches).is_integer()):
         raise UserError(
             f"trainer.overfit_batches={batches}: must be a whole number of batches, at least 0, or "
             "a share of the data in [0, 1]"
@@ -51,6 +72,21 @@ def check_flags(trainer: Any) -> None:
             "trainer.use_distributed_sampler=True: changes nothing; data are dealt out to "
             "processes in any case"
         )
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuse those that change training or weights, which keys of the config do and record.
+
+    Raises:
+        UserError: There is one.
+    """
+    for each in callbacks:
+        for kind, key in INSTEAD.items():
+            if isinstance(each, kind):
+                raise UserError(
+                    f"trainer.callbacks={type(each).__name__}: must leave training and weights as "
+                    f"the config says; use {key}"
+                )
 
 
 def check_precision(precision: Any) -> None:
@@ -79,7 +115,7 @@ def _check_epochs(trainer: Any) -> None:
     batches, interval = trainer.limit_train_batches, trainer.val_check_interval
     # Some versions of the parser read 5 as 5.0 where a share is allowed, too.
     whole = batches is not None and (isinstance(batches, int) or batches > 1)
-    if batches is not None and (batches != int(batches) or batches < 1):
+    if batches is not None and (not float(batches).is_integer() or batches < 1):
         raise UserError(
             f"trainer.limit_train_batches={batches}: must be a number of batches, at least 1, or "
             "left out"
@@ -99,8 +135,9 @@ def _check_epochs(trainer: Any) -> None:
                 "number of trainer.limit_train_batches: data have no end; trainer.max_steps ends a "
                 "run, and an epoch is images / global batch steps"
             )
-    if trainer.min_steps and 0 < trainer.max_steps < trainer.min_steps:
-        raise UserError(
-            f"trainer.min_steps={trainer.min_steps}: must be at most trainer.max_steps, "
-            f"{trainer.max_steps}"
-        )
+    for unit in ("steps", "epochs"):
+        least, most = getattr(trainer, f"min_{unit}"), getattr(trainer, f"max_{unit}")
+        if least and most and 0 < most < least:
+            raise UserError(
+                f"trainer.min_{unit}={least}: must be at most trainer.max_{unit}, {most}"
+            )

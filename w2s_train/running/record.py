@@ -26,8 +26,10 @@ from w2s_train.secrets import redacted
 
 STARTS = "starts.json"
 # What a folder that holds a run has some of.
-OURS = "config.yaml environment.json metrics.csv scores.json checkpoints samples code logs".split()
+OURS = ["config.yaml", "environment.json", "metrics.csv", "scores.json", STARTS]
+OURS += ["checkpoints", "samples", "code", "logs"]
 PER_STEP = "images_per_step"  # of all processes: also changed by their number
+PRECISION = "precision"  # in effect: also changed by a plugin
 RESTARTS = 3  # without progress, before another one is refused
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
 
@@ -103,8 +105,23 @@ def environment(trainer: Trainer) -> dict[str, Any]:
         if cuda
         else [],
         "processes": trainer.world_size,
-        "precision": str(trainer.precision),
+        PRECISION: str(trainer.precision),
     }
+
+
+def _content(path: Path, kind: type[dict[str, Any]] | type[list[Any]]) -> Any:
+    """Of a JSON file of a run; empty where there is none.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else kind()
+    except ValueError as error:
+        raise UserError(f"{path}: must be JSON, or be removed; {one_line(error)}") from error
+    if not isinstance(found, kind):
+        raise UserError(f"{path}: must be what a run has written, or be removed")
+    return found
 
 
 class Record:
@@ -120,10 +137,15 @@ class Record:
         folder: Of the run.
         config: Of a fit: plain values.
         resumed: The fit goes on from a checkpoint of this folder.
+        keeps: It keeps the folder, which may have no checkpoint yet.
     """
 
-    def __init__(self, folder: Path, config: Any = None, resumed: bool = False) -> None:
-        self.folder, self.config, self.resumed = folder, config, resumed
+    def __init__(
+        self, folder: Path, config: Any = None, resumed: bool = False, keeps: bool = False
+    ) -> None:
+        self.folder, self.config = folder, config
+        self.resumed, self.keeps = resumed, keeps or resumed
+        self.different = ""  # from the start before; said when nobody can refuse it any more
         self.lock = contextlib.ExitStack()
         self.starts: dict[str, Any] = {}
 
@@ -134,10 +156,10 @@ class Record:
             start: The checkpoint to start from.
         """
         path, name = self.folder / STARTS, Path(start).name if start else "the beginning"
-        if not self.resumed:
+        if not self.keeps:
             return
-        found = json.loads(path.read_text()) if path.is_file() else {}
-        number = found["number"] if found.get("from") == name else 0
+        found = _content(path, dict)
+        number = found.get("number", 0) if found.get("from") == name else 0
         if number > RESTARTS:
             raise Stopped(
                 f"{RESTARTS} restarts from {name} have come no further; see what went wrong, then "
@@ -157,7 +179,8 @@ class Record:
             starts = json.loads(path.read_text()) if path.is_file() else []
             if starts and starts[-1].get("config"):
                 last = starts[-1]
-                return last["config"] | {name: last[name] for name in [PER_STEP] if name in last}
+                measured = {name: last[name] for name in (PER_STEP, PRECISION) if name in last}
+                return last["config"] | measured
             path = self.folder / "config.yaml"
             return dict(yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
         except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -187,12 +210,14 @@ class Record:
                 f"trainer.default_root_dir={folder}: must be the folder of a run, or empty; it "
                 f"holds {sorted(held)[0]}"
             )
-        if held and not self.resumed:
+        if held and not self.keeps:
             names = (folder.with_name(f"{folder.name}.{i}") for i in range(1, sys.maxsize))
             aside = next(path for path in names if not path.exists())
             folder.rename(aside)
             print(f"{folder} held an earlier run; it is now {aside}")
         folder.mkdir(exist_ok=True)
+        if not self.resumed:  # at once: whatever fails from here on, the folder is known as a run's
+            self.write_config()
 
     # ---- of the first process --------------------------------------------------------------
 
@@ -211,7 +236,7 @@ class Record:
     def write_start(self, trainer: Trainer) -> None:
         """Write down the environment and the config of this start."""
         path = self.folder / "environment.json"
-        earlier = json.loads(path.read_text()) if path.is_file() else []
+        earlier = _content(path, list)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         start = environment(trainer) | {PER_STEP: data.images_per_step(trainer)}
         start |= {"config": redacted(self.config)}
