@@ -359,7 +359,7 @@ def test_a_first_start_may_fail(command, tmp_path: Path, digits: None):
 @pytest.mark.parametrize("text", ["", "[]", "{"])
 def test_starts_that_are_no_record(tmp_path: Path, text: str):
     (tmp_path / STARTS).write_text(text)
-    with pytest.raises(UserError, match=f"{STARTS}: must be .* be removed"):
+    with pytest.raises(UserError, match=f"{STARTS}: must hold a JSON dict of a run; remove it"):
         Record(tmp_path, keeps=True).check_progress("step-000006.ckpt")
 
 
@@ -630,7 +630,7 @@ def test_every_callback_of_lightning_is_allowed_or_refused():
         mine = type("Mine", (kind,), {"__init__": lambda self: None})
         with pytest.raises(UserError, match="trainer.callbacks=Mine: must leave training") as told:
             check_callbacks([callbacks.Timer(), mine()])
-        assert f"use {instead}" in str(told.value)
+        assert f"use {instead}" in str(told.value) and f"`{kind.__name__}`" in PAGE
         key = instead.partition(",")[0].partition(" ")[0]
         assert key in keys or key.startswith("model.network"), key
     check_callbacks([callbacks.Timer(), callbacks.EarlyStopping("val/fid")])

@@ -4,29 +4,20 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    Callback,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch import callbacks as theirs
 from lightning.pytorch.utilities import rank_zero_info
 
 from w2s_train.errors import UserError
 
 # Callbacks that change training beside the keys that say so: what to use instead.
-INSTEAD: dict[type[Callback], str] = {
-    GradientAccumulationScheduler: "trainer.accumulate_grad_batches",
-    LearningRateFinder: "model.optimizer.init_args.lr",
-    BatchSizeFinder: "data.batch_size",
-    WeightAveraging: "model.ema_decay",
-    StochasticWeightAveraging: "model.ema_decay, and model.scheduler for its rates",
-    BaseFinetuning: "model.network.init_args.path, whose weights are all trained",
-    ModelPruning: "model.network for a smaller one, or prune what `lightning export` writes",
+INSTEAD: dict[type[theirs.Callback], str] = {
+    theirs.GradientAccumulationScheduler: "trainer.accumulate_grad_batches",
+    theirs.LearningRateFinder: "model.optimizer.init_args.lr",
+    theirs.BatchSizeFinder: "data.batch_size",
+    theirs.WeightAveraging: "model.ema_decay",
+    theirs.StochasticWeightAveraging: "model.ema_decay, and model.scheduler for its rates",
+    theirs.BaseFinetuning: "model.network.init_args.path, whose weights are all trained",
+    theirs.ModelPruning: "model.network for a smaller one, or prune what `lightning export` writes",
 }
 REFUSED = ("fsdp", "deepspeed", "model_parallel", "ddp_spawn")  # strategies; the first three split
 PRECISIONS = ("32-true", "32", "16-mixed", "16", "bf16-mixed", "bf16")  # of float32 weights
@@ -74,19 +65,18 @@ def check_flags(trainer: Any) -> None:
         )
 
 
-def check_callbacks(callbacks: Iterable[Callback]) -> None:
+def check_callbacks(callbacks: Iterable[theirs.Callback]) -> None:
     """Refuse those that change training or weights, which keys of the config do and record.
 
     Raises:
         UserError: There is one.
     """
     for each in callbacks:
-        for kind, key in INSTEAD.items():
-            if isinstance(each, kind):
-                raise UserError(
-                    f"trainer.callbacks={type(each).__name__}: must leave training and weights as "
-                    f"the config says; use {key}"
-                )
+        if instead := next((key for kind, key in INSTEAD.items() if isinstance(each, kind)), None):
+            raise UserError(
+                f"trainer.callbacks={type(each).__name__}: must leave training and weights as the "
+                f"config says; use {instead}"
+            )
 
 
 def check_precision(precision: Any) -> None:
@@ -136,8 +126,6 @@ def _check_epochs(trainer: Any) -> None:
                 "run, and an epoch is images / global batch steps"
             )
     for unit in ("steps", "epochs"):
-        least, most = getattr(trainer, f"min_{unit}"), getattr(trainer, f"max_{unit}")
-        if least and most and 0 < most < least:
-            raise UserError(
-                f"trainer.min_{unit}={least}: must be at most trainer.max_{unit}, {most}"
-            )
+        low, top = getattr(trainer, f"min_{unit}"), getattr(trainer, f"max_{unit}")
+        if low and top and 0 < top < low:
+            raise UserError(f"trainer.min_{unit}={low}: must be at most trainer.max_{unit}, {top}")

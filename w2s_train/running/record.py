@@ -25,9 +25,8 @@ from w2s_train.scores import git_commit, read_record
 from w2s_train.secrets import redacted
 
 STARTS = "starts.json"
-# What a folder that holds a run has some of.
-OURS = ["config.yaml", "environment.json", "metrics.csv", "scores.json", STARTS]
-OURS += ["checkpoints", "samples", "code", "logs"]
+# What a folder that holds a run has some of, or the above.
+OURS = "config.yaml environment.json metrics.csv scores.json checkpoints samples code logs".split()
 PER_STEP = "images_per_step"  # of all processes: also changed by their number
 PRECISION = "precision"  # in effect: also changed by a plugin
 RESTARTS = 3  # without progress, before another one is refused
@@ -110,17 +109,13 @@ def environment(trainer: Trainer) -> dict[str, Any]:
 
 
 def _content(path: Path, kind: type[dict[str, Any]] | type[list[Any]]) -> Any:
-    """Of a JSON file of a run; empty where there is none.
-
-    Raises:
-        UserError: It holds something else.
-    """
+    """Of a JSON file of a run; empty where there is none."""
     try:
         found = json.loads(path.read_text()) if path.is_file() else kind()
-    except ValueError as error:
-        raise UserError(f"{path}: must be JSON, or be removed; {one_line(error)}") from error
+    except ValueError:
+        found = None
     if not isinstance(found, kind):
-        raise UserError(f"{path}: must be what a run has written, or be removed")
+        raise UserError(f"{path}: must hold a JSON {kind.__name__} of a run; remove it")
     return found
 
 
@@ -205,7 +200,7 @@ class Record:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"trainer.default_root_dir={folder}: must be a folder, not a file")
         held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        if held and held.isdisjoint(OURS):
+        if held and held.isdisjoint([*OURS, STARTS]):
             raise UserError(
                 f"trainer.default_root_dir={folder}: must be the folder of a run, or empty; it "
                 f"holds {sorted(held)[0]}"

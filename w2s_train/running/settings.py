@@ -71,22 +71,17 @@ def check_averages(module: Any, max_steps: int) -> None:
 
 
 def check_switches(module: Any, device: torch.device) -> None:
-    """Refuse implementations of an optimizer that no step can be taken with.
+    """Refuse implementations of an optimizer that take no step.
 
     Raises:
-        UserError: It is one for gradients through the step, or for graphs of another device.
+        UserError: It is for gradients through the step, or for graphs of another device.
     """
     given = _arguments(module.hparams.get("optimizer"))
-    if given.get("differentiable"):
-        raise UserError(
-            "model.optimizer.init_args.differentiable=true: must be false; nothing asks for "
-            "gradients through a step"
-        )
-    if given.get("capturable") and not given.get("fused") and device.type == "cpu":
-        raise UserError(
-            "model.optimizer.init_args.capturable=true: must be false on the CPU, whose steps no "
-            "graph captures"
-        )
+    cpu = device.type == "cpu" and not given.get("fused")
+    for name, refused in (("differentiable", True), ("capturable", cpu)):
+        if given.get(name) and refused:
+            where = " on the CPU" if name == "capturable" else ""
+            raise UserError(f"model.optimizer.init_args.{name}=true: must be false{where}")
 
 
 class Settings:
