@@ -143,7 +143,7 @@ def check_numbers(config: Any) -> None:
             raise UserError(f"{key}={value}: must be at least 1, or -1 for no end")
         if name in COUNTS and (value < 1 or value != int(value)):
             raise UserError(f"{key}={value}: must be a whole number of steps, at least 1")
-        if name in RATES and not 0 <= value < math.inf:
+        if name in (*RATES, "val_check_interval") and not 0 <= value < math.inf:
             raise UserError(f"{key}={value}: must be a finite number, at least 0")
 
 
