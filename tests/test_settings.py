@@ -512,7 +512,7 @@ FLAGS = {
 RELATIVES = {
     "trainer.overfit_batches=inf: must be a whole number": ["--trainer.overfit_batches=.inf"],
     "trainer.limit_train_batches=inf: must be a number": ["--trainer.limit_train_batches=.inf"],
-    "trainer.val_check_interval=inf: must be a finite": ["--trainer.val_check_interval=.inf"],
+    "trainer.val_check_interval=inf: must be a whole number": ["--trainer.val_check_interval=.inf"],
     "trainer.min_epochs=3: must be at most trainer.max_epochs, 2": [
         "--trainer.min_epochs=3",
         "--trainer.max_epochs=2",
