@@ -121,6 +121,18 @@ def test_a_ramp_of_sixteen_bits(kind: str, step: int):
     assert found.double().mean() == 127.5
 
 
+def test_dark_images_of_sixteen_bits():
+    """A PGM states its range, as the others do; of 32 bits in a TIFF it is not known."""
+    pixels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    pgm = b"P5 16 16 65535\n" + pixels.astype(">u2").tobytes()
+    for content in (pgm, encode(pixels, "png"), encode(pixels, "tiff")):
+        assert decode_image(content).tolist() == np.zeros((1, 16, 16)).tolist()
+    lit = b"P5 16 16 65535\n" + (pixels * 257).astype(">u2").tobytes()
+    assert decode_image(lit)[0].tolist() == pixels.tolist()
+    with pytest.raises(BrokenImage, match="none above 255"):
+        decode_image(encode(pixels.astype(np.int32), "tiff"))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_shards_are_read_upright(orientation: int, kind: str):

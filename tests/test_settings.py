@@ -1,12 +1,14 @@
 """No setting is ignored: where a run goes on, and among the flags of the trainer."""
 
 import csv
+import functools
 import inspect
 import json
 import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, quick
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, callbacks
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 from refusals import parsed, parsers_built_once, refusal
@@ -23,10 +25,14 @@ from test_resume import assert_same, checkpoint, equal
 from w2s_train.checkpoint_file import write_checkpoint
 from w2s_train.command.changes import FREE, REFUSED, changes, verdict
 from w2s_train.command.config import walk
-from w2s_train.command.flags import seed_of
+from w2s_train.command.flags import INSTEAD, check_callbacks, seed_of
 from w2s_train.command.run import compose
+from w2s_train.datamodule import ShardDataModule
+from w2s_train.errors import UserError
 from w2s_train.module import DiffusionModule
 from w2s_train.running.checkpoint_io import CheckpointFiles
+from w2s_train.running.record import STARTS, Record
+from w2s_train.running.settings import Settings
 from w2s_train.shards.order import StreamOrder
 
 PAGE = (ROOT / "docs" / "settings.md").read_text()
@@ -229,6 +235,145 @@ def test_states_that_do_not_fit_are_refused(command, tmp_path: Path):
     assert not (tmp_path / "new").exists()
 
 
+OPTIMIZERS = {
+    "by shape": ["torch.optim.Adafactor", "--model.optimizer.lr=1e-3"],
+    "by closure": ["torch.optim.LBFGS", "--model.optimizer.lr=0.01"],
+}
+
+
+def trial(optimizer: Any, **settings: Any) -> Any:
+    """A module with an optimizer, as far as its settings are looked at."""
+    config = {"optimizer": {"init_args": settings}, "scheduler": None}
+    built = functools.partial(optimizer, **settings)
+    return SimpleNamespace(optimizer=built, scheduler=None, hparams=config)
+
+
+@pytest.mark.parametrize(
+    "optimizer, settings",
+    [
+        (torch.optim.Adafactor, {"lr": 1e-3}),
+        (torch.optim.LBFGS, {"lr": 0.01}),
+        (torch.optim.AdamW, {"capturable": True}),
+        (torch.optim.AdamW, {"differentiable": True}),
+        (torch.optim.RMSprop, {"momentum": 0.9}),
+    ],
+)
+def test_a_state_of_the_same_settings_fits(optimizer: Any, settings: dict[str, Any]):
+    """Whatever its names depend on; and after another rate and weight decay, too."""
+    stored = optimizer([torch.nn.Parameter(torch.zeros(2, 3))], **settings).state_dict()
+    stored["state"] = {0: {"of a matrix": torch.zeros(2)}}
+    content = {"hyper_parameters": trial(optimizer, **settings).hparams}
+    content["optimizer_states"] = [stored]
+    Settings().load(content, trial(optimizer, **settings))
+    changed = settings | {"lr": 0.1}
+    if optimizer is not torch.optim.LBFGS:
+        changed["weight_decay"] = 0.5
+    applied = Settings()
+    applied.load(content, trial(optimizer, **changed))
+    assert set(applied.arguments) == set(changed) - (set(settings) - {"lr"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["by shape", "by closure"])
+def test_runs_of_any_optimizer_go_on(command, case: str):
+    (name, *options), end = OPTIMIZERS[case], "--trainer.max_steps=8"
+    options = [f"--model.optimizer={name}", *options, *LONG]
+    folder = command("fit", *options)
+    command("fit", LAST, end, *options)
+    assert checkpoint(folder)["global_step"] == 8
+
+
+@pytest.mark.parametrize("name", ["capturable", "differentiable"])
+def test_implementations_that_cannot_step(name: str, digits: None, tmp_path: Path):
+    """Where the optimizer is looked at alone, and where it refuses to be built."""
+    flag = f"--model.optimizer.init_args.{name}=true"
+    line = refusal(tmp_path / "run", flag)
+    assert f"model.optimizer.init_args.{name}=true: must be false" in line
+    if name == "differentiable":
+        line = refusal(tmp_path / "run", flag, "--model.optimizer.init_args.fused=true")
+        assert "optimizer: `fused` does not support `differentiable`" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_precision_of_a_plugin_is_announced(command, tiny_run: Path, caplog):
+    caplog.set_level("INFO")
+    plugin = "{class_path: lightning.pytorch.plugins.MixedPrecision, init_args: "
+    plugin += "{precision: bf16-mixed, device: cpu}}"
+    command("fit", LAST, "--trainer.max_steps=8", f"--trainer.plugins={plugin}", *LONG)
+    line = next(line for line in caplog.messages if line.startswith("unlike "))
+    assert "; precision 32-true -> bf16-mixed" in line
+
+
+@pytest.mark.slow
+def test_what_is_refused_was_not_announced(command, tiny_run: Path, caplog):
+    """Weights of the source that goes have no place; each source is named."""
+    caplog.set_level("INFO")
+    message = refused(command, "--model.objective.init_args.segments=null", *LONG)
+    assert "segments=null: must be [Extrapolation(IntermediateHead), Extrapolation(Null" in message
+    assert "unlike" not in caplog.text
+
+
+# ---- a folder, and what failed there --------------------------------------------------------
+
+
+def test_a_start_that_failed_locks_no_folder(tmp_path: Path):
+    """Whatever it was: loggers write, callbacks raise; a folder of others stays refused."""
+    folder = tmp_path / "run"
+    for keeps, aside in ((True, 0), (True, 0), (False, 1)):
+        record = Record(folder, {"a": 1}, keeps=keeps)
+        record.check_progress(None)
+        record.claim()
+        (folder / "events.out.tfevents.1").touch()  # of a logger, and then it fails
+        record.count_start()
+        record.release()
+        assert len(list(tmp_path.glob("run.*"))) == aside
+    (folder / "config.yaml").unlink()
+    with pytest.raises(UserError, match="must be the folder of a run, or empty; it holds events"):
+        Record(folder, keeps=True).claim()
+
+
+def test_a_start_that_failed_is_of_a_run_without_its_config(tmp_path: Path):
+    """As versions before have left it."""
+    for name in ("events.out.tfevents.1", "hparams.yaml", STARTS):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    record = Record(tmp_path / "run", keeps=True)
+    record.claim()
+    record.release()
+
+
+@pytest.mark.slow
+def test_a_first_start_may_fail(command, tmp_path: Path, digits: None):
+    """With wrong labels, or in a callback; what is recorded last is what ran."""
+    wrong = ["--data.num_classes=5", "--model.network.init_args.num_classes=5"]
+    assert "label" in refused(command, *wrong, *LONG)
+    folder = command("fit", LAST, *LONG)
+    assert checkpoint(folder)["global_step"] == 6
+    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["num_classes"] == 10
+    starts = json.loads((folder / "environment.json").read_text())
+    assert starts[-1]["config"]["data"]["num_classes"] == 10
+    assert not (tmp_path / "run.1").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_starts_that_are_no_record(tmp_path: Path, text: str):
+    (tmp_path / STARTS).write_text(text)
+    with pytest.raises(UserError, match=f"{STARTS}: must hold a JSON dict of a run; remove it"):
+        Record(tmp_path, keeps=True).check_progress("step-000006.ckpt")
+
+
+def test_a_checkpoint_at_the_root_of_the_file_system():
+    """It is not of this folder; its order of the data is another."""
+    data: Any = SimpleNamespace(
+        trainer=SimpleNamespace(ckpt_path="/x.ckpt", default_root_dir="/runs/a"),
+        checkpoint_order={"order": "another"},
+        state_dict=lambda: {"order": "ours"},
+    )
+    with pytest.warns(UserWarning, match="samples of the current epoch may come twice"):
+        ShardDataModule._compare_order(data)
+
+
 # ---- optimizer and schedule -----------------------------------------------------------------
 
 COSINE = "--model.scheduler=torch.optim.lr_scheduler.CosineAnnealingLR"
@@ -357,12 +502,32 @@ FLAGS = {
     "max_epochs": ("1", "must be left out, or be at least 1 and come with a number of"),
     "min_epochs": ("1", "must be left out"),
     "min_steps": ("7", "must be at most trainer.max_steps, 6"),
+    "max_steps": ("-2", "must be at least 1, or -1 for no end"),
     "overfit_batches": ("-3", "must be a whole number of batches, at least 0, or a share"),
     "limit_train_batches": ("0.5", "must be a number of batches, at least 1"),
     "val_check_interval": ("9 --trainer.limit_train_batches=3", "must be at most the batches of"),
     "strategy": ("fsdp", "must keep whole networks"),
     "precision": ("64-true", "must keep float32 weights"),
 }
+
+
+RELATIVES = {
+    "trainer.overfit_batches=inf: must be a whole number": ["--trainer.overfit_batches=.inf"],
+    "trainer.limit_train_batches=inf: must be a number": ["--trainer.limit_train_batches=.inf"],
+    "trainer.val_check_interval=inf: must be a whole number": ["--trainer.val_check_interval=.inf"],
+    "trainer.min_epochs=3: must be at most trainer.max_epochs, 2": [
+        "--trainer.min_epochs=3",
+        "--trainer.max_epochs=2",
+        "--trainer.limit_train_batches=2",
+    ],
+    "trainer: ": ["--trainer.strategy=xla"],
+}
+
+
+@pytest.mark.parametrize("line", RELATIVES)
+def test_values_without_a_meaning(line: str, digits: None, tmp_path: Path):
+    assert f"error: {line}" in refusal(tmp_path / "run", *RELATIVES[line])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -464,6 +629,37 @@ def test_flags_that_are_translated(flag: str, digits: None, monkeypatch):
     monkeypatch.chdir(ROOT)
     value, holds = TRANSLATED[flag]
     assert holds(composed(f"--trainer.{flag}={value}"))
+
+
+ALLOWED = """
+    BasePredictionWriter Callback Checkpoint DeviceStatsMonitor EarlyStopping LambdaCallback
+    LearningRateMonitor ModelCheckpoint ModelSummary OnExceptionCheckpoint ProgressBar
+    RichModelSummary RichProgressBar SpikeDetection ThroughputMonitor Timer TQDMProgressBar
+""".split()
+
+
+def test_every_callback_of_lightning_is_allowed_or_refused():
+    """Those that change training or weights name the key that does so, also by a subclass."""
+    names = set(callbacks.__all__)
+    refused = {n for n in names if issubclass(getattr(callbacks, n), tuple(INSTEAD))}
+    assert refused == names - {*ALLOWED} and {*ALLOWED} < names
+    keys = {key for key, _ in walk(parsed("-c", "configs/digits_w2s.yaml"))}
+    for kind, instead in INSTEAD.items():
+        mine = type("Mine", (kind,), {"__init__": lambda self: None})
+        with pytest.raises(UserError, match="trainer.callbacks=Mine: must leave training") as told:
+            check_callbacks([callbacks.Timer(), mine()])
+        assert f"use {instead}" in str(told.value) and f"`{kind.__name__}`" in PAGE
+        key = instead.partition(",")[0].partition(" ")[0]
+        assert key in keys or key.startswith("model.network"), key
+    check_callbacks([callbacks.Timer(), callbacks.EarlyStopping("val/fid")])
+
+
+def test_a_callback_that_changes_training_is_refused(digits: None, tmp_path: Path):
+    name = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
+    options = [f"--trainer.callbacks={name}", "--trainer.callbacks.scheduling={0: 2}"]
+    line = refusal(tmp_path / "run", *options)
+    assert "trainer.callbacks=GradientAccumulationScheduler: must leave training" in line
+    assert "trainer.accumulate_grad_batches" in line and not (tmp_path / "run").exists()
 
 
 def test_a_progress_bar_of_the_config_is_the_only_one(digits: None, monkeypatch):

@@ -347,7 +347,7 @@ class ShardDataModule(LightningDataModule):
             return
         trainer: Any = self.trainer
         start = Path(trainer.ckpt_path or "").resolve()
-        if trainer.ckpt_path and start.parents[1] == Path(trainer.default_root_dir).resolve():
+        if trainer.ckpt_path and start.parent.parent == Path(trainer.default_root_dir).resolve():
             self._refuse_other(before, now, trainer.ckpt_path)
         rank_zero_warn(
             "the shards, data.seed or data.shuffle are not those of the checkpoint: samples "

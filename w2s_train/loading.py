@@ -201,7 +201,7 @@ def check_optimizer(optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimize
     """
     try:
         optimizer([nn.Parameter(torch.zeros(1))])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"optimizer: {error}; it must be callable, and its rates must be finite and at least 0"
         ) from error

@@ -33,7 +33,7 @@ FREE = """
 """.split()
 # Where weights of the network, its averages and weak sources come from.
 WEIGHTS = ("model.network", "model.objective", "model.ema_decay")
-SHOWN = 60  # characters of a value
+SHOWN = 80  # characters of a value
 
 
 class Change(NamedTuple):
@@ -121,7 +121,11 @@ def _number(decays: Any) -> int:
 
 def _short(value: Any) -> str:
     if isinstance(value, dict) and "class_path" in value:
-        value = value["class_path"]
+        classes = [value["class_path"]]  # and those of its parts, such as a segment's weak source
+        parts = [each for each in (value.get("init_args") or {}).values() if isinstance(each, dict)]
+        classes += [part["class_path"] for part in parts if "class_path" in part]
+        names = [each.rpartition(".")[2] for each in classes]
+        value = f"{names[0]}({', '.join(names[1:])})" if names[1:] else classes[0]
     elif isinstance(value, list):
         value = f"[{', '.join(_short(each) for each in value)}]"
     elif value is None:

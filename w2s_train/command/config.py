@@ -184,9 +184,9 @@ def check_numbers(config: Any) -> None:
         name = key.split(".")[-1]
         if key == "seed_everything" and not 0 <= value < 2**32:
             raise UserError(f"{key}={value}: must be in [0, {2**32 - 1}]")
-        if key == "trainer.max_steps" and value == 0:
+        if key == "trainer.max_steps" and (value == 0 or value < -1):
             raise UserError(f"{key}={value}: must be at least 1, or -1 for no end")
-        if name in COUNTS and (value < 1 or value != int(value)):
+        if name in COUNTS and (value < 1 or not float(value).is_integer()):
             raise UserError(f"{key}={value}: must be a whole number of steps, at least 1")
         if name in RATES and not 0 <= value < math.inf:
             raise UserError(f"{key}={value}: must be a finite number, at least 0")

@@ -1,12 +1,24 @@
 """Flags of Lightning's trainer that mean something else here, or nothing: docs/settings.md."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
+from lightning.pytorch import callbacks as theirs
 from lightning.pytorch.utilities import rank_zero_info
 
 from w2s_train.errors import UserError
 
+# Callbacks that change training beside the keys that say so: what to use instead.
+INSTEAD: dict[type[theirs.Callback], str] = {
+    theirs.GradientAccumulationScheduler: "trainer.accumulate_grad_batches",
+    theirs.LearningRateFinder: "model.optimizer.init_args.lr",
+    theirs.BatchSizeFinder: "data.batch_size",
+    theirs.WeightAveraging: "model.ema_decay",
+    theirs.StochasticWeightAveraging: "model.ema_decay, and model.scheduler for its rates",
+    theirs.BaseFinetuning: "model.network.init_args.path, whose weights are all trained",
+    theirs.ModelPruning: "model.network for a smaller one, or prune what `lightning export` writes",
+}
 REFUSED = ("fsdp", "deepspeed", "model_parallel", "ddp_spawn")  # strategies; the first three split
 PRECISIONS = ("32-true", "32", "16-mixed", "16", "bf16-mixed", "bf16")  # of float32 weights
 
@@ -40,7 +52,7 @@ def check_flags(trainer: Any) -> None:
         )
     check_precision(trainer.precision)
     batches = trainer.overfit_batches
-    if batches < 0 or (batches > 1 and batches != int(batches)):
+    if batches < 0 or (batches > 1 and not float(batches).is_integer()):
         raise UserError(
             f"trainer.overfit_batches={batches}: must be a whole number of batches, at least 0, or "
             "a share of the data in [0, 1]"
@@ -51,6 +63,20 @@ def check_flags(trainer: Any) -> None:
             "trainer.use_distributed_sampler=True: changes nothing; data are dealt out to "
             "processes in any case"
         )
+
+
+def check_callbacks(callbacks: Iterable[theirs.Callback]) -> None:
+    """Refuse those that change training or weights, which keys of the config do and record.
+
+    Raises:
+        UserError: There is one.
+    """
+    for each in callbacks:
+        if instead := next((key for kind, key in INSTEAD.items() if isinstance(each, kind)), None):
+            raise UserError(
+                f"trainer.callbacks={type(each).__name__}: must leave training and weights as the "
+                f"config says; use {instead}"
+            )
 
 
 def check_precision(precision: Any) -> None:
@@ -79,7 +105,7 @@ def _check_epochs(trainer: Any) -> None:
     batches, interval = trainer.limit_train_batches, trainer.val_check_interval
     # Some versions of the parser read 5 as 5.0 where a share is allowed, too.
     whole = batches is not None and (isinstance(batches, int) or batches > 1)
-    if batches is not None and (batches != int(batches) or batches < 1):
+    if batches is not None and (not float(batches).is_integer() or batches < 1):
         raise UserError(
             f"trainer.limit_train_batches={batches}: must be a number of batches, at least 1, or "
             "left out"
@@ -99,8 +125,7 @@ def _check_epochs(trainer: Any) -> None:
                 "number of trainer.limit_train_batches: data have no end; trainer.max_steps ends a "
                 "run, and an epoch is images / global batch steps"
             )
-    if trainer.min_steps and 0 < trainer.max_steps < trainer.min_steps:
-        raise UserError(
-            f"trainer.min_steps={trainer.min_steps}: must be at most trainer.max_steps, "
-            f"{trainer.max_steps}"
-        )
+    for unit in ("steps", "epochs"):
+        low, top = getattr(trainer, f"min_{unit}"), getattr(trainer, f"max_{unit}")
+        if low and top and 0 < top < low:
+            raise UserError(f"trainer.min_{unit}={low}: must be at most trainer.max_{unit}, {top}")

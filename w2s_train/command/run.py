@@ -30,7 +30,7 @@ from w2s_train.command.config import (
     innermost,
     locate,
 )
-from w2s_train.command.flags import check_flags, check_precision, seed_of
+from w2s_train.command.flags import check_callbacks, check_flags, check_precision, seed_of
 from w2s_train.command.processes import check_processes, cluster_environments
 from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
 from w2s_train.datamodule import ShardDataModule, classes_of
@@ -50,9 +50,9 @@ from w2s_train.running.guard import Guard
 from w2s_train.running.loggers import Events, MetricsCSV, placed
 from w2s_train.running.profile import Profile
 from w2s_train.running.progress import Progress
-from w2s_train.running.record import PER_STEP, Record, find_checkpoint, run_folder
+from w2s_train.running.record import PER_STEP, PRECISION, Record, find_checkpoint, run_folder
 from w2s_train.running.run import Run
-from w2s_train.running.settings import check_averages, check_schedule
+from w2s_train.running.settings import check_averages, check_schedule, check_switches
 from w2s_train.running.stop import Stop
 from w2s_train.running.watch import Watch
 from w2s_train.running.watched_ddp import watched_strategies
@@ -169,8 +169,9 @@ class Command(LightningCLI):
         # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
         # job that was stopped before its first checkpoint keeps its folder.
         start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
-        resumed = self.goes_on or start == folder.resolve()
-        self.record = Record(folder, self._whole_config(), resumed)
+        resumed = bool(getattr(config, "ckpt_path", None))
+        resumed = resumed and (self.goes_on or start == folder.resolve())
+        self.record = Record(folder, self._whole_config(), resumed, keeps=self.goes_on)
         if subcommand in ("predict", "sample", "reference"):
             config.trainer.logger = False
         logger = config.trainer.logger
@@ -196,7 +197,7 @@ class Command(LightningCLI):
         kwargs |= self._limits()
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, RuntimeError, TypeError) as error:
+        except (ValueError, RuntimeError, TypeError, ImportError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         check_precision(trainer.precision)  # of a plugin
         check_processes(trainer)
@@ -206,6 +207,7 @@ class Command(LightningCLI):
         """Those of the config, and those that every run has."""
         config = self.config_init[self.subcommand]
         given = self._callbacks()
+        check_callbacks(given)
         bar = config.trainer.enable_progress_bar is not False
         bar = bar and not any(isinstance(each, ProgressBar) for each in given)
         ours: list[Any] = [Progress()] * bar + [Profile()] * self.profile
@@ -359,6 +361,7 @@ class Command(LightningCLI):
         steps = self.trainer.max_steps
         try:
             self.model.plan(steps)
+            check_switches(self.model, self.trainer.strategy.root_device)
             check_schedule(self.model, steps)
             self.datamodule.check_global_batch(self.trainer)
             self.datamodule.check_unlabelled(self.model)
@@ -389,7 +392,8 @@ class Command(LightningCLI):
         if settings is not None:
             before["model"] = settings  # of the very state that it goes on from
         now = redacted(self.record.config) | {
-            PER_STEP: self.datamodule.images_per_step(self.trainer)
+            PER_STEP: self.datamodule.images_per_step(self.trainer),
+            PRECISION: str(self.trainer.precision),
         }
         now = {name: part for name, part in now.items() if name in before}
         if "model" in now:
@@ -397,7 +401,7 @@ class Command(LightningCLI):
         own = self.record.resumed
         where = f"{path}, or have another trainer.default_root_dir" if own else path
         if different := changes.check(before, now, where, own=own):
-            rank_zero_info(f"unlike {path}: {different}")
+            self.record.different = f"unlike {path}: {different}"
         last = self.trainer.max_steps
         if 0 < last <= reached:
             rank_zero_info(f"trainer.max_steps={last}: is reached by {path}; no step is left")

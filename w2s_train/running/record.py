@@ -26,9 +26,10 @@ from w2s_train.scores import git_commit, read_record
 from w2s_train.secrets import redacted
 
 STARTS = "starts.json"
-# What a folder that holds a run has some of.
+# What a folder that holds a run has some of, or the above.
 OURS = "config.yaml environment.json metrics.csv scores.json checkpoints samples code logs".split()
 PER_STEP = "images_per_step"  # of all processes: also changed by their number
+PRECISION = "precision"  # in effect: also changed by a plugin
 RESTARTS = 3  # without progress, before another one is refused
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "webdataset", "clean-fid")
 
@@ -107,8 +108,19 @@ def environment(trainer: Trainer) -> dict[str, Any]:
         if cuda
         else [],
         "processes": trainer.world_size,
-        "precision": str(trainer.precision),
+        PRECISION: str(trainer.precision),
     }
+
+
+def _content(path: Path, kind: type[dict[str, Any]] | type[list[Any]]) -> Any:
+    """Of a JSON file of a run; empty where there is none."""
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else kind()
+    except ValueError:
+        found = None
+    if not isinstance(found, kind):
+        raise UserError(f"{path}: must hold a JSON {kind.__name__} of a run; remove it")
+    return found
 
 
 class Record:
@@ -124,10 +136,15 @@ class Record:
         folder: Of the run.
         config: Of a fit: plain values.
         resumed: The fit goes on from a checkpoint of this folder.
+        keeps: It keeps the folder, which may have no checkpoint yet.
     """
 
-    def __init__(self, folder: Path, config: Any = None, resumed: bool = False) -> None:
-        self.folder, self.config, self.resumed = folder, config, resumed
+    def __init__(
+        self, folder: Path, config: Any = None, resumed: bool = False, keeps: bool = False
+    ) -> None:
+        self.folder, self.config = folder, config
+        self.resumed, self.keeps = resumed, keeps or resumed
+        self.different = ""  # from the start before; said when nobody can refuse it any more
         self.lock = contextlib.ExitStack()
         self.starts: dict[str, Any] = {}
 
@@ -138,10 +155,10 @@ class Record:
             start: The checkpoint to start from.
         """
         path, name = self.folder / STARTS, Path(start).name if start else "the beginning"
-        if not self.resumed:
+        if not self.keeps:
             return
-        found = json.loads(path.read_text()) if path.is_file() else {}
-        number = found["number"] if found.get("from") == name else 0
+        found = _content(path, dict)
+        number = found.get("number", 0) if found.get("from") == name else 0
         if number > RESTARTS:
             raise Stopped(
                 f"{RESTARTS} restarts from {name} have come no further; see what went wrong, then "
@@ -158,7 +175,8 @@ class Record:
         """
         last: dict[str, Any] = [{}, *self._earlier()][-1]
         if last.get("config"):
-            return last["config"] | {name: last[name] for name in [PER_STEP] if name in last}
+            measured = {name: last[name] for name in (PER_STEP, PRECISION) if name in last}
+            return dict(last["config"]) | measured
         path = self.folder / "config.yaml"
         try:
             return dict(yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
@@ -175,11 +193,10 @@ class Record:
     def _earlier(self) -> list[dict[str, Any]]:
         """Earlier starts, as ``environment.json`` has them."""
         path = self.folder / "environment.json"
-        try:
-            starts = json.loads(path.read_text()) if path.is_file() else []
-            return [dict(start) for start in starts]
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: must be the record of a run; {one_line(error)}") from error
+        starts: list[Any] = _content(path, list)
+        if not all(isinstance(start, dict) for start in starts):
+            raise UserError(f"{path}: must be the record of a run; remove it")
+        return starts
 
     def claim(self) -> None:
         """Make the folder this run's own; on the first process, before loggers write there."""
@@ -200,17 +217,19 @@ class Record:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"trainer.default_root_dir={folder}: must be a folder, not a file")
         held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        if held and held.isdisjoint(OURS):
+        if held and held.isdisjoint([*OURS, STARTS]):
             raise UserError(
                 f"trainer.default_root_dir={folder}: must be the folder of a run, or empty; it "
                 f"holds {sorted(held)[0]}"
             )
-        if held and not self.resumed:
+        if held and not self.keeps:
             names = (folder.with_name(f"{folder.name}.{i}") for i in range(1, sys.maxsize))
             aside = next(path for path in names if not path.exists())
             folder.rename(aside)
             print(f"{folder} held an earlier run; it is now {aside}")
         folder.mkdir(exist_ok=True)
+        if not self.resumed:  # at once: whatever fails from here on, the folder is known as a run's
+            self.write_config()
 
     # ---- of the first process --------------------------------------------------------------
 

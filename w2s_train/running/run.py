@@ -78,8 +78,6 @@ class Run(Checkpoint):
             self.stop.listen()
         if stage == "fit":
             self.checkpoints.clear(trainer)
-            if trainer.is_global_zero and not self.record.resumed:
-                self.record.write_config()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
@@ -95,6 +93,8 @@ class Run(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.settings.apply(trainer, pl_module)
         pl_module.clock.pace(trainer.global_step, pl_module.images_seen, trainer.train_dataloader)
+        if self.record.different:
+            rank_zero_info(self.record.different)
         if trainer.is_global_zero and self.record.resumed:  # not before nobody can refuse it
             self.record.write_config()
             self.record.write_start(trainer)

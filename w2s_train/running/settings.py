@@ -70,6 +70,20 @@ def check_averages(module: Any, max_steps: int) -> None:
             )
 
 
+def check_switches(module: Any, device: torch.device) -> None:
+    """Refuse implementations of an optimizer that take no step.
+
+    Raises:
+        UserError: It is for gradients through the step, or for graphs of another device.
+    """
+    given = _arguments(module.hparams.get("optimizer"))
+    cpu = device.type == "cpu" and not given.get("fused")
+    for name, refused in (("differentiable", True), ("capturable", cpu)):
+        if given.get(name) and refused:
+            where = " on the CPU" if name == "capturable" else ""
+            raise UserError(f"model.optimizer.init_args.{name}=true: must be false{where}")
+
+
 class Settings:
     """Lets optimizer and scheduler of a run that goes on be those of the config.
 
@@ -132,19 +146,36 @@ def _replay(scheduler: LRScheduler, steps: int, begin: int = 0) -> None:
 
 
 def _check_state(checkpoint: dict[str, Any], module: Any) -> None:
-    """Refuse a state that lacks what the optimizer's next step reads, such as a momentum."""
-    optimizer = _trial(module)
-    if isinstance(optimizer, torch.optim.SGD):
-        return  # which makes what it lacks
-    (parameter,) = optimizer.param_groups[0]["params"]
-    parameter.grad = torch.zeros(1)
-    optimizer.step()
-    needed, states = optimizer.state[parameter].keys(), checkpoint["optimizer_states"][0]["state"]
-    if missing := sorted(needed - next(iter(states.values()), optimizer.state[parameter]).keys()):
+    """Refuse a state that lacks what a setting that was switched on reads, such as a momentum.
+
+    States are compared of two steps with a parameter of their own: the checkpoint's parameters have
+    other shapes, which some optimizers' states depend on.
+    """
+    now, before = _trial(module), _trial(module)
+    theirs = checkpoint["optimizer_states"][0]["param_groups"][0]
+    switched = {
+        name: theirs[name]
+        for name, value in now.param_groups[0].items()
+        if name in now.defaults and name in theirs and bool(theirs[name]) != bool(value)
+    }
+    if isinstance(now, torch.optim.SGD) or switched.keys() <= {*IMPLEMENTATION}:
+        return  # it makes what it lacks; or nothing was switched on
+    before.param_groups[0].update(switched)
+    if missing := sorted(_state(now).keys() - _state(before).keys()):
         raise UserError(
             f"model.optimizer: must find {', '.join(missing)} in the state of the checkpoint, "
             "which another optimizer, or another kind of it, has written"
         )
+
+
+def _state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """That of a trial's parameter after a step."""
+    (group,) = optimizer.param_groups
+    group.update({name: False for name in IMPLEMENTATION if name in group})
+    (parameter,) = group["params"]
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(lambda: 0.0)
+    return optimizer.state[parameter]
 
 
 def _in_effect(checkpoint: dict[str, Any], module: Any) -> dict[str, tuple[Any, Any]]:
