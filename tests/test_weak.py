@@ -314,8 +314,8 @@ def test_checkpoints_of_ours(weights: str, network: DiT, tmp_path: Path):
     ("changes", "reason"),
     [
         ({"num_classes": 7}, "num_classes 7, must have 5"),
-        ({"in_channels": 1}, "shape (1, 8, 8)"),
-        ({"input_size": 16}, "shape (3, 16, 16)"),
+        ({"in_channels": 1}, r"shape \(1, 8, 8\)"),
+        ({"input_size": 16}, r"shape \(3, 16, 16\)"),
         ({"depth": 5}, "parameters, must have at most"),
     ],
 )

@@ -1,6 +1,7 @@
 """The Lightning module: wires network, objective, sampler, optimizer and weight average."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -104,10 +105,18 @@ class DiffusionModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, map_location: Any = None, **options: Any
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        weights_only: bool = True,
+        allow_imports: Sequence[str] = (),
     ) -> "DiffusionModule":
-        """The module of a local checkpoint of ours, as `load_module` and its options say."""
-        return load_module(cls, str(checkpoint_path), **options).to(map_location or "cpu")
+        """The module of a local checkpoint of ours; always read with ``weights_only``.
+
+        ``allow_imports`` names packages of yours that its settings may name, see `load_module`.
+        """
+        module = load_module(cls, str(checkpoint_path), allow_imports)
+        return module.to(map_location or "cpu")
 
     # ---- training --------------------------------------------------------------------------
     def setup(self, stage: str) -> None:
