@@ -111,10 +111,7 @@ class DiffusionModule(LightningModule):
         weights_only: bool = True,
         allow_imports: Sequence[str] = (),
     ) -> "DiffusionModule":
-        """The module of a local checkpoint of ours; always read with ``weights_only``.
-
-        ``allow_imports`` names packages of yours that its settings may name, see `load_module`.
-        """
+        """The module of a local checkpoint, as `load_module` says; always ``weights_only``."""
         module = load_module(cls, str(checkpoint_path), allow_imports)
         return module.to(map_location or "cpu")
 

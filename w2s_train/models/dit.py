@@ -175,9 +175,10 @@ class DiT(nn.Module):
         time_shift: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels)
-        sizes |= dict(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
-        sizes |= dict(num_classes=num_classes)
+        sizes = dict(
+            input_size=input_size, patch_size=patch_size, in_channels=in_channels, depth=depth
+        )
+        sizes |= dict(hidden_size=hidden_size, num_heads=num_heads, num_classes=num_classes)
         out_channels = in_channels if out_channels is None else out_channels
         _check_sizes(sizes, mlp_ratio, out_channels)
         require("gradient_checkpointing", gradient_checkpointing, "[0, inf)")
