@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from slurm_cluster import Cluster, require_slurm, slurm_cluster, wait_until
 from test_resume import assert_same, checkpoint
@@ -129,9 +130,10 @@ def test_preempted_twice_equals_uninterrupted(command, cluster, project: Path, s
 
 @pytest.mark.long
 def test_an_array_of_seeds(cluster, project: Path, submit):
-    """One task per seed, each in a folder of its own; then their checkpoints are scored."""
-    job, commands = submit("--seeds", "0", "1", "--", "--data.num_generated=64")
-    runs = [project / "runs" / f"digits_w2s+tiny-seed{seed}" for seed in (0, 1)]
+    """One task per value and seed, each in a folder of its own; their checkpoints are scored."""
+    sweep = ["--sweep", "model.objective.segments.0.scale=0.25", "--seeds", "0", "1"]
+    job, commands = submit(*sweep, "--array", "%1", "--", "--data.num_generated=64")
+    runs = [project / "runs" / f"digits_w2s+tiny+scale=0.25-seed{seed}" for seed in (0, 1)]
     for seed, run in enumerate(runs):
         cluster.wait_for(f"{job}_{seed}", "COMPLETED", 400)
         assert [start["command"][1:] for start in starts(run)] == [shlex.split(commands[seed])[1:]]
@@ -139,7 +141,11 @@ def test_an_array_of_seeds(cluster, project: Path, submit):
     one, other = (checkpoint(run)["state_dict"] for run in runs)
     assert any(not other[name].equal(value) for name, value in one.items())
 
-    job, _ = submit("--evaluate", "last", "--seeds", "0", "1", "--", "--data.num_generated=64")
+    settings = torch.load(runs[0] / "checkpoints" / "last.ckpt", weights_only=True)
+    segments = settings["hyper_parameters"]["objective"]["init_args"]["segments"]
+    assert [each["init_args"]["scale"] for each in segments] == [0.25, 0.1]
+
+    job, _ = submit("--evaluate", "last", *sweep, "--", "--data.num_generated=64")
     for seed, run in enumerate(runs):
         cluster.wait_for(f"{job}_{seed}", "COMPLETED", 400)
         scores = json.loads((run / "scores.json").read_text())
