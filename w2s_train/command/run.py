@@ -130,8 +130,8 @@ class Command(LightningCLI):
         self.record = Record(folder, self._whole_config(), resumed)
         if subcommand in ("predict", "sample", "reference"):
             config.trainer.logger = False
-        logger = config.trainer.logger
-        config.trainer.logger = placed(logger, folder, self.record.run_ids())
+        if (logger := config.trainer.logger) not in (None, True, False):
+            config.trainer.logger = placed(logger, folder, self.record.run_ids())
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with loggers and callbacks that every run has."""
@@ -215,7 +215,8 @@ class Command(LightningCLI):
         data, network = self.datamodule, self.model.network
         if data.images is not None and not isinstance(self.model.autoencoder, PixelSpace):
             raise UserError(f"data.images={data.images}: must come without an autoencoder")
-        data.fit_to(self.model.input_shape)
+        if self.subcommand in ("fit", "reference"):
+            data.fit_to(self.model.input_shape)
         if data.num_classes != network.num_classes:
             raise UserError(
                 f"data.num_classes={data.num_classes}: must equal the network's num_classes, "
