@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from conftest import ROOT
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
+from refusals import refusal
 from remembering import Refusing, Remembering
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -47,7 +49,8 @@ def test_loggers_write_into_the_run_folder_and_go_on(tmp_path: Path):
     said = {"save_dir": "elsewhere", "id": "mine", "resume": "must"}
     kept = placed(config(Remembering, **said), tmp_path, {"Remembering": ["a"]})
     assert vars(kept.init_args) == said
-    assert [placed(each, tmp_path, {}) for each in (True, False, None)] == [True, False, None]
+    with pytest.raises(UserError, match="^log_model=all: must be false"):
+        placed(config(Remembering, **FRESH, log_model="all"), tmp_path, {})
 
 
 def test_files_of_lightning_go_on_where_nothing_is_deleted(tmp_path: Path):
@@ -59,6 +62,8 @@ def test_files_of_lightning_go_on_where_nothing_is_deleted(tmp_path: Path):
     )
     assert (events.init_args.version, table.init_args.version) == (3, None)
     assert events.init_args.save_dir == "logs"
+    first = config(TensorBoardLogger, **arguments | {"version": 0})
+    assert placed(first, tmp_path, {"TensorBoardLogger": [3]}).init_args.version == 0
 
 
 def test_ids_are_those_of_the_runs(tmp_path: Path):
@@ -134,6 +139,13 @@ def test_a_logger_of_ones_own(command, tmp_path: Path):
     starts = json.loads((folder / "environment.json").read_text())
     assert [start["loggers"] for start in starts] == [{"Remembering": ["run1"]}] * 2
     assert steps(folder) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_package_that_is_missing_is_named(tmp_path: Path):
+    message = refusal(tmp_path, "--trainer.logger=lightning.pytorch.loggers.WandbLogger")
+    path = "lightning.pytorch.loggers.WandbLogger"
+    assert message == f"error: class_path={path}: needs a package; pip install wandb"
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ class ShardDataModule(LightningDataModule):
             of them twice; each gets a score of its own.
         prepare: Name of a script in ``data/`` that makes the shards when they are missing.
         images: Folder of images, in a sub-folder per class or all of one class, of which
-            ``data/prepare.py`` makes the shards where they are missing, of the network's size.
+            ``data/prepare.py`` makes the shards where they are missing; see `fit_to`.
         made_by: The command that makes the shards, to be named where they are missing.
         dataset: Name of the data set, for its references; that of the shards' folder if not given.
         seed: Of the order; the command links it to ``seed_everything``.
@@ -131,7 +131,8 @@ class ShardDataModule(LightningDataModule):
             require("cache_gigabytes", cache_gigabytes, "(0, inf)")
         self.prepare_data_per_node = False  # nodes share the project's folder
         self.script = find_script(prepare) if prepare else None
-        self.images, self.made_by, self.shape = images, made_by, (0, 0, 0)
+        self.images, self.made_by = images, made_by
+        self.shape: Sequence[int] = ()  # of what is made of ``images``, if it is to be made
         self.makes_shards = prepare is not None or images is not None
         self.storage = Storage(cache, cache_gigabytes, allow_pipe)
         self.train_urls, self.num_classes, self.batch_size = train_urls, num_classes, batch_size
@@ -161,8 +162,8 @@ class ShardDataModule(LightningDataModule):
             raise _named(error, self.made_by if urls == self.train_urls else None) from None
 
     def fit_to(self, shape: Sequence[int]) -> None:
-        """Say of which shape (C, H, W) the shards of ``images`` are to be."""
-        self.shape = (shape[0], shape[1], shape[2])
+        """Make the shards of ``images`` of shape (C, H, W), as the network takes them."""
+        self.shape = shape
 
     def prepare_data(self) -> None:
         """Run what makes the shards, which does nothing where they exist already.
@@ -172,7 +173,7 @@ class ShardDataModule(LightningDataModule):
         """
         if self.script is not None:
             runpy.run_path(str(self.script), run_name="w2s_train.prepare")["prepare"]()
-        if self.images is not None:
+        if self.images is not None and self.shape:
             script, *words = prepare_folder(self.images, self.train_urls, self.shape)
             script = str(Path(__file__).resolve().parents[1] / script)
             if subprocess.run([sys.executable, script, *words]).returncode:
@@ -478,7 +479,7 @@ def check_workers(data: ShardDataModule, trainer: Any, rows: int, size: int) -> 
     check_room(rows * size, data.num_workers, getattr(trainer, "num_devices", 1))
 
 
-def prepare_folder(images: str, train_urls: str, shape: tuple[int, int, int]) -> list[str]:
+def prepare_folder(images: str, train_urls: str, shape: Sequence[int]) -> list[str]:
     """The words of a command, after ``python``, that makes shards (C, H, W) of a folder."""
     split = Path(train_urls).name.partition("-")[0]
     words = ["data/prepare.py", "folder", images, "--output", str(Path(train_urls).parent)]
@@ -492,7 +493,7 @@ def classes_of(train_urls: str, images: str | None, made_by: str | None) -> int:
     Raises:
         UserError: It is not known.
     """
-    folder, name = split_url(train_urls)
+    folder, _ = split_url(train_urls)
     if (listed := Path(folder) / CLASSES).is_file():
         return len(listed.read_bytes().splitlines())
     if images is not None:

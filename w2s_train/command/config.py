@@ -205,6 +205,8 @@ def locate(message: str, config: Any) -> str:
 
     Where a value may be one of several types, the parser lists an error for each, one a line.
     """
+    if missing := re.search(r"class_path '([\w.]+)':\s+Requirement '([\w-]+)", message):
+        return f"class_path={missing[1]}: needs a package; pip install {missing[2]}"
     found = re.search(r"^(?:- )?\s*(?:- )?((\w+)=(.*?): .*)$", message, re.MULTILINE)
     if not found:
         return " ".join(message.split())

@@ -174,8 +174,8 @@ class Command(LightningCLI):
         self.record = Record(folder, self._whole_config(), resumed, keeps=self.goes_on)
         if subcommand in ("predict", "sample", "reference"):
             config.trainer.logger = False
-        logger = config.trainer.logger
-        config.trainer.logger = placed(logger, folder, self.record.run_ids())
+        if (logger := config.trainer.logger) not in (None, True, False):
+            config.trainer.logger = placed(logger, folder, self.record.run_ids())
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with loggers and callbacks that every run has."""
@@ -260,7 +260,7 @@ class Command(LightningCLI):
         data, network = self.datamodule, self.model.network
         if data.images is not None and not isinstance(self.model.autoencoder, PixelSpace):
             raise UserError(f"data.images={data.images}: must come without an autoencoder")
-        if data.images is not None:
+        if data.images is not None and self.subcommand in ("fit", "reference"):
             data.fit_to(offered(network, "data.images", "shape"))
         known = getattr(network, "num_classes", data.num_classes)
         if data.num_classes != known:

@@ -37,6 +37,9 @@ def placed(config: Any, folder: Path, before: dict[str, list[Any]]) -> Any:
         config: One logger or several as they were parsed, or a bool.
         folder: Of the run.
         before: See `run_ids`; an id is taken out when it is given to a logger.
+
+    Raises:
+        UserError: A logger is to copy checkpoints, which stay in the run folder.
     """
     if isinstance(config, list | tuple):
         return [placed(each, folder, before) for each in config]
@@ -44,14 +47,17 @@ def placed(config: Any, folder: Path, before: dict[str, list[Any]]) -> Any:
         return config
     config, kind = copy.deepcopy(config), found(config.class_path)
     arguments = config.get("init_args") or {}
+    if arguments.get("log_model"):
+        raise UserError(
+            f"log_model={arguments['log_model']}: must be false; no logger gets weights"
+        )
     for name, parameter in inspect.signature(kind).parameters.items():
         if name in FOLDERS and arguments[name] == parameter.default in (".", None):
             arguments[name] = str(folder)
     names = [name for name in IDS if name in arguments]
-    if not issubclass(kind, CSVLogger) and not any(arguments[name] for name in names):
-        ids = before.get(kind.__name__)
-        if ids and names:
-            arguments[names[0]] = ids.pop(0)
+    ids = before.get(kind.__name__, []) if not issubclass(kind, CSVLogger) else []
+    if names and ids and all(arguments[name] is None for name in names):
+        arguments[names[0]] = ids.pop(0)
     if "resume" in arguments and arguments["resume"] is None:
         arguments["resume"] = "allow"  # as Lightning's for W&B does, where no parser gives it null
     return config
