@@ -198,7 +198,7 @@ def test_a_network_that_says_too_little():
     ours.bind(Bare(), 0.1)
     wrong = Bare()
     wrong.forward = lambda x_t, t, y: x_t
-    with pytest.raises(UserError, match="must return an output with velocity, not Tensor"):
+    with pytest.raises(UserError, match=r"with velocity \(2, 1, 8, 8\), not Tensor"):
         ours(wrong, torch.randn(2, 1, 8, 8), torch.arange(2), Step(), Log())
 
 
@@ -261,3 +261,27 @@ def test_the_network_of_the_page(digits: None, tmp_path: Path):
     assert len(refused) == 1
     assert "network=UNet: must have depth, make_head, forward(keep_hidden=) for" in refused[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: weak.EMA(decay=0.5, lag=1),
+        lambda: weak.Snapshot(step=1),
+        lambda: weak.Checkpoint(network=UNet()),
+    ],
+)
+def test_frozen_copies_stay_as_they_are(source):
+    """Statistics of theirs do not move, whatever mode the module around them is in."""
+    ours, network = objective(source()), UNet()
+    ours.bind(network, 0.1)
+    ours.train()
+    frozen = [part for part in ours.modules() if isinstance(part, UNet)]
+    before = copy.deepcopy([part.state_dict() for part in frozen])
+    with torch.no_grad():
+        for part in frozen:
+            part(torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4))
+    assert not any(part.training for each in frozen for part in each.modules())
+    for part, state in zip(frozen, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
+    assert copy.deepcopy(ours).train().training

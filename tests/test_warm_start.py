@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from w2s_train import weak
 from w2s_train.errors import UserError
 from w2s_train.interpolant import LinearInterpolant
-from w2s_train.models import DiT, published_sit
+from w2s_train.models import DiT, made_of, published_sit
+from w2s_train.models.published import architecture
 from w2s_train.models.warm_start import fitted, resampled, warm_start
 from w2s_train.module import DiffusionModule
 from w2s_train.objective import WeakToStrongObjective
@@ -100,8 +101,45 @@ def test_what_does_not_fit_is_said(tmp_path: Path):
     assert said.split("; ") == [*parts, "new: segments.0 (4 tensors)"]
     with pytest.raises(UserError) as error:
         warm_start(module(weak.NullClass(), hidden_size=64), str(tmp_path / "x.ckpt"))
-    assert "0.0% of the network's weights fit, must be 10% or more" in str(error.value)
+    assert "of the network's weights fit, must be 10% or more" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(hidden_size=64), "has hidden_size 32, must have 64 as the network"),
+        (dict(num_heads=2), "has num_heads 4, must have 2 as the network"),
+        (dict(time_scale=-1.0, time_shift=1.0), "has time_scale 1.0, must have -1.0"),
+    ],
+)
+def test_shapes_do_not_tell_all(changes: dict, message: str, tmp_path: Path):
+    """Weights that mean something else are refused, although they may fit."""
+    theirs = saved(tmp_path / "x.ckpt", weak.NullClass())
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    for made in (theirs.network.arguments, made_of(theirs.network)):  # of old versions, and new
+        torch.save(content | {"network": made}, tmp_path / "x.ckpt")
+        with pytest.raises(UserError, match=message):
+            warm_start(module(weak.NullClass(), **changes), str(tmp_path / "x.ckpt"))
+
+
+def test_what_is_dropped_and_what_learns_alone(tmp_path: Path):
+    """Blocks that there are no more; a network that weak sources train is taken over."""
+    theirs = saved(tmp_path / "x.ckpt", weak.CoTrained())
+    ours = module(weak.CoTrained(), depth=2)
+    said = warm_start(ours, str(tmp_path / "x.ckpt")).partition(".ckpt: ")[2]
+    assert said == "not taken: blocks.2; not taken: blocks.3"
+    mine, other = (each.objective.segments[0].weak.network for each in (ours, theirs))
+    assert torch.equal(mine.x_embedder.proj.weight, other.x_embedder.proj.weight)
+    assert not any(parameter.requires_grad for parameter in mine.parameters())
+
+
+def test_tables_that_are_no_grid(tmp_path: Path):
+    """With a class token, or of another width: new, and said."""
+    for shape in ((1, 17, 32), (1, 12, 32), (1, 16, 16), (16, 32)):
+        fit = fitted({"pos_embed": torch.ones(shape)}, {"pos_embed": torch.zeros(1, 64, 32)})
+        assert not fit.changed
+        assert fit.left == [f"new: pos_embed, (1, 64, 32) and not {shape}"]
 
 
 FORMS = {
@@ -152,6 +190,18 @@ def test_half_a_published_network(tmp_path: Path):
     torch.save(state | {"blocks.0.attn.odd": torch.ones(1)}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"new: blocks\.3; blocks\.0\.attn\.odd is unknown"):
         published_sit(str(tmp_path / "x.pt"), num_heads=4)
+    for key in ("blocks.0.mlp.fc1.weight", "x_embedder.proj.weight", "pos_embed"):
+        torch.save(DiT(**SMALL).state_dict() | {key: None}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=f"must hold a published DiT or SiT; lacks {key}"):
+            published_sit(str(tmp_path / "x.pt"), num_heads=4)
+
+
+def test_heads_of_another_network():
+    """A config before may have set them, and shapes would not tell."""
+    state = DiT(input_size=4, hidden_size=384, depth=1, num_heads=6).state_dict()
+    assert architecture(state)["num_heads"] == architecture(state, 6)["num_heads"] == 6
+    with pytest.raises(UserError, match="num_heads=4: must be null or 6, as published for hidden"):
+        architecture(state, 4)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ What they may name is decided in `imports`.
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, get_type_hints
 
@@ -189,6 +190,11 @@ def load_module(cls: type[Module], path: str, allow_imports: Iterable[str] = ())
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"])
     except (argparse.ArgumentError, TypeError, ValueError, KeyError, RuntimeError) as error:
+        if denied := re.search(r"Importing '(\w+)([\w.]*)' is not allowed", str(error)):
+            raise UserError(
+                f"path={path}: names {denied[1]}{denied[2]}; allow_imports=['{denied[1]}'] lets it "
+                "be imported, if you trust its code"
+            ) from error
         raise UserError(f"path={path}: must fit its own settings ({one_line(error)})") from error
     return module
 

@@ -73,8 +73,7 @@ class DiffusionModule(LightningModule):
         for name, given in lists.items():
             if given == []:
                 raise UserError(f"{name}=[]: must name at least one")
-        self.network, self.objective = check_network(network), objective
-        self.sampler = sampler
+        self.network, self.objective, self.sampler = check_network(network), objective, sampler
         self.optimizer, self.scheduler = optimizer, scheduler
         self.autoencoder = autoencoder or PixelSpace()
         self.label_dropout = require("label_dropout", label_dropout, "[0, 1]")

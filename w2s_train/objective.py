@@ -161,7 +161,8 @@ class WeakToStrongObjective(Objective):
         self.last_batch = (x, y)
         noisy, labelled = self.draw(x), y != network.null_class
         keep = {block for segment in self.segments for block in segment.weak.keep_hidden}
-        out = as_output(network(noisy.x_t, noisy.t, y, **({"keep_hidden": keep} if keep else {})))
+        options = {"keep_hidden": keep} if keep else {}
+        out = as_output(network(noisy.x_t, noisy.t, y, **options), noisy.x_t)
         strong = Strong(network, noisy, y, out, step)
         target, penalties = noisy.v.float().clone(), list[Tensor]()
         for segment in self.segments:

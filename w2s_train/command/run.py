@@ -363,6 +363,8 @@ class Command(LightningCLI):
             self.model.plan(steps)
             check_switches(self.model, self.trainer.strategy.root_device)
             check_schedule(self.model, steps)
+            if self.model.how_compiled == "blocks":
+                offered(self.model.network, "compile=blocks", "blocks")
             self.datamodule.check_global_batch(self.trainer)
             self.datamodule.check_unlabelled(self.model)
         except UserError as error:

@@ -113,7 +113,10 @@ def _check(network: DiT) -> None:
             raise UserError(f"{name}={arguments[name]}: must be {value} for format=diffusers")
     table = position_table(network.hidden_size, network.input_size // network.patch_size)
     if not torch.equal(network.pos_embed[0].cpu(), table):
-        raise UserError("pos_embed: must be the fixed table of sines for format=diffusers")
+        raise UserError(
+            "pos_embed: must be the fixed table of sines for format=diffusers, not one resampled "
+            "from another size; format=safetensors takes any"
+        )
 
 
 def _convert(network: DiT) -> dict[str, Tensor]:

@@ -225,5 +225,7 @@ def quiet_lightning() -> None:
         ".*LeafSpec",
         ".*val_dataloader.*",
         "LightningCLI's args parameter",
+        "This DataLoader will create .* worker processes",  # `check_room` counts them
     ):
         warnings.filterwarnings("ignore", message)
+    warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"

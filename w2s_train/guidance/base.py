@@ -30,7 +30,7 @@ def run_network(
 ) -> DiTOutput:
     """One pass at one time for the whole batch."""
     options = {"keep_hidden": keep_hidden} if keep_hidden else {}
-    return as_output(network(*network_inputs(network, x_t, t), y, **options))
+    return as_output(network(*network_inputs(network, x_t, t), y, **options), x_t)
 
 
 def evaluate(network: Network, x_t: Tensor, t: float, y: Tensor) -> Tensor:

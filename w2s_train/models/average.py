@@ -9,6 +9,7 @@ average with decay 0.9999 never moves.
 
 import contextlib
 import copy
+import types
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,12 @@ def frozen_copy(network: Network, dtype: Dtype = "float32") -> Network:
     for module in frozen.float().requires_grad_(False).eval().modules():
         if dtype == "bfloat16" and isinstance(module, nn.Linear | nn.Conv2d):
             module.bfloat16()
+    frozen.train = types.MethodType(_stays, frozen)
+    return frozen
+
+
+def _stays(frozen: nn.Module, mode: bool = True) -> nn.Module:
+    """A frozen copy is never in training mode, whatever module it is a part of."""
     return frozen
 
 
@@ -90,10 +97,6 @@ class WeightAverage(nn.Module):
             torch._foreach_lerp_(averages, new, 1 - self.decay)
         for mine, theirs in zip(kept_buffers(self.module), kept_buffers(network), strict=True):
             mine.copy_(theirs)
-
-    def train(self, mode: bool = True) -> "WeightAverage":
-        """An average is never in training mode."""
-        return super().train(False)
 
 
 def check_partner(weak: Network, network: Network, where: str) -> None:

@@ -96,16 +96,17 @@ def offered(network: Network | nn.Module, part: str, *names: str) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def as_output(output: Any) -> DiTOutput:
-    """What any network returns, as our own network returns it; the velocity in float32.
+def as_output(output: Any, x_t: Tensor) -> DiTOutput:
+    """What any network returns at x_t, as our own returns it; the velocity in float32.
 
     Raises:
-        UserError: It has no velocity.
+        UserError: It has no velocity, or one of another shape.
     """
     velocity = getattr(output, "velocity", None)
-    if not isinstance(velocity, Tensor):
+    if not isinstance(velocity, Tensor) or velocity.shape != x_t.shape:
+        found = tuple(getattr(velocity, "shape", ())) or type(output).__name__
         raise UserError(
-            f"network: must return an output with velocity, not {type(output).__name__} "
+            f"network: must return an output with velocity {tuple(x_t.shape)}, not {found} "
             "(docs/networks.md)"
         )
     if isinstance(output, DiTOutput):

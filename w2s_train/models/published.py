@@ -25,6 +25,10 @@ from w2s_train.models.dit import DiT
 from w2s_train.models.warm_start import fitted
 
 PARTS = ("x_embedder.", "t_embedder.", "y_embedder.", "blocks.", "final_layer.", "pos_embed")
+NEEDED = """
+    pos_embed x_embedder.proj.weight y_embedder.embedding_table.weight blocks.0.mlp.fc1.weight
+    final_layer.linear.weight final_layer.linear.bias
+""".split()
 HOLDERS = ("ema", "model", "state_dict")  # where training checkpoints have the weights; in order
 WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.", "model.")  # of compiled and distributed modules
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
@@ -38,19 +42,25 @@ def architecture(state: dict[str, Tensor], num_heads: int | None = None) -> dict
         num_heads: Heads cannot be told from shapes; None for the published S, B, L and XL.
 
     Raises:
-        UserError: Neither given nor a published width.
+        UserError: Neither given nor a published width, or another number than the published one.
     """
     tokens, hidden_size = state["pos_embed"].shape[1:]
     _, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    if num_heads is None and hidden_size not in PUBLISHED_HEADS:
+    known = PUBLISHED_HEADS.get(hidden_size)
+    if num_heads is None and known is None:
         raise UserError(f"num_heads=None: must be given for hidden_size={hidden_size}")
+    if num_heads is not None and known not in (None, num_heads):
+        raise UserError(
+            f"num_heads={num_heads}: must be null or {known}, as published for hidden_size="
+            f"{hidden_size}; an earlier config may have set it"
+        )
     return dict(
         input_size=math.isqrt(tokens) * patch_size,
         patch_size=patch_size,
         in_channels=in_channels,
         hidden_size=hidden_size,
         depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-        num_heads=num_heads or PUBLISHED_HEADS[hidden_size],
+        num_heads=num_heads or known,
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
         num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
         out_channels=state["final_layer.linear.weight"].shape[0] // patch_size**2,
@@ -117,10 +127,10 @@ def _read(path: str) -> dict[str, Tensor]:
     for key, value in whole.items():
         for prefix in WRAPPERS:
             key = key.removeprefix(prefix)
-        if key.startswith(PARTS):
+        if key.startswith(PARTS) and isinstance(value, Tensor):
             state[key] = value
-    if "pos_embed" not in state:
-        raise UserError(f"path={path}: must hold the state dict of a published DiT or SiT")
+    if missing := [key for key in NEEDED if key not in state]:
+        raise UserError(f"path={path}: must hold a published DiT or SiT; lacks {missing[0]}")
     return state
 
 

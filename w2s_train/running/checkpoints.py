@@ -134,7 +134,11 @@ class Checkpoints:
 
     def save(self, trainer: Trainer, module: LightningModule) -> None:
         """Write a checkpoint of this step; on all processes together."""
-        compare(fingerprint(module.state_dict()), trainer)
+        # Buffers, such as the statistics of a batch normalization, are of each process: DDP gives
+        # all of them those of the first one, which are saved, before the next pass.
+        own = dict(module.named_buffers())
+        state = {name: x for name, x in module.state_dict().items() if name not in own}
+        compare(fingerprint(state), trainer)
         self.report(trainer, wait=True)
         path, begun = self.folder / f"step-{trainer.global_step:06d}.ckpt", time.monotonic()
 

@@ -80,7 +80,8 @@ def _last(folder: Path, subcommand: str) -> str | None:
         name = newest if newest.exists() and newest.resolve() == path.resolve() else path
         if problems:
             rank_zero_warn(f"{'; '.join(problems)}; an earlier one is used: {name}")
-        rank_zero_info(f"going on from {name} ({path.name})")
+        goes_on = "going on from" if subcommand == "fit" else "weights of"
+        rank_zero_info(f"{goes_on} {name} ({path.name})")
         return str(path)
     if problems:
         # To begin anew would overwrite what may still be of use.
