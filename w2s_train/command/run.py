@@ -320,18 +320,20 @@ class Command(LightningCLI):
     def _make_references(self) -> None:
         """Of the images of a folder, where they are missing; by the first process, on one device.
 
-        What features need is looked at before any image is.
+        Before that, their shards. What features need is looked at before any image is.
         """
         missing = [
             each
             for each in self._callbacks()
             if isinstance(each, FID) and not each.reference_path.is_file()
         ]
-        if self.datamodule.images is None or not missing:
+        if self.datamodule.images is None:
             return
         for each in missing:
             each.extractor.load()
         if self.trainer.is_global_zero:
+            self.datamodule.prepare_data()
+        if self.trainer.is_global_zero and missing:
             alone = DiffusionTrainer(
                 accelerator=self.config["fit"].trainer.accelerator,
                 devices=1,
