@@ -56,3 +56,15 @@ class Refusing(Remembering):
 
     def log_hyperparams(self, params: dict[str, Any]) -> None:
         raise KeyError("max_steps")
+
+
+class Failing(Remembering):
+    """Its service is lost after the start."""
+
+    made: ClassVar[list[Remembering]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        raise ConnectionError(f"no way at {step}")
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        raise ConnectionError("no image")

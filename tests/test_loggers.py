@@ -17,12 +17,12 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from refusals import refusal
-from remembering import Refusing, Remembering
+from remembering import Failing, Refusing, Remembering
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from w2s_train.errors import UserError
 from w2s_train.evaluation.images import log_image
-from w2s_train.running.loggers import Events, log_config, placed, run_ids
+from w2s_train.running.loggers import Events, log_config, placed, run_ids, unbroken
 
 OWN = "--trainer.logger={class_path: remembering.Remembering, init_args: {api_key: s3cret}}"
 
@@ -62,6 +62,9 @@ def test_files_of_lightning_go_on_where_nothing_is_deleted(tmp_path: Path):
     )
     assert (events.init_args.version, table.init_args.version) == (3, None)
     assert events.init_args.save_dir == "logs"
+    for kind in (TensorBoardLogger, CSVLogger):  # which have no folder by default
+        here = placed(config(kind, save_dir="."), tmp_path, {})
+        assert here.init_args.save_dir == str(tmp_path)
     first = config(TensorBoardLogger, **arguments | {"version": 0})
     assert placed(first, tmp_path, {"TensorBoardLogger": [3]}).init_args.version == 0
 
@@ -78,6 +81,17 @@ def test_a_config_that_is_not_taken_ends_no_run():
     with pytest.warns(UserWarning, match="Refusing: no config was logged .KeyError: 'max_steps'."):
         log_config([Refusing(), good], {"seed": 1})
     assert good.configs == [{"seed": 1}]
+
+
+def test_numbers_that_are_not_taken_end_no_run():
+    """The first error is warned about; who takes numbers gets all."""
+    bad, good = unbroken(Failing()), unbroken(Remembering())
+    with pytest.warns(UserWarning, match="^Failing.log_metrics: failed; the run .*at 1") as said:
+        for step in (1, 2):
+            for logger in (bad, good):
+                logger.log_metrics({"loss": 0.5}, step=step)
+    assert len(said) == 1
+    assert good.metrics == [(step, {"loss": 0.5}) for step in (1, 2)]
 
 
 def test_grids_reach_each_kind_of_logger(tmp_path: Path):
@@ -120,7 +134,9 @@ def test_a_logger_of_ones_own(command, tmp_path: Path):
     command("fit", *options, "--ckpt_path=last")
     command("validate", *options, "--ckpt_path=last")
     there = f"--ckpt_path={folder}/checkpoints/step-000003.ckpt"
-    other = command("fit", *options, there, folder="other")
+    both = OWN.replace("{", "[remembering.Failing, {", 1) + "]"
+    with pytest.warns(UserWarning, match="^Failing: no grid was logged .ConnectionError: no image"):
+        other = command("fit", both, *options[1:], there, folder="other")
     first, second, scored, new = Remembering.made
     assert [each.given for each in Remembering.made] == [None, "run1", "run1", None]
     assert new.id == "run4" and second.resume == "allow"

@@ -10,6 +10,7 @@ from conftest import ROOT, lightning
 from image_folders import encode, noise
 from refusals import parsers_built_once, refusal
 
+from w2s_train.cli import main
 from w2s_train.command.run import compose
 from w2s_train.datamodule import classes_of, prepare_folder
 from w2s_train.errors import UserError
@@ -37,8 +38,8 @@ def photos(folder: Path, *classes: str) -> Path:
     return folder
 
 
-def options(tmp_path: Path, size: int = 8) -> list[str]:
-    shape = [f"--model.network.init_args.input_size={size}"]
+def options(tmp_path: Path) -> list[str]:
+    shape = ["--model.network.init_args.input_size=8"]
     made = [f"--data.train_urls={tmp_path}/made/train-*.tar", f"--trainer.callbacks={FID}"]
     made[1] %= tmp_path / "made"
     return [*SHORT, *shape, *made]
@@ -65,11 +66,30 @@ def test_a_folder_is_all_that_is_needed(digits: None, tmp_path: Path, capfd):
     lightning("fit", folder, *options(tmp_path), "--trainer.max_steps=4", "--ckpt_path=last", **run)
     assert len(json.loads((folder / "scores.json").read_text())) == 2
     assert (tmp_path / "made" / "reference.npz").read_bytes() == before
-    (tmp_path / "made" / "reference.npz").unlink()
+    other = f"--data.images={photos(tmp_path / 'others', 'b', 'a', 'd')}"
     with pytest.raises(SystemExit, match=r"must become shards; see above: python \S*prepare.py"):
-        lightning("fit", tmp_path / "other", *options(tmp_path, size=4), images, **run)
-    assert "train shards were made with size 8, not 4; must be another" in capfd.readouterr().err
+        lightning("fit", tmp_path / "other", *options(tmp_path), other, **run)
+    assert "train shards were made " in capfd.readouterr().err
     assert not (tmp_path / "other").exists()
+
+    # Its samples need neither images nor shards, and make none.
+    elsewhere = f"--data.train_urls={tmp_path}/elsewhere/train-*.tar"
+    for name in ("photos", "gone"):
+        output = f"--output={tmp_path}/of_{name}"
+        main(["sample", f"--ckpt_path={folder}", images, elsewhere, "--seeds=0:2", output])
+        assert len(list((tmp_path / f"of_{name}").glob("*.png"))) == 2
+        assert not (tmp_path / "elsewhere").exists()
+        if name == "photos":
+            (tmp_path / "photos").rename(tmp_path / "gone")
+    main(["validate", f"--ckpt_path={folder}", images])
+
+
+def test_shards_are_made_in_a_local_folder(tmp_path: Path):
+    images = f"--data.images={photos(tmp_path / 'photos', 'a')}"
+    more = ["--data.prepare=null", "--data.num_classes=10", "--data.train_urls=s3://b/train-*.tar"]
+    message = refusal(tmp_path / "run", images, *more)
+    assert message.startswith("error: data.train_urls=s3://b/train-*.tar: must be a local path")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_fits_folder_and_network(tmp_path: Path):

@@ -132,7 +132,7 @@ class ShardDataModule(LightningDataModule):
         self.prepare_data_per_node = False  # nodes share the project's folder
         self.script = find_script(prepare) if prepare else None
         self.images, self.made_by = images, made_by
-        self.shape: Sequence[int] = ()  # of what is made of ``images``, if it is to be made
+        self.shape: Sequence[int] = ()  # of what is still to be made of ``images``, if anything
         self.makes_shards = prepare is not None or images is not None
         self.storage = Storage(cache, cache_gigabytes, allow_pipe)
         self.train_urls, self.num_classes, self.batch_size = train_urls, num_classes, batch_size
@@ -162,7 +162,16 @@ class ShardDataModule(LightningDataModule):
             raise _named(error, self.made_by if urls == self.train_urls else None) from None
 
     def fit_to(self, shape: Sequence[int]) -> None:
-        """Make the shards of ``images`` of shape (C, H, W), as the network takes them."""
+        """Make the shards of ``images`` of shape (C, H, W), as the network takes them.
+
+        Raises:
+            UserError: They would not lie in a local folder.
+        """
+        if is_remote(self.train_urls):
+            raise UserError(
+                f"data.train_urls={self.train_urls}: must be a local path, where the shards of "
+                "data.images are made"
+            )
         self.shape = shape
 
     def prepare_data(self) -> None:
@@ -179,6 +188,7 @@ class ShardDataModule(LightningDataModule):
             if subprocess.run([sys.executable, script, *words]).returncode:
                 command = shlex.join(["python", script, *words])
                 raise UserError(f"images={self.images}: must become shards; see above: {command}")
+            self.shape = ()  # made; a process looks at all images once
 
     def setup(self, stage: str) -> None:
         """Divide the global batch, before anybody asks the trainer what it accumulates.

@@ -47,7 +47,7 @@ from w2s_train.module import DiffusionModule
 from w2s_train.running.checkpoint_io import CheckpointFiles
 from w2s_train.running.checkpoints import Checkpoints
 from w2s_train.running.guard import Guard
-from w2s_train.running.loggers import Events, MetricsCSV, placed
+from w2s_train.running.loggers import Events, MetricsCSV, placed, unbroken
 from w2s_train.running.profile import Profile
 from w2s_train.running.progress import Progress
 from w2s_train.running.record import PER_STEP, PRECISION, Record, find_checkpoint, run_folder
@@ -186,7 +186,7 @@ class Command(LightningCLI):
             if given in (None, True):
                 given = Events(folder, name="", version="")
             given = list(given) if isinstance(given, Iterable) else [given] if given else []
-            kwargs["logger"] = [*given, MetricsCSV(folder)]
+            kwargs["logger"] = [*map(unbroken, given), MetricsCSV(folder)]
         # Lightning's own limit does not leave time to save.
         self.stop, kwargs["max_time"] = Stop(config.trainer.max_time), None
         kwargs["plugins"] = _plugins(config.trainer.plugins)
@@ -320,18 +320,20 @@ class Command(LightningCLI):
     def _make_references(self) -> None:
         """Of the images of a folder, where they are missing; by the first process, on one device.
 
-        What features need is looked at before any image is.
+        Before that, their shards. What features need is looked at before any image is.
         """
         missing = [
             each
             for each in self._callbacks()
             if isinstance(each, FID) and not each.reference_path.is_file()
         ]
-        if self.datamodule.images is None or not missing:
+        if self.datamodule.images is None:
             return
         for each in missing:
             each.extractor.load()
         if self.trainer.is_global_zero:
+            self.datamodule.prepare_data()
+        if self.trainer.is_global_zero and missing:
             alone = DiffusionTrainer(
                 accelerator=self.config["fit"].trainer.accelerator,
                 devices=1,

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
-from w2s_train.errors import UserError, require
+from w2s_train.errors import UserError, one_line, require
 from w2s_train.evaluation.scorer import Scorer, gather
 from w2s_train.scores import grid_name
 from w2s_train.shards import ShardWriter
@@ -103,7 +104,11 @@ class SampleGrid(Scorer):
             save_image(grid, folder / grid_name(module.steps_taken, *kind))
             for logger in trainer.loggers:
                 tag = f"samples {setting.name}" if number else "samples"
-                log_image(logger, tag, grid, module.steps_taken)
+                try:
+                    log_image(logger, tag, grid, module.steps_taken)
+                except Exception as error:  # of any service
+                    who = type(logger).__name__
+                    rank_zero_warn(f"{who}: no grid was logged ({one_line(error)})")
 
 
 class SampleWriter(Callback, abc.ABC):

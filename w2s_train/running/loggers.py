@@ -7,9 +7,9 @@ Numbers that cannot be written, such as for a full disk, are lost with a warning
 import contextlib
 import copy
 import csv
-import inspect
+import functools
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ IDS = ("id", "run_id", "experiment_key", "version")
 def placed(config: Any, folder: Path, before: dict[str, list[Any]]) -> Any:
     """``trainer.logger`` of a config, so that it writes into the run folder and goes on with a run.
 
-    What the config says stays; what stands at its default may change. A store of many runs, as
-    MLflow's, stays where it is by default; and Lightning's `CSVLogger`, which deletes what it finds
-    where it goes on, begins another version.
+    A folder "." or null is the run folder, whatever the default is; what else the config says
+    stays. A store of many runs, as MLflow's, stays where it is by default; and Lightning's
+    `CSVLogger`, which deletes what it finds where it goes on, begins another version.
 
     Args:
         config: One logger or several as they were parsed, or a bool.
@@ -51,8 +51,8 @@ def placed(config: Any, folder: Path, before: dict[str, list[Any]]) -> Any:
         raise UserError(
             f"log_model={arguments['log_model']}: must be false; no logger gets weights"
         )
-    for name, parameter in inspect.signature(kind).parameters.items():
-        if name in FOLDERS and arguments[name] == parameter.default in (".", None):
+    for name in FOLDERS:
+        if name in arguments and str(arguments[name]) in (".", "None"):
             arguments[name] = str(folder)
     names = [name for name in IDS if name in arguments]
     ids = before.get(kind.__name__, []) if not issubclass(kind, CSVLogger) else []
@@ -80,6 +80,29 @@ def run_ids(loggers: Sequence[Logger]) -> dict[str, list[Any]]:
         if version not in (None, ""):
             ids.setdefault(name, []).append(version if isinstance(version, int) else str(version))
     return ids
+
+
+def unbroken(logger: Logger) -> Logger:
+    """The logger, whose errors end no run from now on: the first of each method is warned about."""
+    for name in ("log_metrics", "save", "finalize"):
+        setattr(logger, name, _unbroken(getattr(logger, name), f"{type(logger).__name__}.{name}"))
+    return logger
+
+
+def _unbroken(method: Callable[..., None], name: str) -> Callable[..., None]:
+    failed = False
+
+    @functools.wraps(method)
+    def call(*args: Any, **options: Any) -> None:
+        nonlocal failed
+        try:
+            method(*args, **options)
+        except Exception as error:  # of any service
+            if not failed:
+                rank_zero_warn(f"{name}: failed; the run goes on ({one_line(error)})")
+            failed = True
+
+    return call
 
 
 def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
