@@ -119,7 +119,9 @@ def check_functions(config: Any) -> None:
         if value is None or inspect.isclass(value):
             continue
         made = get_type_hints(value).get("return") if inspect.isfunction(value) else None
-        if not (inspect.isclass(made) and issubclass(made, nn.Module)):
+        if not inspect.isclass(made) or not (
+            issubclass(made, nn.Module) or hasattr(made, "null_class")  # of the protocol
+        ):
             raise UserError(
                 f"class_path={path}: must be a class, or a function that makes a network; "
                 f"--allow_imports={path} allows it, if you trust its code"
@@ -192,8 +194,8 @@ def load_module(cls: type[Module], path: str, allow_imports: Iterable[str] = ())
     except (argparse.ArgumentError, TypeError, ValueError, KeyError, RuntimeError) as error:
         if denied := re.search(r"Importing '(\w+)([\w.]*)' is not allowed", str(error)):
             raise UserError(
-                f"path={path}: names {denied[1]}{denied[2]}; allow_imports=['{denied[1]}'] lets it "
-                "be imported, if you trust its code"
+                f"path={path}: must fit its own settings, which name {denied[1]}{denied[2]}; "
+                f"allow_imports=['{denied[1]}'] lets it be imported, if you trust its code"
             ) from error
         raise UserError(f"path={path}: must fit its own settings ({one_line(error)})") from error
     return module

@@ -26,7 +26,7 @@ def class_path(network: Any) -> str:
 
 def saved_network(
     path: str, weights: Literal["ema", "raw"] = "ema", network: Network | None = None
-) -> Any:
+) -> Network:
     """The network of a run.
 
     Args:
