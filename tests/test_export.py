@@ -158,6 +158,21 @@ def test_the_pipeline_samples_the_same_images(tmp_path: Path):
         images = torch.stack([torch.from_numpy(np.array(image)) for image in made.images])
         assert (images.int() - expected[:, 0].int()).abs().max() <= 1
         assert images.float().std() > 20
+    made, start = pipeline(tmp_path / "out"), torch.Generator()
+    made.save_pretrained(tmp_path / "saved")
+    again = pipeline(tmp_path / "saved", custom_pipeline=str(tmp_path / "out"))
+    one, other = (
+        np.array(each(labels, 3, generator=start.manual_seed(1)).images[0])
+        for each, labels in ((made, [3]), (again, 3))
+    )
+    assert np.array_equal(one, other)  # an int is one label
+    for options, message in (
+        ({"class_labels": []}, "class_labels=.*: must be"),
+        ({"class_labels": [3], "num_inference_steps": 0}, "steps=0: must be at least 1"),
+        ({"class_labels": [3], "output_type": "pt"}, "output_type=pt: must be pil, np or latent"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(**options)
 
 
 @pytest.mark.slow

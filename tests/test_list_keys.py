@@ -76,6 +76,11 @@ CONFIG = {
 }
 GIVEN = {
     "an argument": ("a.items.0.x=5", "a.init_args.items", [{"x": 5}, None]),
+    "a whole item by name": (
+        "a.items.one={class_path: m.B, init_args: {x: 5, none: null, name: one}}",
+        "a.init_args.items",
+        [{"x": 5}, None],
+    ),
     "by name": ("a.items.one.x=5", "a.init_args.items", [{"x": 5}, None]),
     "a part that is not there yet": (
         "a.items.0.none.y=5",
@@ -91,7 +96,7 @@ GIVEN = {
 def test_the_whole_list_is_an_option(case: str):
     text, key, changes = GIVEN[case]
     config = copy.deepcopy(CONFIG)
-    (option,) = options(config, [ListKey(*text.split("="))], yaml.safe_load)
+    (option,) = options(config, [ListKey(*text.split("=", 1))], yaml.safe_load)
     name, _, value = option.partition("=")
     items = yaml.safe_load(value)
     assert name == f"--{key}"
@@ -124,8 +129,12 @@ def test_only_keys_inside_lists_are_taken_out():
         "0:3",
         "--trainer.callbacks+=A.0",
     ]
-    more = [f"{S}=[1]", f"{S}.scale=1"]
+    more = [f"{S}=[1]", "--a.٠=1"]
     assert split([*rest, "--a.0=--x", *more]) == ([*rest, *more], [ListKey("a.0", "--x")])
+    # A whole item by its name; what an item that is added is given is the parser's.
+    assert split([f"{S}.early={{}}"]) == ([], [ListKey(f"{S}.early"[2:], "{}")])
+    added = [f"{S}+=A", f"{S}.scale=1", f"{S}+=B", f"{S}.scale=2"]
+    assert split(added) == (added, [])
 
 
 REFUSED = {
@@ -143,6 +152,16 @@ REFUSED = {
     f"{S}.0.name=high": "segments=['high', 'high']: must have names of their own",
     f"{S}.0.weak=w2s_train.weak.NulClass": "segments.0.weak=w2s_train.weak.NulClass: there is no "
     "such class; w2s_train.weak has NullClass, ",
+    f"{S}.0.weak=w2s_train.weak.Emaa": "w2s_train.weak has IntermediateHead, EMA, Snapshot, "
+    "NullClass, LayerSkip, CoTrained, Checkpoint",
+    f"{S}.0.scale=null": "error: model.objective.segments.0.scale=null: must have a value; there",
+    f"{S}.1=null": "model.objective.segments.1=null: must be a Segment, by its class_path and",
+    f"{S}.٠.scale=0.3": "٠ must be one of 0, 1, high, as in",
+    "--trainer.callbacks.-1.x=1": "trainer.callbacks.-1.x=1: must name an item of a list; "
+    "trainer.callbacks is null",
+    "--trainer.callbacks.FID.x=1": "trainer.callbacks.FID.x=1: must name an item of a list",
+    "--model.ema_decay=0.9,0.99": "error: model.ema_decay=0.9,0.99: must be a list in brackets, "
+    "[0.9,0.99]",
     f"{S}.0.weak=NulClass": "must have its module, such as w2s_train.weak.NullClass",
     "--model.ema_decay.1=0.9": "model.ema_decay.1=0.9: must name an item of a list; "
     "model.ema_decay is 0.99",

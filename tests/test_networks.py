@@ -113,14 +113,17 @@ def test_contract(name: str, digits: None, tmp_path: Path, monkeypatch: pytest.M
 
     # Averaged: neither the first weights nor the last.
     ckpt = str(tmp_path / "whole" / "checkpoints" / "step-000006.ckpt")
-    monkeypatch.setattr(imports, "trusted", ["own_networks"])
-    raw, ema = (saved_network(ckpt, weights) for weights in ("raw", "ema"))
+    allowed = {"allow_imports": ["own_networks"]}
+    raw, ema = (saved_network(ckpt, weights, **allowed) for weights in ("raw", "ema"))
     x, t, y = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 3, 9, 10])
     raw.eval(), ema.eval()
     assert (raw(x, t, y).velocity - ema(x, t, y).velocity).abs().max() > 1e-5
 
     # Exported and read again: the same velocities.
-    main(["export", f"--ckpt_path={ckpt}", f"--output={tmp_path / 'exported'}"])
+    main(
+        ["export", f"--ckpt_path={ckpt}", f"--output={tmp_path / 'exported'}"]
+        + ["--allow_imports", "own_networks"]
+    )
     about = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert about["class_path"].endswith(f".{name}")
     again = type(ema)(**about["network"]).eval()
@@ -224,7 +227,9 @@ def test_averages_follow_what_is_saved_beside_parameters():
     assert network.norm.running_mean.abs().max() > 0
 
 
-def test_a_checkpoint_names_no_class_that_is_not_allowed(tmp_path: Path):
+def test_a_checkpoint_names_no_class_that_is_not_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     made = {"class_path": "os.path.join", "init_args": {}}
     for path, message in (
         ("os.path.join", "may not be imported"),
@@ -233,6 +238,22 @@ def test_a_checkpoint_names_no_class_that_is_not_allowed(tmp_path: Path):
         torch.save({"state_dict": {}, "network": made | {"class_path": path}}, tmp_path / "x.ckpt")
         with pytest.raises(UserError, match=message):
             saved_network(str(tmp_path / "x.ckpt"))
+    path = str(tmp_path / "own.ckpt")
+    state = {f"ema.module.{name}": value for name, value in UNet().state_dict().items()}
+    own = {"class_path": "own_networks.UNet", "init_args": {"width": 8}}
+    torch.save({"state_dict": state, "network": own, "hyper_parameters": {}}, path)
+    export = ["export", f"--ckpt_path={path}", f"--output={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit, match="--allow_imports=own_networks allows it"):
+        main(export)
+    with pytest.raises(SystemExit, match="allow_imports=5: must name packages"):
+        main([*export, "--allow_imports=5"])
+    main([*export, "--allow_imports=own_networks"])
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    monkeypatch.setattr(imports, "trusted", [])
+    for name, value in saved_network(path, allow_imports=["own_networks"]).state_dict().items():
+        assert torch.equal(value, written[name])
+    with pytest.raises(UserError, match="in Python, allow_imports"):
+        saved_network(path)  # that call was for itself
     torch.save({"state_dict": {}, "network": None}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="its network has no arguments to build it by"):
         saved_network(str(tmp_path / "x.ckpt"))

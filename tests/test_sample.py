@@ -120,8 +120,8 @@ ALONE = {
     ("--ckpt_path=last",): "ckpt_path=last: must be a run folder, or a checkpoint in one",
     (
         "--ckpt_path",
-        "lone.ckpt",
-    ): "ckpt_path=lone.ckpt: must be a run folder, or a checkpoint in one",
+        "sub/lone.ckpt",
+    ): "ckpt_path=sub/lone.ckpt: must be a run folder, or a checkpoint in one",
 }
 
 
@@ -131,7 +131,9 @@ def test_a_lone_checkpoint_asks_for_a_config(
     name: str, options: tuple, tmp_path: Path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "lone.ckpt").touch()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "lone.ckpt").touch()
+    (tmp_path / "config.yaml").touch()  # of another run: a run's checkpoints lie in `checkpoints`
     with pytest.raises(SystemExit, match=f"error: {ALONE[options]}.* lightning {name} -c CONFIG"):
         main([name, *options])
 

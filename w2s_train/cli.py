@@ -44,12 +44,13 @@ EXPORT_HELP = """\
 usage: lightning export --ckpt_path CHECKPOINT --output FOLDER [options]
 
 Writes the weights of a checkpoint as FOLDER/model.safetensors with FOLDER/config.json, for programs
-without Lightning, or as a DiTTransformer2DModel of diffusers.
+without Lightning, or as a pipeline of diffusers.
 
   --ckpt_path PATH      a checkpoint, or a run folder, of which the last one is taken
   --output FOLDER       must not exist yet
   --weights NAME        ema, the running average (by default), or raw, the live weights
   --format NAME         safetensors (by default) or diffusers
+  --allow_imports NAMES let the checkpoint name a network of more packages, such as my_package
   -h, --help            this text
 
 try:  lightning export --ckpt_path runs/digits_w2s --output exported
@@ -132,7 +133,9 @@ def _export(args: list[str]) -> None:
     try:
         given = _parse_export(args)
         from w2s_train.command.export import export
+        from w2s_train.loading import restrict_imports
 
+        restrict_imports([f"--allow_imports={each}" for each in given.allow_imports])
         export(given.ckpt_path, Path(given.output), given.weights, given.format)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -143,6 +146,7 @@ def _parse_export(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--ckpt_path")
     parser.add_argument("--output")
+    parser.add_argument("--allow_imports", action="append", default=[])
     for name, values in EXPORT_CHOICES.items():
         parser.add_argument(f"--{name}", default=values[0])
     try:
@@ -153,7 +157,7 @@ def _parse_export(args: list[str]) -> argparse.Namespace:
         options = ", ".join(f"--{name}" for name in vars(given))
         raise UserError(f"option={unknown[0]}: must be one of {options}")
     for name, value in vars(given).items():
-        if not value:
+        if value in (None, ""):
             raise UserError(f"{name}=null: must be given")
         if value not in EXPORT_CHOICES.get(name, [value]):
             raise UserError(f"{name}={value}: must be {' or '.join(EXPORT_CHOICES[name])}")

@@ -7,6 +7,7 @@ built from its checkpoint, which may come from a stranger, by the same rules.
 """
 
 import inspect
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -47,17 +48,21 @@ def found(path: str) -> Any:
     return value
 
 
-def network_class(path: str) -> Any:
+def network_class(path: str, more: Sequence[str] = ()) -> Any:
     """The class of a network that a checkpoint names, of ours or of a package that is trusted.
+
+    Args:
+        path: Where it is defined.
+        more: Packages that are trusted this time, beside those of the switch.
 
     Raises:
         UserError: It may not be imported, or is no class.
     """
-    if not within(path, ["w2s_train.models", *trusted]):
+    if not within(path, ["w2s_train.models", *trusted, *more]):
         package = path.partition(".")[0]
         raise UserError(
             f"class_path={path}: may not be imported; {SWITCH}={package} allows it, if you trust "
-            "its code; in Python, give the network"
+            "its code; in Python, allow_imports, or give the network"
         )
     cls = found(path)
     if not inspect.isclass(cls):

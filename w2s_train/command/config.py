@@ -100,8 +100,10 @@ def with_own_config(args: list[str]) -> list[str]:
     path = _last_value("--ckpt_path", given)
     whole = path is not None and os.path.isdir(path)
     # Links are not followed: they lead to the checkpoint of another run.
-    run = Path(path or "") if whole else Path(os.path.abspath(path or "")).parent.parent
-    if path in (None, "last") or not (run / "config.yaml").is_file():
+    folder = Path(os.path.abspath(path or "")).parent
+    run = Path(path or "") if whole else folder.parent
+    lone = path in (None, "last") or not (whole or folder.name == "checkpoints")
+    if lone or not (run / "config.yaml").is_file():
         raise UserError(
             f"ckpt_path={path or 'null'}: must be a run folder, or a checkpoint in one, with its "
             f"config.yaml, or come with a config: lightning {command} -c CONFIG --ckpt_path FILE"
@@ -235,14 +237,18 @@ def explain(message: str, parts: dict[str, Any]) -> str:
             f"class_path={other[1]}: must be a network, with null_class and forward(x_t, t, y) "
             "(docs/networks.md)"
         )
+    key = ".".join(re.findall(r'"([\w.]+)": ', line))
     if named := re.search(r"Expected a dot import path string: (\w+)( |$)", line):
         found = [f"{m}.{n}" for m in CHOSEN for n in _like(named[1], _classes_of(m), 1)]
         if like := difflib.get_close_matches(named[1], found, n=3, cutoff=0.0):
-            key = ".".join(re.findall(r'"([\w.]+)": ', line))
             return f"{key}={named[1]}: must have its module, such as {' or '.join(like)}"
     if missing := re.search(NO_CLASS, line):
         module, name = missing[1] or missing[3], missing[2] or missing[4]
         return f"class_path={module}.{name}: there is no such class; {_classes(module, name)}"
+    if several := re.search(r"<class 'list'>.* Given value: ([\w.-]+(?:, ?[\w.-]+)+)$", line):
+        return f"{key}={several[1]}: must be a list in brackets, [{several[1]}]"
+    if wrong := re.search(r"Not a valid subclass of (\w+)\. Got value: ([\w.+-]+) Subclass", line):
+        return f"{key}={wrong[2]}: must be a {wrong[1]}, by its class_path and init_args"
     # Of a value that may have one of several types, the reasons are enough; lists are long.
     line = re.sub(r" Given value: (\[|\{|Namespace).*", "", line)
     line = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: ", "", line)
@@ -288,7 +294,7 @@ def _classes_of(module: str) -> list[str]:
         for each in classes
         if each.__module__.startswith(module)
         and not inspect.isabstract(each)
-        and not issubclass(each, tuple)
+        and not (issubclass(each, tuple) or each.__module__ == "w2s_train.weak.base")
     )
 
 

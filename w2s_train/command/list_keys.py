@@ -5,12 +5,15 @@ change goes to the parser once more, as a last option. An item is named by its i
 ``name`` that it has; a class need not have its ``init_args`` spelled.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import yaml
 
 from w2s_train.errors import UserError
+
+ITEM = re.compile(r"\.(-?[0-9]+|callbacks\.[A-Z]\w*)(\.|$)")  # an index, or a class: refused
 
 
 class ListKey(NamedTuple):
@@ -31,10 +34,12 @@ def split(args: list[str]) -> tuple[list[str], list[ListKey]]:
     """
     rest, found = list[str](), list[ListKey]()
     given = iter(args)
+    # What follows `--...segments+=` sets the item that it adds: the parser's own way.
+    adds = any(arg.partition("=")[0].endswith(".segments+") for arg in args)
     for arg in given:
         key, equals, value = arg.partition("=")
         parts = key.removeprefix("--").split(".")
-        inside = any(part.isdecimal() for part in parts[1:]) or "segments" in parts[:-2]
+        inside = ITEM.search(key) or "segments" in parts[: -2 if adds else -1]
         if not (inside and key.startswith("--")):
             rest.append(arg)
             continue
@@ -64,6 +69,13 @@ def options(config: dict[str, Any], given: list[ListKey], read: Callable[[str], 
             value = each.value
         lists |= _put(config, each, value)
     return [f"--{key}={_flow(value)}" for key, value in lists.items()]
+
+
+def emptied(given: list[ListKey], message: str) -> ListKey | None:
+    """Which key has set to null what the parser now misses."""
+    missing = re.findall(r"\w+", message.partition("arguments are required: ")[2])
+    empty = [each for each in given if each.value in ("", "null", "~")]
+    return next((each for each in empty if each.key.rpartition(".")[2] in missing), None)
 
 
 def _put(config: dict[str, Any], given: ListKey, value: Any) -> dict[str, Any]:
@@ -103,7 +115,7 @@ def _steps(node: Any, part: str, given: ListKey, where: str) -> list[Any]:
         raise UserError(f"{given}: must name an item of a list; {where} is {found}")
     arguments = [(each.get("init_args") or {}) if isinstance(each, dict) else {} for each in node]
     names = [each.get("name") for each in arguments]
-    if part.isdecimal() and int(part) < len(node):
+    if re.fullmatch("[0-9]+", part) and int(part) < len(node):
         return [int(part)]
     if part in names:
         return [names.index(part)]

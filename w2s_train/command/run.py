@@ -133,6 +133,7 @@ class Command(LightningCLI):
         try:
             super().parse_arguments(parser, changed(len(inside)))
         except argparse.ArgumentError as error:
+            changed(0)  # what is wrong without them is no fault of theirs
             for number, each in enumerate(inside, 1):
                 try:
                     parser.parse_args(changed(number), _skip_validation=True)
@@ -140,6 +141,8 @@ class Command(LightningCLI):
                     raise UserError(
                         f"{each}: {innermost(explain(str(reason), CLASSES))}"
                     ) from error
+            if empty := list_keys.emptied(inside, str(error)):
+                raise UserError(f"{empty}: must have a value; there is no default") from error
             raise
 
     def _parse_ckpt_path(self) -> None:

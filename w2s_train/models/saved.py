@@ -1,5 +1,6 @@
 """Networks from the checkpoints of our own runs."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from w2s_train.checkpoint_file import read_checkpoint
@@ -25,7 +26,10 @@ def class_path(network: Any) -> str:
 
 
 def saved_network(
-    path: str, weights: Literal["ema", "raw"] = "ema", network: Network | None = None
+    path: str,
+    weights: Literal["ema", "raw"] = "ema",
+    network: Network | None = None,
+    allow_imports: Sequence[str] = (),
 ) -> Network:
     """The network of a run.
 
@@ -33,6 +37,7 @@ def saved_network(
         path: A checkpoint (``runs/NAME/checkpoints/*.ckpt``).
         weights: Its running average ("ema") or its live weights ("raw").
         network: What takes the weights; None builds it, as its ``arguments`` say.
+        allow_imports: Packages of yours that its class may lie in, for this call.
 
     Raises:
         UserError: A file that is missing, truncated, or no checkpoint of ours; a network that is
@@ -45,7 +50,7 @@ def saved_network(
         if key.startswith(prefix)
     }
     try:
-        network = network or _rebuilt(content["network"], path)
+        network = network or _rebuilt(content["network"], path, allow_imports)
         network.load_state_dict(state)
     except (TypeError, RuntimeError) as error:
         raise UserError(
@@ -54,9 +59,9 @@ def saved_network(
     return network
 
 
-def _rebuilt(made: dict[str, Any] | None, path: str) -> Network:
+def _rebuilt(made: dict[str, Any] | None, path: str, allow_imports: Sequence[str]) -> Network:
     if made is None:
         raise UserError(f"path={path}: its network has no arguments to build it by; must be given")
     if "class_path" not in made:  # of an older version
         return DiT(**made)
-    return network_class(made["class_path"])(**made["init_args"])
+    return network_class(made["class_path"], allow_imports)(**made["init_args"])

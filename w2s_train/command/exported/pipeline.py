@@ -49,7 +49,7 @@ class VelocityPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: list[int],
+        class_labels: int | list[int],
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         generator: Any = None,
@@ -58,14 +58,23 @@ class VelocityPipeline(DiffusionPipeline):
         """Images of some classes.
 
         Args:
-            class_labels: One per image; ``null_class`` for none.
+            class_labels: One per image, or one; ``null_class`` for none.
             num_inference_steps: Equal steps from t = 1 to 0.
             guidance_scale: Of classifier-free guidance; 1 is none, and half the cost.
             generator: A `torch.Generator`, or one per image.
             output_type: "pil", "np" (N, H, W, C) in [0, 1], or "latent", what the network works on.
+
+        Raises:
+            ValueError: No label, no step, or another output.
         """
         device, made = self._execution_device, self.transformer.config
-        y = torch.as_tensor(class_labels, device=device)
+        y = torch.as_tensor(class_labels, device=device).reshape(-1)
+        if not len(y):
+            raise ValueError(f"class_labels={class_labels}: must be a class, or one per image")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
+        if output_type not in ("pil", "np", "latent"):
+            raise ValueError(f"output_type={output_type}: must be pil, np or latent")
         shape = (len(y), made.in_channels, made.sample_size, made.sample_size)
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
