@@ -242,9 +242,10 @@ def explain(message: str, parts: dict[str, Any]) -> str:
         found = [f"{m}.{n}" for m in CHOSEN for n in _like(named[1], _classes_of(m), 1)]
         if like := difflib.get_close_matches(named[1], found, n=3, cutoff=0.0):
             return f"{key}={named[1]}: must have its module, such as {' or '.join(like)}"
-    if unfound := re.search(r"class_path '([\w.]+)'.*No module named '([\w.]+)'", line):
+    lost = re.search(r"class_path '([\w.]+)'.*No module named '([\w.]+)'", line)
+    if lost and f"{lost[1]}.".startswith(f"{lost[2]}."):
         return (
-            f"class_path={unfound[1]}: there is no module {unfound[2]}; PYTHONPATH=FOLDER before the "
+            f"class_path={lost[1]}: there is no module {lost[2]}; PYTHONPATH=FOLDER before the "
             "command names the folder that it lies in"
         )
     if missing := re.search(NO_CLASS, line):
