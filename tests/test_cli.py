@@ -349,7 +349,7 @@ def test_answers_without_a_heavy_import(tmp_path: Path):
         "arguments: --modle.x; keys are trainer, model, data, checkpoint, guard, watch, "
         "seed_everything, ckpt_path",
         ("export", "--color=red"): "error: option=--color=red: must be one of --ckpt_path, "
-        "--output, --weights, --format",
+        "--output, --allow_imports, --weights, --format",
     }
     command = [sys.executable, "-c", FAST, json.dumps([["--help"], ["export", "-h"], *expected])]
     began = time.monotonic()
