@@ -121,6 +121,8 @@ def test_ranks(command, tmp_path: Path, fault: str, rank: int, status: int, line
     options += [f"--watch.timeout_minutes={TIMEOUT / 60}", "--data.num_workers=1"]
     if fault == "evaluation":  # in which the others wait for nobody, for minutes
         options += ["--trainer.val_check_interval=3", "--data.num_generated=60000"]
+        options += ["--trainer.callbacks=w2s_train.callbacks.SampleGrid"]
+        options += ["--trainer.callbacks.num_images=60000"]  # without it nobody takes them in
 
     def work(number: int) -> None:
         inject(fault, rank)
