@@ -141,7 +141,8 @@ def test_features_that_cannot_be_had_come_before_any_work(tmp_path: Path, monkey
 
 def test_missing_data_name_the_command_that_makes_them(tmp_path: Path):
     """As the config of the data says; of images, which key does."""
-    message = refusal(tmp_path, f"--data={ROOT}/configs/data/cifar10.yaml")
+    cifar10 = f"--data={ROOT}/configs/data/cifar10.yaml"  # which may be in this checkout
+    message = refusal(tmp_path, cifar10, f"--data.train_urls={tmp_path}/train-*.tar")
     assert message.endswith(
         "train-*.tar does not; made by: python data/prepare.py torchvision CIFAR10 --root downloads"
         " --download --output data/cifar10"

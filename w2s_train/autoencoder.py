@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w2s_train.errors import UserError, one_line, require
+from w2s_train.errors import UserError, needed, one_line, require
 from w2s_train.files import expanded
 from w2s_train.shards.samples import to_float
 from w2s_train.shards.storage import Storage, is_pipe, is_remote, split_url
@@ -249,14 +249,9 @@ def load_autoencoder(path: str, name: str, revision: str | None = None) -> Any:
     local = folder.is_dir()
     if not local and not HUB_NAME.fullmatch(path):
         raise UserError(f"{name}={path}: must be an existing folder, or OWNER/NAME of the hub")
-    try:
+    with needed("diffusers", f"{name}={path}"):
         from diffusers import AutoencoderKL  # optional, and takes seconds to import
         from diffusers.utils import logging
-    except (ImportError, RuntimeError) as error:  # it wraps errors of what it imports
-        raise UserError(
-            f"{name}={path}: needs diffusers, which cannot be imported ({one_line(error)}); "
-            "pip install diffusers"
-        ) from error
     parts = path.split("/")
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it would log is in the error

@@ -1,6 +1,8 @@
 """Errors that are the user's to mend."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TypeVar
 
 from w2s_train.secrets import redacted
@@ -67,3 +69,23 @@ def one_line(error: BaseException) -> str:
     """Its kind and message, or only its kind where it says nothing."""
     message = redacted(" ".join(str(error).split()))
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+@contextlib.contextmanager
+def needed(library: str, key: str) -> Iterator[None]:
+    """Around the import of an optional library: where it fails, it is said who needs it.
+
+    Args:
+        library: As it is installed.
+        key: ``name=value`` of the setting that needs it.
+
+    Raises:
+        UserError: It cannot be imported.
+    """
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:  # some wrap errors of what they import
+        raise UserError(
+            f"{key}: needs {library}, which cannot be imported ({one_line(error)}); "
+            f"pip install {library}"
+        ) from error

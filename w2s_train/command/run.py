@@ -171,9 +171,9 @@ class Command(LightningCLI):
             config.weights_only = True  # of a checkpoint only tensors and plain values are read
         # A checkpoint of another folder starts a new run in this one; "last" never does, so that a
         # job that was stopped before its first checkpoint keeps its folder.
-        start = Path(getattr(config, "ckpt_path", None) or "").resolve().parent.parent
-        resumed = bool(getattr(config, "ckpt_path", None))
-        resumed = resumed and (self.goes_on or start == folder.resolve())
+        start = getattr(config, "ckpt_path", None)
+        inside = start is not None and Path(start).resolve().parent.parent == folder.resolve()
+        resumed = start is not None and (self.goes_on or inside)
         self.record = Record(folder, self._whole_config(), resumed, keeps=self.goes_on)
         if subcommand in ("predict", "sample", "reference"):
             config.trainer.logger = False
@@ -261,10 +261,11 @@ class Command(LightningCLI):
         except ValueError as error:
             raise UserError(locate(str(error), self.config[str(self.subcommand)])) from error
         data, network = self.datamodule, self.model.network
-        if data.images is not None and not isinstance(self.model.autoencoder, PixelSpace):
-            raise UserError(f"data.images={data.images}: must come without an autoencoder")
-        if data.images is not None and self.subcommand in ("fit", "reference"):
-            data.fit_to(offered(network, "data.images", "shape"))
+        if data.images is not None:
+            if not isinstance(self.model.autoencoder, PixelSpace):
+                raise UserError(f"data.images={data.images}: must come without an autoencoder")
+            if self.subcommand in ("fit", "reference"):
+                data.fit_to(offered(network, "data.images", "shape"))
         known = getattr(network, "num_classes", data.num_classes)
         if data.num_classes != known:
             raise UserError(
@@ -325,13 +326,10 @@ class Command(LightningCLI):
 
         Before that, their shards. What features need is looked at before any image is.
         """
-        missing = [
-            each
-            for each in self._callbacks()
-            if isinstance(each, FID) and not each.reference_path.is_file()
-        ]
         if self.datamodule.images is None:
             return
+        scorers = [each for each in self._callbacks() if isinstance(each, FID)]
+        missing = [each for each in scorers if not each.reference_path.is_file()]
         for each in missing:
             each.extractor.load()
         if self.trainer.is_global_zero:

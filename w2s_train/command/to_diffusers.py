@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from w2s_train.autoencoder import StableDiffusionVAE
-from w2s_train.errors import UserError, one_line
+from w2s_train.errors import UserError, needed
 from w2s_train.loading import instantiate
 from w2s_train.models.dit import DiT, position_table
 
@@ -50,13 +50,8 @@ def write_pipeline(network: Any, autoencoder: dict[str, Any] | None, folder: Pat
         UserError: diffusers cannot be imported, or its class cannot be this network.
     """
     _check(network)
-    try:
+    with needed("diffusers", "format=diffusers"):
         import diffusers  # optional, and takes seconds to import
-    except (ImportError, RuntimeError) as error:  # it wraps errors of what it imports
-        raise UserError(
-            f"format=diffusers: needs diffusers, which cannot be imported ({one_line(error)}); "
-            "pip install diffusers"
-        ) from error
     theirs: Any = diffusers.DiTTransformer2DModel(
         num_attention_heads=network.num_heads,
         attention_head_dim=network.hidden_size // network.num_heads,

@@ -40,16 +40,15 @@ def image_grid(images: Tensor, columns: int, scale: int) -> Tensor:
 def log_image(logger: Logger, name: str, image: Tensor, step: int) -> None:
     """Send an image (3, H, W) in [0, 1] to a logger that has a way for it; others keep none."""
     experiment: Any = getattr(logger, "experiment", None)
-    pil = to_pil_image(image)
     if hasattr(logger, "log_image"):  # W&B's, and whoever has the same method
-        logger.log_image(name, [pil], step=step)
+        logger.log_image(name, [to_pil_image(image)], step=step)
     elif hasattr(experiment, "add_image"):  # TensorBoard's
         experiment.add_image(name, image, step)
     elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):  # MLflow's
         key = re.sub(r"[^\w./ -]", "", name)  # others are refused
-        experiment.log_image(logger.run_id, pil, key=key, step=step)
+        experiment.log_image(logger.run_id, to_pil_image(image), key=key, step=step)
     elif hasattr(experiment, "log_image"):  # Comet's
-        experiment.log_image(pil, name=name, step=step)
+        experiment.log_image(to_pil_image(image), name=name, step=step)
 
 
 class SampleGrid(Scorer):
@@ -102,8 +101,8 @@ class SampleGrid(Scorer):
             grid = image_grid(images, self.columns, self.scale)
             kind = (setting.weights, setting.guidance.describe()) if number else ()
             save_image(grid, folder / grid_name(module.steps_taken, *kind))
+            tag = f"samples {setting.name}" if number else "samples"
             for logger in trainer.loggers:
-                tag = f"samples {setting.name}" if number else "samples"
                 try:
                     log_image(logger, tag, grid, module.steps_taken)
                 except Exception as error:  # of any service

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from w2s_train.errors import UserError, one_line
+from w2s_train.errors import UserError, needed, one_line
 
 
 class Velocity(NamedTuple):
@@ -100,15 +100,10 @@ def _made(name: str, config: dict[str, Any] | None, path: str | None) -> Any:
     """A model of diffusers, made anew or read."""
     if (config is None) == (path is None):
         raise UserError(f"path={path}: must be given, or else config, but not both")
-    try:
+    with needed("diffusers", f"network={name}"):
         import diffusers  # optional, and takes seconds to import
 
         cls = getattr(diffusers, name)
-    except (ImportError, RuntimeError) as error:  # it wraps errors of what it imports
-        raise UserError(
-            f"network={name}: needs diffusers, which cannot be imported ({one_line(error)}); "
-            "pip install diffusers"
-        ) from error
     if path is not None and not Path(path).is_dir():
         raise UserError(f"path={path}: must be a folder that diffusers' {name} has saved")
     try:
