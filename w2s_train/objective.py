@@ -11,20 +11,23 @@ The target moves with the network. Setting s = E[v] + scale (s - w) gives the fi
 
 guidance by 1 / (1 - scale) built into the weights: 0.3 is 1.43, 0.5 is 2, 0.6 is 2.5. At scale 1
 there is no fixed point. Outside all segments the target is v: plain flow matching. `segment` has
-the general form.
+the general form, and that with scales that are drawn and told to the network.
 """
 
 import abc
+import itertools
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError, require
+from w2s_train.inbuilt.rows import scales_of
 from w2s_train.interpolant import Interpolant, NoisySample
 from w2s_train.log import Log
-from w2s_train.models import Network, as_output
+from w2s_train.models import Network, as_output, offered
 from w2s_train.segment import Rows, Segment, Strong, mean_square
 from w2s_train.timesteps import TimestepDistribution, at_least, chosen_first
 from w2s_train.weak.base import Step
@@ -80,7 +83,8 @@ class WeakToStrongObjective(Objective):
     Args:
         interpolant: How data and noise are mixed.
         timesteps: Where training timesteps are drawn from.
-        segments: Ranges of timesteps with their weak sources; None or empty is flow matching.
+        segments: Ranges of timesteps with their weak sources; None or empty is flow matching. Those
+            whose scales are drawn may overlap.
         total_steps: Optimizer steps of the plan that schedules given as shares refer to; None for
             ``trainer.max_steps``. Stated, a run may be cut short or extended without moving them.
 
@@ -100,19 +104,23 @@ class WeakToStrongObjective(Objective):
             require("total_steps", total_steps, "[1, inf)")
         self.total_steps, self.label_dropout = total_steps, 0.0
         ordered = sorted(segments or [], key=lambda segment: segment.low)
-        for before, after in zip(ordered, ordered[1:], strict=False):
-            if after.low < before.high:
+        for one, other in itertools.combinations(ordered, 2):
+            if other.low < one.high and not (one.drawn and other.drawn):
                 raise UserError(
-                    f"segments=[{before.low}, {before.high}) and [{after.low}, {after.high}): "
-                    "must not overlap"
+                    f"segments=[{one.low}, {one.high}) and [{other.low}, {other.high}): "
+                    "must not overlap, unless both draw their scales"
                 )
         names = [segment.name for segment in ordered]
         if len({*names}) < len(names):
             raise UserError(f"segments={names}: must have names of their own")
         self.segments = nn.ModuleList(ordered)  # type: ignore[assignment]
+        self.drawn = [segment for segment in ordered if segment.drawn]
 
     def bind(self, network: Network, label_dropout: float | None = None) -> None:
         self.label_dropout = label_dropout or 0.0
+        if self.drawn:
+            names = [segment.name for segment in self.drawn]
+            offered(network, "a drawn scale", "add_scales", "scales=")(names)
         for weak in (segment.weak for segment in self.segments):
             weak.bind(network)
             if weak.needs_label and label_dropout in (0, 1):
@@ -145,28 +153,36 @@ class WeakToStrongObjective(Objective):
         t = self.timesteps.draw(len(x), x.device, self.interpolant)
         return self.interpolant.corrupt(x, torch.randn_like(x), t)
 
-    def rows(self, segment: Segment, labelled: Tensor) -> Rows:
+    def rows(self, segment: Segment, labelled: Tensor, scales: dict[str, Tensor]) -> Rows:
         """The rows that a segment acts on, as many at every step.
 
         Args:
             segment: One of ours.
             labelled: Which rows (B,) of the batch have a label.
+            scales: Of those that are drawn, see `scales_of`.
         """
         rows = self.timesteps.rows(segment.low, segment.high, len(labelled), self.interpolant)
         n = rows.stop - rows.start
         dropped = at_least(n, self.label_dropout) if segment.only_labelled else 0
+        if segment.drawn and not segment.weak.trainable:
+            labelled, dropped = (
+                scales[segment.name] > 0,
+                max(dropped, at_least(n, segment.drawn.plain)),
+            )
         return rows.start + chosen_first(labelled[rows], n - dropped) if dropped else rows
 
     def forward(self, network: Network, x: Tensor, y: Tensor, step: Step, log: Log) -> Tensor:
         self.last_batch = (x, y)
         noisy, labelled = self.draw(x), y != network.null_class
         keep = {block for segment in self.segments for block in segment.weak.keep_hidden}
-        options = {"keep_hidden": keep} if keep else {}
+        options: dict[str, Any] = {"keep_hidden": keep} if keep else {}
+        if scales := scales_of(self.drawn, noisy.t, labelled, step):
+            options["scales"] = torch.stack([*scales.values()], 1)
         out = as_output(network(noisy.x_t, noisy.t, y, **options), noisy.x_t)
-        strong = Strong(network, noisy, y, out, step)
+        strong = Strong(network, noisy, y, out, step, scales, [])
         target, penalties = noisy.v.float().clone(), list[Tensor]()
         for segment in self.segments:
-            rows = self.rows(segment, labelled)
+            rows = self.rows(segment, labelled, scales)
             acts = len(noisy.t[rows]) > 0 and segment.factor(step) > 0
             if acts or segment.weak.trainable:  # what the loss trains is evaluated at every step
                 penalties.append(segment.act(strong, rows, target, log))

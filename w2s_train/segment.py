@@ -11,22 +11,26 @@ which covers MeanFlow's and GFT's targets as well, is
 
 with kappa the scale; the fixed point is guidance by omega / (1 - kappa).
 
-`Consistency` is what the released SGG code does below its guidance range: the target stays v, and
-weight * |s - w|^2 is added with gradients to both sides; the weak side has no other loss there.
+The scale may be drawn for each row and told to the network (`inbuilt.laws`): the choice of one is
+then left to sampling. Segments with drawn scales w_k may overlap, with W their sum over a row:
 
-Gradients stop in this file only.
+    s* = E[v] + sum_k w_k / (1 - W) * (E[v] - w_k's weak).
+
+`Consistency`, from a file of its own, is a penalty instead. Gradients stop in this file only.
 """
 
 import abc
 import math
 import re
 import warnings
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError, require
+from w2s_train.inbuilt.laws import Drawn, check_fits
 from w2s_train.interpolant import NoisySample, right_pad
 from w2s_train.log import Log
 from w2s_train.models import DiTOutput, Network
@@ -45,6 +49,18 @@ class Strong(NamedTuple):
     y: Tensor  # (B,) labels, dropped ones replaced by the null class
     out: DiTOutput  # with the velocity in float32
     step: Step
+    scales: dict[str, Tensor]  # (B,) of each segment whose scale is drawn
+    seen: "list[Difference]"  # what the segments found; for `guideability`
+
+
+class Difference(NamedTuple):
+    """What a segment found at its rows (n)."""
+
+    name: str
+    rows: Rows
+    difference: Tensor  # strong - weak, (n, C, H, W)
+    inside: Tensor  # (n,) bool, the rows that it acted on
+    scale: Tensor | None  # (n,), minus the guideability of the fixed point; None has none
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -84,6 +100,7 @@ class Segment(nn.Module, abc.ABC):
         self.title = f"{f'{name}, ' if name else ''}{low:g} <= t < {high:g}"
         self.high, self.weak, self.schedule = high, weak, schedule or Schedule()
         self.only_labelled = weak.needs_label  # the difference is 0 where the label was dropped
+        self.drawn: Drawn | None = None  # the law of the scale, if it is one
         self.planned: Schedule | None = None
         self.total: int | None = None
 
@@ -161,7 +178,8 @@ class Extrapolation(Segment):
     Args:
         low: Start of the range, inclusive.
         high: End of the range, exclusive.
-        scale: kappa in the general form; guides by omega / (1 - scale).
+        scale: kappa in the general form; guides by omega / (1 - scale). Or a law that it is drawn
+            from, row by row; the network is told it then, under ``name``.
         weak: The weak source.
         weak_loss_weight: Weight of a trainable source's own loss |weak - v|^2, on all rows.
         omega: Weight of v in the general form.
@@ -181,7 +199,7 @@ class Extrapolation(Segment):
         self,
         low: float,
         high: float,
-        scale: float,
+        scale: float | Drawn,
         weak: WeakSource,
         weak_loss_weight: float = 0.2,
         omega: float = 1.0,
@@ -192,6 +210,9 @@ class Extrapolation(Segment):
         name: str | None = None,
     ) -> None:
         super().__init__(low, high, weak, schedule, name)
+        if isinstance(scale, Drawn):
+            self.drawn, scale = scale, scale.high
+            check_fits(name, omega, from_average)
         self.scale = require("scale", scale, "[0, inf)")
         self.omega = require("omega", omega, "[0, inf)")
         self.only_labelled = weak.needs_label and omega == 1
@@ -210,7 +231,7 @@ class Extrapolation(Segment):
                 f"scale={scale}: must be in [0, {limit}) for {type(weak).__name__}; it guides by "
                 f"{guides:.3g}, and larger ones diverge (allow_unstable: true accepts it)"
             )
-        if guides > 1 / (1 - WARN_ABOVE) + 1e-9:
+        if guides > 1 / (1 - WARN_ABOVE) + 1e-9 and not self.drawn:
             warnings.warn(
                 f"scale={scale}: guides by {guides:.3g}; above 2.5 (scale {WARN_ABOVE}) "
                 "samples are often over-sharpened",
@@ -223,8 +244,9 @@ class Extrapolation(Segment):
         return (1 + factor * (self.omega - 1)) / (1 - kappa) if kappa < 1 else math.inf
 
     def describe(self) -> str:
+        law = f"drawn, {self.drawn.describe()}, up to" if self.drawn else f"{self.scale:g},"
         return (
-            f"{self.title}: {self.weak.describe()}, scale {self.scale:g}, "
+            f"{self.title}: {self.weak.describe()}, scale {law} "
             f"effective guidance scale {self.effective_scale():.3g}"
             + (", from the running average" if self.from_average else "")
             + (f", {self.schedule}" if self.schedule != Schedule() else "")
@@ -246,9 +268,19 @@ class Extrapolation(Segment):
         velocity, weak, v = velocity.detach(), weak.detach(), noisy.v[rows].float()
         inside, factor = self.contains(noisy.t[rows]), self.factor(strong.step)
         guides = torch.full_like(noisy.t[rows], self.effective_scale(factor))
+        goal, scale = 1 - 1 / guides, cast(Any, factor * self.scale)
+        if self.drawn:
+            goal = strong.scales[self.name][rows]
+            total = torch.stack([*strong.scales.values()]).sum(0)[rows]
+            inside, guides = inside & (goal > 0), 1 + goal / (1 - total)
+            explained = mean_square(v / right_pad(1 - total, v))
+            log.add((f"{self.name}/explained_rms",), explained[None], inside[None])
+            scale = right_pad(goal, v)
         self.report(log, velocity, weak, v, inside)
         log.add((f"{self.name}/effective_scale",), guides[None], inside[None])
-        shift = factor * self.scale * self.clip(velocity - weak)
+        difference, none = velocity - weak, self.from_average or self.max_difference is not None
+        strong.seen.append(Difference(self.name, rows, difference, inside, None if none else goal))
+        shift = scale * self.clip(difference)
         if self.omega != 1:
             shift = shift + factor * (self.omega - 1) * (v - weak)
         target[rows] += right_pad(inside, shift) * shift
@@ -262,45 +294,7 @@ class Extrapolation(Segment):
         return difference * right_pad((self.max_difference / rms).clamp(max=1), difference)
 
 
-class Consistency(Segment):
-    """target = v, and weight * |strong - weak|^2 with gradients to both.
-
-    Args:
-        low: Start of the range, inclusive.
-        high: End of the range, exclusive.
-        weak: The weak source.
-        weight: Weight of the penalty.
-        schedule: When it starts and how it grows; None is at once and constant.
-        name: In logs, and as a key; None is its range.
-
-    Raises:
-        UserError: A negative weight.
-    """
-
-    def __init__(
-        self,
-        low: float,
-        high: float,
-        weak: WeakSource,
-        weight: float = 0.2,
-        schedule: Schedule | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(low, high, weak, schedule, name)
-        self.weight = require("weight", weight, "[0, inf)")
-
-    def describe(self) -> str:
-        return f"{self.title}: consistency with {self.weak.describe()}, weight {self.weight:g}"
-
-    def act(self, strong: Strong, rows: Rows, target: Tensor, log: Log) -> Tensor:
-        inputs = self.weak_inputs(strong, rows)
-        with self.gradients():
-            weak = self.weak.predict(strong.network, *inputs).float()
-        rows = slice(None) if self.weak.trainable else rows
-        t, v, velocity = strong.noisy.t, strong.noisy.v[rows].float(), strong.out.velocity[rows]
-        inside, penalty = self.contains(t[rows]), velocity.new_zeros(len(t))
-        # Multiplied, not selected: the graph must be the same whichever timesteps were drawn.
-        weight = self.factor(strong.step) * self.weight
-        penalty[rows] = weight * inside * mean_square(velocity - weak)
-        self.report(log, velocity, weak, v, inside)
-        return penalty
+def __getattr__(name: str) -> Any:
+    if name == "Consistency":  # which moved into a file of its own
+        return import_module("w2s_train.consistency").Consistency
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

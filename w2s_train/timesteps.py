@@ -115,7 +115,9 @@ def at_least(n: int, share: float) -> int:
     return int(n * _fraction(share))
 
 
-def spread(n: int, share: float, device: torch.device) -> Tensor:
+def spread(
+    n: int, share: float, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
     """Choose each of ``n`` rows with probability ``share`` in [0, 1] (to six digits): (n,) bool.
 
     Plain coin flips have a number of heads that nobody knows before, so that shapes change from
@@ -125,7 +127,7 @@ def spread(n: int, share: float, device: torch.device) -> Tensor:
     so that these cover all timesteps. All is integer arithmetic; nothing is read by the host.
     """
     ratio = _fraction(share)
-    offset = torch.randint(ratio.denominator, (), device=device)
+    offset = torch.randint(ratio.denominator, (), device=device, generator=generator)
     marks = torch.arange(n + 1, device=device) * ratio.numerator + offset
     counts = marks.div(ratio.denominator, rounding_mode="floor")
     return counts[1:] > counts[:-1]

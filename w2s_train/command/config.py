@@ -30,7 +30,7 @@ KEYS = """
 NO_CLASS = r"module '([\w.]+)' has no attribute '(\w+)'|no file of ([\w.]+) defines (\w+)"
 CHOSEN = [
     f"w2s_train.{name}"
-    for name in "models weak segment sampler guidance interpolant timesteps".split()
+    for name in "models weak segment inbuilt sampler guidance interpolant timesteps".split()
 ]
 SCORING = ("validate", "test", "predict", "sample")
 ALIASES = 20  # of YAML, in one file

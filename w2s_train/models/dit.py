@@ -21,7 +21,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from w2s_train.errors import UserError, require
+from w2s_train.errors import require
+from w2s_train.models.scale_embedder import ScaleInputs
+from w2s_train.models.sizes import check_sizes
 
 
 class TimestepEmbedder(nn.Module):
@@ -72,7 +74,7 @@ class DiTOutput(NamedTuple):
     rest: Tensor  # (B, out_channels - C, H, W): a variance, in published networks; or no channel
     # Block -> its output tokens (B, N, D), for the blocks asked for; -1 is what the first one gets.
     hidden: dict[int, Tensor]
-    cond: Tensor  # (B, D)
+    cond: Tensor  # (B, D), without scales
 
     def take(self, rows: slice | Tensor, blocks: Collection[int]) -> "DiTOutput":
         """The same for some rows, a slice (a view) or an index (n,), with tokens of ``blocks``."""
@@ -131,7 +133,7 @@ class FinalLayer(nn.Module):
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=p, q=p)
 
 
-class DiT(nn.Module):
+class DiT(ScaleInputs):
     """A diffusion transformer that predicts a velocity.
 
     Sizes in the literature (depth, hidden_size, num_heads): S 12, 384, 6; B 12, 768, 12;
@@ -153,6 +155,8 @@ class DiT(nn.Module):
         time_scale: The network embeds time_scale * t + time_shift: 1 and 0 here and in REPA;
             -1 and 1 in SiT, whose time runs the other way.
         time_shift: See ``time_scale``.
+        scales: Names of scales that are inputs, too; see `add_scales`. None is none.
+        scales_from: First block that sees them; None is the one behind the first third.
 
     Raises:
         UserError: A size that does not divide another, or is not positive.
@@ -173,6 +177,8 @@ class DiT(nn.Module):
         gradient_checkpointing: int | bool = 0,
         time_scale: float = 1.0,
         time_shift: float = 0.0,
+        scales: list[str] | None = None,
+        scales_from: int | None = None,
     ) -> None:
         super().__init__()
         sizes = dict(
@@ -180,7 +186,7 @@ class DiT(nn.Module):
         )
         sizes |= dict(hidden_size=hidden_size, num_heads=num_heads, num_classes=num_classes)
         out_channels = in_channels if out_channels is None else out_channels
-        _check_sizes(sizes, mlp_ratio, out_channels)
+        check_sizes(sizes, mlp_ratio, out_channels)
         require("gradient_checkpointing", gradient_checkpointing, "[0, inf)")
         self.arguments: dict[str, Any] = sizes | dict(mlp_ratio=mlp_ratio, qk_norm=qk_norm)
         self.gradient_checkpointing = int(gradient_checkpointing)
@@ -203,6 +209,7 @@ class DiT(nn.Module):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
         self._initialize()
+        self.take_scales(scales, max(depth // 3, 1) if scales_from is None else scales_from)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -227,6 +234,7 @@ class DiT(nn.Module):
         skip_blocks: Collection[int] = (),
         keep_hidden: Collection[int] = (),
         resume: tuple[int, Tensor] | None = None,
+        scales: Tensor | None = None,
     ) -> DiTOutput:
         """Predict the velocity at noisy samples.
 
@@ -239,22 +247,24 @@ class DiT(nn.Module):
                 one gets.
             resume: A block and its output tokens (B, N, D) at the same x_t, of an earlier pass;
                 the blocks up to it are not evaluated again.
+            scales: (B, K), see `add_scales`; None is 0.
         """
         done, h = resume or (-1, self.x_embedder(x_t) + self.pos_embed)
         cond = self.t_embedder(self.time_scale * t + self.time_shift) + self.y_embedder(y)
+        told = self.told(cond, scales)
         hidden = {done: h} if done in keep_hidden else {}
         recompute = self.gradient_checkpointing > 0 and torch.is_grad_enabled()
         size = self.gradient_checkpointing if recompute else self.depth
         for first in range(done + 1, self.depth, size):
             blocks = range(first, min(first + size, self.depth))
-            arguments = (blocks, h, cond, skip_blocks, keep_hidden)
+            arguments = (blocks, h, cond, told, skip_blocks, keep_hidden)
             if recompute:  # nothing in there is random
                 options: Any = dict(use_reentrant=False, preserve_rng_state=False)
                 h, kept = checkpoint(self._run, *arguments, **options)
             else:
                 h, kept = self._run(*arguments)
             hidden |= kept
-        out = self.final_layer(h, cond)
+        out = self.final_layer(h, told)
         velocity, rest = out[:, : self.in_channels], out[:, self.in_channels :]
         return DiTOutput(velocity, rest, hidden, cond)
 
@@ -263,6 +273,7 @@ class DiT(nn.Module):
         blocks: range,
         h: Tensor,
         cond: Tensor,
+        told: Tensor,
         skip_blocks: Collection[int],
         keep_hidden: Collection[int],
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -270,7 +281,7 @@ class DiT(nn.Module):
         hidden = {}
         for i in blocks:
             if i not in skip_blocks:
-                h = self.blocks[i](h, cond)
+                h = self.blocks[i](h, cond if i < self.scales_from else told)
             if i in keep_hidden:
                 hidden[i] = h
         return h, hidden
@@ -297,18 +308,3 @@ def zero_parameters(*layers: nn.Module) -> None:
     for layer in layers:
         for parameter in layer.parameters():
             nn.init.zeros_(parameter)
-
-
-def _check_sizes(sizes: dict[str, int], mlp_ratio: float, out_channels: int) -> None:
-    for name, value in sizes.items():
-        require(name, value, "[1, inf)")
-    require("mlp_ratio", mlp_ratio, "(0, inf)")
-    for divisor, whole in (("patch_size", "input_size"), ("num_heads", "hidden_size")):
-        if sizes[whole] % sizes[divisor]:
-            raise UserError(f"{divisor}={sizes[divisor]}: must divide {whole}={sizes[whole]}")
-    if sizes["hidden_size"] % 4:
-        raise UserError(f"hidden_size={sizes['hidden_size']}: must be a multiple of 4")
-    if out_channels < sizes["in_channels"]:
-        raise UserError(
-            f"out_channels={out_channels}: must be at least in_channels={sizes['in_channels']}"
-        )
