@@ -11,8 +11,8 @@ class Log:
     """Sums and maxima over rows and steps since the last log entry.
 
     How a number is reduced is the end of its name: ``_max`` is the largest of values that are at
-    least 0, ``_rms`` the root of the mean of the values, which then are squares, and anything else
-    their mean. Nothing is read back to the host before `read`.
+    least 0, ``_sum`` their sum, ``_rms`` the root of the mean of the values, which then are squares,
+    and anything else their mean. Nothing is read back to the host before `read`.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,9 @@ class Log:
             totals = reduce(torch.cat(list(self.sums.values()), 1), "sum").tolist()
             names = itertools.chain(*self.sums)
             for name, total, count in zip(names, *totals, strict=True):
-                if count:  # no row fell into the range since the last entry
+                if name.endswith("_sum"):
+                    result[name] = total
+                elif count:  # no row fell into the range since the last entry
                     result[name] = (total / count) ** (0.5 if name.endswith("_rms") else 1)
         if self.maxima:
             largest = reduce(torch.cat(list(self.maxima.values())), "max").tolist()

@@ -16,6 +16,7 @@ from w2s_train.clock import FitClock, memory
 from w2s_train.errors import UserError, require
 from w2s_train.generation import Setting, all_settings, generate
 from w2s_train.guidance import Guidance, Unguided
+from w2s_train.guideability.ratio import finish
 from w2s_train.loading import check_optimizer, load_module
 from w2s_train.log import Log
 from w2s_train.models import Network, WeightAverage, check_network, made_of, offered
@@ -211,7 +212,7 @@ class DiffusionModule(LightningModule):
         if self.losses or self.global_step % interval:
             return  # in the middle of a step, which an epoch's end makes shorter, or between logs
         strategy = self.trainer.strategy
-        numbers = self.training_log.read(lambda x, op: strategy.reduce(x, reduce_op=op))
+        numbers = finish(self.training_log.read(lambda x, op: strategy.reduce(x, reduce_op=op)))
         metrics = {f"train/{name}": value for name, value in numbers.items()}
         metrics["train/learning_rate"] = self.learning_rate
         metrics["train/images_seen"] = self.images_seen

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError, require
+from w2s_train.guideability.ratio import note
 from w2s_train.inbuilt.rows import scales_of
 from w2s_train.interpolant import Interpolant, NoisySample
 from w2s_train.log import Log
@@ -186,6 +187,7 @@ class WeakToStrongObjective(Objective):
             acts = len(noisy.t[rows]) > 0 and segment.factor(step) > 0
             if acts or segment.weak.trainable:  # what the loss trains is evaluated at every step
                 penalties.append(segment.act(strong, rows, target, log))
+        note(strong.found, noisy.v.float() - out.velocity.detach(), noisy.t, log)
         strong_loss = mean_square(out.velocity - target)
         loss = sum(penalties, start=strong_loss)
         self.report(log, loss, strong_loss, noisy.t)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError, require
+from w2s_train.guideability.ratio import Difference
 from w2s_train.inbuilt.laws import Drawn, check_fits
 from w2s_train.interpolant import NoisySample, right_pad
 from w2s_train.log import Log
@@ -50,17 +51,7 @@ class Strong(NamedTuple):
     out: DiTOutput  # with the velocity in float32
     step: Step
     scales: dict[str, Tensor]  # (B,) of each segment whose scale is drawn
-    seen: "list[Difference]"  # what the segments found; for `guideability`
-
-
-class Difference(NamedTuple):
-    """What a segment found at its rows (n)."""
-
-    name: str
-    rows: Rows
-    difference: Tensor  # strong - weak, (n, C, H, W)
-    inside: Tensor  # (n,) bool, the rows that it acted on
-    scale: Tensor | None  # (n,), minus the guideability of the fixed point; None has none
+    found: list[Difference]  # by the segments
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -279,7 +270,8 @@ class Extrapolation(Segment):
         self.report(log, velocity, weak, v, inside)
         log.add((f"{self.name}/effective_scale",), guides[None], inside[None])
         difference, none = velocity - weak, self.from_average or self.max_difference is not None
-        strong.seen.append(Difference(self.name, rows, difference, inside, None if none else goal))
+        found = (self.name, rows, difference, inside, None if none else goal, bool(self.drawn))
+        strong.found.append(Difference(*found))
         shift = scale * self.clip(difference)
         if self.omega != 1:
             shift = shift + factor * (self.omega - 1) * (v - weak)

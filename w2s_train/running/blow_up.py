@@ -14,7 +14,8 @@ class BlowUp:
     At scale 1 the network chases its own prediction, and the loss is blind to it. So the RMS of the
     strong prediction is compared with that of the data's velocity v, which the unguided prediction
     E[v | x_t] never exceeds: a warning above 1.2 times the effective guidance scale 1 / (1 - scale)
-    of a segment, the end of the run at twice that.
+    of a segment, the end of the run at twice that. Where scales are drawn it is compared with what
+    each row's own scale explains.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,8 @@ class BlowUp:
             velocity = metrics.get(f"{segment}/velocity_rms")
             if name == "effective_scale" and velocity is not None:
                 strong = metrics[f"{segment}/strong_rms"]
+                if explained := metrics.get(f"{segment}/explained_rms"):
+                    guides = explained / velocity
                 self._compare(strong, velocity, guides, f"step {step}: {segment}/strong_rms")
 
     @staticmethod

@@ -1,0 +1,1 @@
+"""How far training is from the fixed point of its target, and which weak source would help."""

@@ -1,0 +1,139 @@
+"""The guideability of a weak prediction.
+
+With d = strong - weak at noisy samples and v the data's velocity,
+
+    gamma = sum <d, v - strong> / sum |d|^2,        over rows, steps and processes,
+
+is the a that minimizes E|strong + a d - v|^2: what part of the remaining error lies along d. At the
+fixed point of a target with one source and scale w it is -w; with omega, (1 - kappa) / omega - 1.
+Its standard error is sqrt(sum (n - gamma q)^2) / sum q, with n and q the terms of a row. (Sums, not
+a mean of ratios, whose deviation is several times larger.) The progress is
+
+    -sum <d, v - strong> / sum w |d|^2,        1 at the fixed point, whatever scales were drawn.
+
+Where several sources act on a row their differences are correlated; then the joint regression of
+v - strong on all d_k is solved, and for the progress that on all w_k d_k.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from w2s_train.log import Log
+
+PARTS = ["", *(f"tenth_{k / 10:g}-{(k + 1) / 10:g}/" for k in range(10))]  # of time
+MARK = "|"  # in names of sums that become numbers here
+
+
+class Difference(NamedTuple):
+    """What one segment found at some rows (n) of a batch of B."""
+
+    name: str
+    rows: slice | Tensor  # a range, or an index (n,)
+    difference: Tensor  # strong - weak, (n, C, H, W)
+    inside: Tensor  # (n,) bool, the rows that it acted on
+    goal: Tensor | None  # (n,), minus the guideability of the fixed point; None where it has none
+    drawn: bool = False  # whether others may act on the same rows
+
+
+def note(found: Sequence[Difference], residual: Tensor, t: Tensor, log: Log) -> None:
+    """Log the sums that `finish` makes guideabilities of.
+
+    Args:
+        found: By the segments, at one pass of the network.
+        residual: v - strong, (B, C, H, W).
+        t: Timesteps (B,).
+        log: Takes the sums.
+    """
+    for each in found:
+        d, r = each.difference.flatten(1), residual[each.rows].flatten(1)
+        n, q = (d * r).mean(1), d.square().mean(1)
+        goal = n.new_zeros(len(n)) if each.goal is None else each.goal
+        sums = dict(n=n, q=q, nn=n * n, nq=n * q, qq=q * q, wq=goal * q)
+        _add(log, each.name, sums, each.inside, t[each.rows])
+    shared = [each for each in found if each.drawn]
+    if len(shared) > 1:
+        _note_joint(shared, residual, t, log)
+
+
+def _note_joint(found: Sequence[Difference], residual: Tensor, t: Tensor, log: Log) -> None:
+    """Sums of the joint regressions, on rows where all act, and of all with their scales."""
+    inside = residual.new_zeros(len(found), len(t), dtype=torch.bool)
+    goals, r = residual.new_zeros(len(found), len(t)), residual.flatten(1)
+    d = residual.new_zeros(len(found), *r.shape)
+    for k, each in enumerate(found):
+        inside[k, each.rows] = each.inside
+        d[k, each.rows] = each.difference.flatten(1).to(d) * each.inside.unsqueeze(1)
+        if each.goal is not None:
+            goals[k, each.rows] = each.goal * each.inside
+    gram = torch.einsum("kbd,lbd->klb", d, d) / r.shape[1]
+    along = torch.einsum("kbd,bd->kb", d, r) / r.shape[1]
+    name = "+".join(each.name for each in found)
+    pairs = list(itertools.product(range(len(found)), repeat=2))
+    sums = {f"g{k},{j}": gram[k, j] for k, j in pairs}
+    _add(log, name, sums | {f"b{k}": b for k, b in enumerate(along)}, inside.all(0), t)
+    if all(each.goal is not None for each in found):
+        sums = {f"h{k},{j}": goals[k] * goals[j] * gram[k, j] for k, j in pairs}
+        sums |= {f"c{k}": goals[k] * b for k, b in enumerate(along)}
+        _add(log, name, sums, inside.any(0), t)
+
+
+def _add(log: Log, name: str, sums: dict[str, Tensor], rows: Tensor, t: Tensor) -> None:
+    tenths = (t * 10).long().clamp(0, 9)
+    masks = torch.stack([rows, *(rows & (tenths == k) for k in range(10))])
+    names = [f"{MARK}{name}{MARK}{part}{MARK}{s}_sum" for s in sums for part in PARTS]
+    values = torch.stack([*sums.values()]).repeat_interleave(len(PARTS), 0)
+    log.add(tuple(names), values, masks.repeat(len(sums), 1))
+
+
+def finish(numbers: dict[str, float]) -> dict[str, float]:
+    """The numbers of a `Log` with guideabilities in the place of their sums; none without d."""
+    result, parts = dict[str, float](), dict[tuple[str, str], dict[str, float]]()
+    for key, value in numbers.items():
+        if not key.startswith(MARK):
+            result[key] = value
+            continue
+        _, name, part, which = key.split(MARK)
+        parts.setdefault((name, part), {})[which.removesuffix("_sum")] = value
+    single = [key for key in parts if "n" in parts[key]]
+    for name, part in single:
+        result |= _ratio(f"{name}/{part}", **parts[name, part])
+    for name, part in parts.keys() - {*single}:
+        result |= _joint(name.split("+"), part, parts[name, part])
+    return result
+
+
+def _ratio(
+    name: str, n: float, q: float, nn: float, nq: float, qq: float, wq: float
+) -> dict[str, float]:
+    if q <= 0:
+        return {}
+    gamma = n / q
+    error = max(nn - 2 * gamma * nq + gamma**2 * qq, 0.0) ** 0.5 / q
+    result = {f"{name}guideability": gamma, f"{name}guideability_error": error}
+    if gamma > -1:
+        result[f"{name}scale_reached"] = 1 / (1 + gamma)
+    if wq > 0:
+        result[f"{name}progress"] = -n / wq
+    return result
+
+
+def _joint(names: list[str], part: str, sums: dict[str, float]) -> dict[str, float]:
+    result = dict[str, float]()
+    for kind, gram, along, sign in (
+        ("guideability_joint", "g", "b", 1),
+        ("progress", "h", "c", -1),
+    ):
+        several = range(len(names))
+        if f"{gram}0,0" not in sums:
+            continue
+        rows = [[sums[f"{gram}{k},{j}"] for j in several] for k in several]
+        matrix = torch.tensor(rows, dtype=torch.float64)
+        right = torch.tensor([sums[f"{along}{k}"] for k in several], dtype=torch.float64)
+        if torch.linalg.matrix_rank(matrix, hermitian=True) == len(names):
+            for name, value in zip(names, torch.linalg.solve(matrix, right).tolist(), strict=True):
+                result[f"{name}/{part}{kind}"] = sign * value
+    return result
