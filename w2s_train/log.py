@@ -11,7 +11,7 @@ class Log:
     """Sums and maxima over rows and steps since the last log entry.
 
     How a number is reduced is the end of its name: ``_max`` is the largest of values that are at
-    least 0, ``_sum`` their sum, ``_rms`` the root of the mean of the values, which then are squares,
+    least 0, ``_sum`` their sum, ``_rms`` the root of the mean of values, which then are squares,
     and anything else their mean. Nothing is read back to the host before `read`.
     """
 
