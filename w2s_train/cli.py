@@ -33,6 +33,8 @@ options:
                         --model.objective.segments.0.scale 0.4
   --allow_imports NAMES let configs name classes of more packages, such as my_package,other
   --ckpt_path last      go on with the run in the run folder, or start it
+  --scale NAME=W:LOW-HIGH of sample, validate, test and predict: guide by W while LOW <= t < HIGH
+                        (without :LOW-HIGH at every t), of a run with configs/weak/drawn.yaml
   --profile             of fit: write a trace of five steps and the ten heaviest operations
   --print_config        show the whole config, defaults included, and stop
   -h, --help            this text; `lightning COMMAND --help` lists every key
@@ -84,10 +86,11 @@ def _run(args: list[str]) -> None:
         REQUESTS.reset()
         REQUESTS.listen(*PREEMPTION)
     from w2s_train.command.config import check_arguments, with_own_config
+    from w2s_train.command.scales import with_scales
 
     try:
         check_arguments(args[1:])
-        args = with_own_config(args)
+        args = with_scales(with_own_config(args))
         _check_temporary()
     except UserError as error:
         sys.exit(f"error: {error}")

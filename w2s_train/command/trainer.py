@@ -22,10 +22,12 @@ from w2s_train.evaluation.images import (
     TarWriter,
 )
 from w2s_train.evaluation.reference import ReferenceWriter
+from w2s_train.evaluation.scorer import protocol_of
 from w2s_train.features import KEEP
 from w2s_train.models import offered
 from w2s_train.module import DiffusionModule
 from w2s_train.running.run import Run
+from w2s_train.scores import git_commit
 from w2s_train.secrets import redacted
 
 Format = Literal["png", "grid", "npz", "shards"]
@@ -151,7 +153,9 @@ class DiffusionTrainer(Trainer):
             classes: One, or several in turn, such as [3,7]; if not given, all, in turn or as
                 ``data.labels_as_in_training`` says.
             columns: Of a grid.
-            scale: Of a grid: each pixel becomes a square of this side.
+            scale: Of a grid: each pixel becomes a square of this side. NAME=W or NAME=W:LOW-HIGH,
+                any number of times, is guidance: scale W, at t in [LOW, HIGH), of a source whose
+                scale is an input of the network.
         """
         known = offered(model.network, "sample", "num_classes")
         classes = [classes] if isinstance(classes, int) else classes
@@ -178,6 +182,8 @@ class DiffusionTrainer(Trainer):
             return_predictions=False,
         )
         if self.is_global_zero:
+            about = protocol_of(model) | {"seeds": [chosen.start, chosen.stop - 1]}
+            writer.write_record(about | {"classes": classes, "git_commit": git_commit()})
             print(f"written: {len(chosen):,} images to {path}")
 
 

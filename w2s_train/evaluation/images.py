@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import io
+import json
 import os
 import re
 import zipfile
@@ -22,6 +23,7 @@ from torchvision.utils import make_grid, save_image
 from w2s_train.errors import UserError, one_line, require
 from w2s_train.evaluation.scorer import Scorer, gather
 from w2s_train.scores import grid_name
+from w2s_train.secrets import redacted
 from w2s_train.shards import ShardWriter
 
 
@@ -133,6 +135,11 @@ class SampleWriter(Callback, abc.ABC):
         if self.output.is_dir() and any(self.output.iterdir()) or self.output.is_file():
             raise UserError(f"output={self.output}: must be new, or an empty folder")
         self.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def write_record(self, about: dict[str, Any]) -> None:
+        """Say how the images came about: ``sampling.json`` in a folder, ``FILE.json`` of a file."""
+        path = Path(f"{self.output}.json") if self.suffix else self.output / "sampling.json"
+        path.write_text(json.dumps(redacted(about), indent=1) + "\n")
 
     @abc.abstractmethod
     def write(self, trainer: Trainer, images: Tensor, batch: dict[str, list[int]]) -> None:
