@@ -8,6 +8,7 @@ from typing import Any
 from w2s_train.compare import numbers
 from w2s_train.compare.numbers import Interval, Judgement
 from w2s_train.compare.protocol import (
+    EACH,
     Arm,
     Range,
     Scores,
@@ -120,8 +121,9 @@ class Options:
 
     metric: str | None = None
     weights: str = "ema"
-    guidance: str = "none"
+    guidance: str | None = None
     baseline: str | None = None
+    settings: bool = False
 
 
 def compare(findings: Findings, options: Options) -> Comparison:
@@ -130,7 +132,10 @@ def compare(findings: Findings, options: Options) -> Comparison:
     try:
         if not runs:
             raise UserError("runs=null: must be at least two arms; no run can be read")
-        selection = select(runs, options.metric, options.weights, options.guidance)
+        guidance = options.guidance or "none"
+        if options.settings:
+            guidance, runs = EACH, [part for r in runs for part in r.by_guidance(options.weights)]
+        selection = select(runs, options.metric, options.weights, guidance)
         higher = higher_is_better(selection.metric)
         runs = with_selection(runs, selection, refused)
         rules, series = admit(runs, selection, refused, notes)
@@ -287,7 +292,7 @@ def choose(arms: Sequence[Arm], step: int, selection: Selection, notes: list[str
     for arm in arms:
         for run in arm.runs:
             try:
-                png = run.grid(step, selection.weights, selection.guidance)
+                png = run.grid(step, selection.weights, selection.within(run).guidance)
             except (UserError, OSError) as error:
                 notes.append(str(error))
                 without.pop(arm.name, None)

@@ -5,7 +5,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from w2s_train.compare.numbers import interpolate
@@ -28,6 +28,7 @@ AGREE = (
     "metric_settings",
 )
 NOTED = ("reference.versions", "data.train_urls")  # may differ; a note says so
+EACH = "of each arm"  # in place of one guidance
 SHOWN_IN_NAME = 3  # settings that tell arms of one name apart
 
 
@@ -49,7 +50,12 @@ class Selection:
 
     def of(self, run: Run) -> list[Score]:
         """Those of one run, oldest first."""
-        return [score for score in run.scores if self.holding(score) == self]
+        wanted = self.within(run)
+        return [score for score in run.scores if self.holding(score) == wanted]
+
+    def within(self, run: Run) -> "Selection":
+        """The same; guided as the run that stands for one guidance is."""
+        return replace(self, guidance=run.guidance or self.guidance)
 
 
 def select(runs: Sequence[Run], metric: str | None, weights: str, guidance: str) -> Selection:
@@ -60,7 +66,7 @@ def select(runs: Sequence[Run], metric: str | None, weights: str, guidance: str)
         names = [s.metric for s in fitting]
         metric = _most([n for n in names if n.startswith(("fid", "fd_"))] or names)
     wanted = Selection(metric, weights, guidance)
-    for key in ("metric", "weights", "guidance"):
+    for key in ("metric", "weights", "guidance")[: 2 if guidance == EACH else 3]:
         names = list(dict.fromkeys(getattr(s, key) for s in there))
         if getattr(wanted, key) not in names:
             raise UserError(f"{key}={getattr(wanted, key)}: must be one of {', '.join(names)}")
@@ -71,9 +77,10 @@ def select(runs: Sequence[Run], metric: str | None, weights: str, guidance: str)
 def with_selection(runs: Sequence[Run], selection: Selection, refused: list[str]) -> list[Run]:
     """The runs with such scores, none of which is unusable; ``refused`` gets a line for others."""
     kept = []
-    wanted = f"weights={selection.weights}, guidance={selection.guidance}"
     for run in runs:
-        hit = [f.message for f in run.faults if f.may_be_of(*astuple(selection))]
+        own = selection.within(run)
+        wanted = f"weights={own.weights}, guidance={own.guidance}"
+        hit = [f.message for f in run.faults if f.may_be_of(*astuple(own))]
         has = sorted({f"{s.metric} ({s.weights}, {s.guidance})" for s in run.scores})
         if not hit and selection.of(run):
             kept.append(run)
@@ -372,7 +379,10 @@ def commit_name(name: str) -> str:
 
 
 def find_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
-    """The arm of that name; without one, the arm whose objective has no segments."""
+    """The arm of that name; without one, the arm whose objective has no segments.
+
+    Where guidances are arms, the unguided one; of runs with segments, if there are no others.
+    """
     names = ", ".join(arm.name for arm in arms)
     if name is not None:
         named = [arm for arm in arms if arm.name == name]
@@ -380,7 +390,9 @@ def find_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
             raise UserError(f"baseline={name}: must be one of {names}")
         return named[0]
     plain = [arm for arm in arms if arm.runs[0].is_plain]
-    if len(plain) != 1:
-        kind = "several arms have" if plain else "no arm has"
+    plain = plain or [arm for arm in arms if arm.runs[0].guidance is not None]
+    found = [arm for arm in plain if arm.runs[0].guidance in (None, "none")]
+    if len(found) != 1:
+        kind = "several arms have" if found else "no arm has"
         raise UserError(f"baseline=null: {kind} no segments; must be one of {names}")
-    return plain[0]
+    return found[0]

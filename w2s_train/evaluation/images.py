@@ -26,6 +26,8 @@ from w2s_train.scores import grid_name
 from w2s_train.secrets import redacted
 from w2s_train.shards import ShardWriter
 
+PLAIN = ("ema", "none")  # weights and guidance that a grid's name does not state
+
 
 def image_grid(images: Tensor, columns: int, scale: int) -> Tensor:
     """Images (N, C, H, W) uint8 row by row, as one of float32 (3, H', W') in [0, 1].
@@ -56,7 +58,8 @@ def log_image(logger: Logger, name: str, image: Tensor, step: int) -> None:
 class SampleGrid(Scorer):
     """Writes the first images of the generation plan as ``grids/step-XXXXXX.png``.
 
-    Of several settings (weights, guidances) each gets a grid, from the same seeds.
+    Of several settings (weights, guidances) each gets a grid, from the same seeds; the file's name
+    has the setting in it, but for averaged weights without guidance.
 
     Args:
         num_images: How many; seeds 0 ... num_images - 1.
@@ -101,8 +104,9 @@ class SampleGrid(Scorer):
             found = {k: v for share in shares for k, v in share.get(number, {}).items()}
             images = torch.stack([found[seed] for seed in sorted(found)])
             grid = image_grid(images, self.columns, self.scale)
-            kind = (setting.weights, setting.guidance.describe()) if number else ()
-            save_image(grid, folder / grid_name(module.steps_taken, *kind))
+            kind = (setting.weights, setting.guidance.describe())
+            name = grid_name(module.steps_taken, *(() if kind == PLAIN else kind))
+            save_image(grid, folder / name)
             tag = f"samples {setting.name}" if number else "samples"
             for logger in trainer.loggers:
                 try:
