@@ -36,7 +36,7 @@ def evaluate(
 ) -> Losses:
     """The losses at ``noisy``; its timesteps are in any order, or ``ordered`` like drawn ones."""
 
-    def looked_up(segment: Segment, labelled: torch.Tensor) -> Rows:
+    def looked_up(segment: Segment, labelled: torch.Tensor, scales: object) -> Rows:
         return segment.contains(noisy.t).nonzero().squeeze(1)
 
     rows = objective.rows if ordered else looked_up

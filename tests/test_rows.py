@@ -19,7 +19,7 @@ def every_offset(monkeypatch, draw, count: int) -> torch.Tensor:
     drawn = []
     for offset in range(count):
 
-        def randint(high: int, size: tuple, device: torch.device, offset: int = offset):
+        def randint(high: int, size: tuple, device: object, generator: None, offset: int = offset):
             assert (high, size) == (count, ())
             return torch.tensor(offset)
 

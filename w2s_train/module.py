@@ -130,11 +130,7 @@ class DiffusionModule(LightningModule):
                 part.compile(dynamic=False)  # in place, which keeps the names of parameters
 
     def plan(self, max_steps: int) -> None:
-        """Check everything that happens at a step of its own.
-
-        Raises:
-            UserError: A step after the last one, or a share of a run without a length.
-        """
+        """Check what happens at a step of its own; UserError: one after the last, or unknown."""
         self.objective.plan(max_steps if max_steps > 0 else None)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

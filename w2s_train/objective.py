@@ -50,13 +50,8 @@ class Objective(nn.Module, abc.ABC):
     def bind(self, network: Network, label_dropout: float | None = None) -> None:  # noqa: B027
         """Introduce what has weights of its own to the network; before training.
 
-        Args:
-            network: The network being trained.
-            label_dropout: Share of labels that `timesteps.spread` replaces by the null class; None
-                outside training.
-
-        Raises:
-            UserError: A weak source that does not fit the network or the share.
+        ``label_dropout`` is the share of labels that `timesteps.spread` replaces by the null class,
+        None outside training. UserError: a weak source that does not fit the network or the share.
         """
 
     def plan(self, max_steps: int | None) -> None:  # noqa: B027
@@ -160,7 +155,7 @@ class WeakToStrongObjective(Objective):
         Args:
             segment: One of ours.
             labelled: Which rows (B,) of the batch have a label.
-            scales: Of those that are drawn, see `scales_of`.
+            scales: (B,) of each segment that draws its own.
         """
         rows = self.timesteps.rows(segment.low, segment.high, len(labelled), self.interpolant)
         n = rows.stop - rows.start
@@ -187,7 +182,7 @@ class WeakToStrongObjective(Objective):
             acts = len(noisy.t[rows]) > 0 and segment.factor(step) > 0
             if acts or segment.weak.trainable:  # what the loss trains is evaluated at every step
                 penalties.append(segment.act(strong, rows, target, log))
-        note(strong.found, noisy.v.float() - out.velocity.detach(), noisy.t, log)
+        note(strong.found, noisy.t, log)
         strong_loss = mean_square(out.velocity - target)
         loss = sum(penalties, start=strong_loss)
         self.report(log, loss, strong_loss, noisy.t)

@@ -96,15 +96,7 @@ class Segment(nn.Module, abc.ABC):
         self.total: int | None = None
 
     def plan(self, total: int | None, last: int | None) -> None:
-        """Learn how long the run will be; before it starts.
-
-        Args:
-            total: Steps of the plan, which shares refer to; None is unknown.
-            last: Step at which the run ends; None is unknown.
-
-        Raises:
-            UserError: The segment would never act.
-        """
+        """Learn how long plan and run will be, as `WeakSource.plan`; UserError: it never acts."""
         self.planned = self.schedule.plan(total, last, self.weak.plan(total, last))
         self.total = total
 
@@ -270,8 +262,8 @@ class Extrapolation(Segment):
         self.report(log, velocity, weak, v, inside)
         log.add((f"{self.name}/effective_scale",), guides[None], inside[None])
         difference, none = velocity - weak, self.from_average or self.max_difference is not None
-        found = (self.name, rows, difference, inside, None if none else goal, bool(self.drawn))
-        strong.found.append(Difference(*found))
+        found = (self.name, rows, difference, v - velocity, inside, None if none else goal)
+        strong.found.append(Difference(*found, drawn=self.drawn is not None))
         shift = scale * self.clip(difference)
         if self.omega != 1:
             shift = shift + factor * (self.omega - 1) * (v - weak)

@@ -34,43 +34,44 @@ class Difference(NamedTuple):
     name: str
     rows: slice | Tensor  # a range, or an index (n,)
     difference: Tensor  # strong - weak, (n, C, H, W)
+    residual: Tensor  # v - strong, (n, C, H, W)
     inside: Tensor  # (n,) bool, the rows that it acted on
     goal: Tensor | None  # (n,), minus the guideability of the fixed point; None where it has none
     drawn: bool = False  # whether others may act on the same rows
 
 
-def note(found: Sequence[Difference], residual: Tensor, t: Tensor, log: Log) -> None:
+def note(found: Sequence[Difference], t: Tensor, log: Log) -> None:
     """Log the sums that `finish` makes guideabilities of.
 
     Args:
         found: By the segments, at one pass of the network.
-        residual: v - strong, (B, C, H, W).
         t: Timesteps (B,).
         log: Takes the sums.
     """
     for each in found:
-        d, r = each.difference.flatten(1), residual[each.rows].flatten(1)
+        d, r = each.difference.flatten(1), each.residual.flatten(1)
         n, q = (d * r).mean(1), d.square().mean(1)
         goal = n.new_zeros(len(n)) if each.goal is None else each.goal
         sums = dict(n=n, q=q, nn=n * n, nq=n * q, qq=q * q, wq=goal * q)
         _add(log, each.name, sums, each.inside, t[each.rows])
     shared = [each for each in found if each.drawn]
     if len(shared) > 1:
-        _note_joint(shared, residual, t, log)
+        _note_joint(shared, t, log)
 
 
-def _note_joint(found: Sequence[Difference], residual: Tensor, t: Tensor, log: Log) -> None:
+def _note_joint(found: Sequence[Difference], t: Tensor, log: Log) -> None:
     """Sums of the joint regressions, on rows where all act, and of all with their scales."""
-    inside = residual.new_zeros(len(found), len(t), dtype=torch.bool)
-    goals, r = residual.new_zeros(len(found), len(t)), residual.flatten(1)
-    d = residual.new_zeros(len(found), *r.shape)
+    inside = torch.zeros(len(found), len(t), dtype=torch.bool, device=t.device)
+    goals, size = t.new_zeros(len(found), len(t)), found[0].residual[:1].numel()
+    d, r = t.new_zeros(len(found), len(t), size), t.new_zeros(len(t), size)
     for k, each in enumerate(found):
         inside[k, each.rows] = each.inside
-        d[k, each.rows] = each.difference.flatten(1).to(d) * each.inside.unsqueeze(1)
+        d[k, each.rows] = each.difference.flatten(1) * each.inside.unsqueeze(1)
+        r[each.rows] = each.residual.flatten(1)
         if each.goal is not None:
             goals[k, each.rows] = each.goal * each.inside
-    gram = torch.einsum("kbd,lbd->klb", d, d) / r.shape[1]
-    along = torch.einsum("kbd,bd->kb", d, r) / r.shape[1]
+    gram = torch.einsum("kbd,lbd->klb", d, d) / size
+    along = torch.einsum("kbd,bd->kb", d, r) / size
     name = "+".join(each.name for each in found)
     pairs = list(itertools.product(range(len(found)), repeat=2))
     sums = {f"g{k},{j}": gram[k, j] for k, j in pairs}

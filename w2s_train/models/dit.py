@@ -190,9 +190,9 @@ class DiT(ScaleInputs):
         require("gradient_checkpointing", gradient_checkpointing, "[0, inf)")
         self.arguments: dict[str, Any] = sizes | dict(mlp_ratio=mlp_ratio, qk_norm=qk_norm)
         self.gradient_checkpointing = int(gradient_checkpointing)
-        self.arguments |= dict(gradient_checkpointing=self.gradient_checkpointing)
-        self.arguments |= dict(out_channels=out_channels)
-        self.arguments |= dict(time_scale=time_scale, time_shift=time_shift)
+        self.arguments |= dict(gradient_checkpointing=int(gradient_checkpointing))
+        self.arguments |= dict(out_channels=out_channels, time_scale=time_scale)
+        self.arguments |= dict(time_shift=time_shift)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.depth, self.num_classes = hidden_size, depth, num_classes
         self.num_heads, self.time_scale, self.time_shift = num_heads, time_scale, time_shift
