@@ -253,7 +253,11 @@ def test_settings_have_scores_grids_and_arms_of_their_own(run: Path, compare, tm
     assert len(values) == len(theirs) == 6
     assert values["run: head 0.6 [0.2, 1)"] == theirs[head] != values["run: unguided"]
     assert found["differences"]["guidance"]["run: head 0.6 [0.2, 1)"] == head
-    assert all(arm["verdict"] == "inconclusive: one seed" for arm in found["arms"][1:])
+    assert all(arm["verdict"].startswith("inconclusive: one seed") for arm in found["arms"][1:])
+    assert {(arm["seconds_per_step"], arm["time_ratio"]) for arm in found["arms"]} == {
+        (found["arms"][0]["seconds_per_step"], 1.0)
+    }
+    assert all(arm["equal_wall_clock"] for arm in found["arms"]) and found["notes"] == []
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert page.count("<img") == 6 and "run: class 0.5 [0, 1)" in page.replace("<wbr>", "")
     columns = (run / "metrics.csv").read_text()

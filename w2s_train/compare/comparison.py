@@ -184,13 +184,13 @@ def _note_runs(arms: Sequence[Arm], step: int, notes: list[str]) -> None:
     series = [one for arm in arms for one in arm.series]
     for one in series:
         run = one.run
-        notes += [f"{run.folder}: {note}" for note in run.notes]
+        notes += [f"{run.where}: {note}" for note in run.notes]
         if run.faults:
             more = f" (and {len(run.faults) - 1} more)" if len(run.faults) > 1 else ""
-            notes.append(f"{run.folder}: not compared here: {run.faults[0].message}{more}")
+            notes.append(f"{run.where}: not compared here: {run.faults[0].message}{more}")
     last, least = max(one.last for one in series), min(one.last for one in series)
     if last > least:
-        first = ", ".join(str(one.run.folder) for one in series if one.last == least)
+        first = ", ".join(one.run.where for one in series if one.last == least)
         notes.append(
             f"equal steps are step {step}: {first} ends at {least}, others at up to {last}"
         )
@@ -210,7 +210,7 @@ def _note_untimed(arms: Sequence[Arm], seconds: float, notes: list[str]) -> None
     for one in (one for arm in arms for one in arm.series):
         if not one.at_seconds(seconds):
             why = f"no score before {seconds:.4g} s" if one.ends() else "no times"
-            notes.append(f"{one.run.folder}: has {why} and takes no part at equal time")
+            notes.append(f"{one.run.where}: has {why} and takes no part at equal time")
 
 
 def _in_order(rows: Sequence[Row], baseline: str, higher: bool) -> list[Row]:

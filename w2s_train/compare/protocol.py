@@ -86,7 +86,7 @@ def with_selection(runs: Sequence[Run], selection: Selection, refused: list[str]
             kept.append(run)
             continue
         lacking = f"metric={selection.metric}: no score with {wanted}; it has {', '.join(has)}"
-        refused.append(f"{run.folder}: {hit[0] if hit else lacking}")
+        refused.append(f"{run.where}: {hit[0] if hit else lacking}")
     return kept
 
 
@@ -99,6 +99,7 @@ class Series:
         values: Score by range of sampling seeds and by step.
         seconds: Training time by step; None where it was not recorded.
         images: Images seen by step.
+        clock: As ``seconds``, at all steps that tell what training took.
         commits: Of the code that scored.
     """
 
@@ -106,6 +107,7 @@ class Series:
     values: dict[Range, dict[int, float]]
     seconds: dict[int, float | None]
     images: dict[int, int]
+    clock: dict[int, float | None]
     commits: frozenset[str]
 
     @classmethod
@@ -115,11 +117,14 @@ class Series:
         for score in scores:
             values.setdefault(score.protocol.seeds, {})[score.step] = score.value
         # Later entries of a step score its checkpoint again, after the fit.
-        first = {score.step: score.protocol for score in reversed(scores)}
-        seconds = {step: first[step].training_seconds for step in sorted(first)}
-        images = {step: first[step].images_seen for step in sorted(first)}
+        timed = scores if run.guidance is None else run.scores
+        first = {score.step: score.protocol for score in reversed(timed)}
+        clock = {step: first[step].training_seconds for step in sorted(first)}
+        steps = sorted({score.step for score in scores})
+        seconds = {step: clock[step] for step in steps}
+        images = {step: first[step].images_seen for step in steps}
         commits = frozenset(score.protocol.git_commit or "unknown" for score in scores)
-        return cls(run, dict(sorted(values.items())), seconds, images, commits)
+        return cls(run, dict(sorted(values.items())), seconds, images, clock, commits)
 
     @property
     def last(self) -> int:
@@ -156,7 +161,7 @@ class Series:
 
     def seconds_per_step(self) -> float | None:
         """Median over consecutive scores; from the start where there is only one."""
-        points = [(step, x) for step, x in self.seconds.items() if x is not None and step > 0]
+        points = [(step, x) for step, x in self.clock.items() if x is not None and step > 0]
         points = [(0, 0.0), *points] if len(points) == 1 else points
         pairs = itertools.pairwise(points)
         paces = [(x - before) / (step - last) for (last, before), (step, x) in pairs]
@@ -235,9 +240,9 @@ class Rules:
         if missing:
             raise UserError(f"sampling seeds: must include {_ranges(missing)}, as the others do")
         for reason, steps in left.items():
-            notes.append(f"{run.folder}: scores at step {_steps(steps)} are left out; {reason}")
+            notes.append(f"{run.where}: scores at step {_steps(steps)} are left out; {reason}")
         if harmless:
-            notes.append(f"{run.folder}: {'; '.join(harmless)}")
+            notes.append(f"{run.where}: {'; '.join(harmless)}")
         return Series.of(run, kept)
 
 
@@ -253,7 +258,7 @@ def admit(
         try:
             series.append(rules.admit(run, selection, notes))
         except UserError as error:
-            refused.append(f"{run.folder}: {error}")
+            refused.append(f"{run.where}: {error}")
     plain = Counter(key for one in series if one.run.is_plain for key in one.keys)
     every = Counter(key for one in series for key in one.keys)
     shared = max(every, key=lambda key: (every[key], plain[key], key))
@@ -262,7 +267,7 @@ def admit(
     for one in series:
         if shared not in one.keys:
             refused.append(
-                f"{one.run.folder}: steps={_steps(one.seconds)}: must include one of "
+                f"{one.run.where}: steps={_steps(one.seconds)}: must include one of "
                 f"{_steps(steps)}, which the others have"
             )
     return rules, kept
@@ -310,8 +315,8 @@ def group(series: Sequence[Series], refused: list[str]) -> list[Arm]:
         same = groups.setdefault(json.dumps(run.recipe, sort_keys=True), {})
         if same.setdefault(run.seed, one) is not one:
             refused.append(
-                f"{run.folder}: seed_everything={run.seed}: must differ from that of "
-                f"{same[run.seed].run.folder}, which has the same config"
+                f"{run.where}: seed_everything={run.seed}: must differ from that of "
+                f"{same[run.seed].run.where}, which has the same config"
             )
     together = [[same[seed] for seed in sorted(same)] for same in groups.values()]
     names = _names([some[0].run for some in together])

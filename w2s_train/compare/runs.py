@@ -87,6 +87,11 @@ class Run:
         how = re.sub(r"^inbuilt\((.*)\)$", r"\1", self.guidance)
         return f"{name}: {'unguided' if how == 'none' else how}"
 
+    @property
+    def where(self) -> str:
+        """The folder, and the guidance that it stands for."""
+        return f"{self.folder}" + (f" ({self.guidance})" if self.guidance else "")
+
     def by_guidance(self, weights: str) -> list["Run"]:
         """One for each guidance that such weights were scored with, the first scored first."""
         found = dict.fromkeys(score.guidance for score in self.scores if score.weights == weights)
