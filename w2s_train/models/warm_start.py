@@ -66,14 +66,14 @@ def fitted(given: dict[str, Any], own: dict[str, Any]) -> Fit:
 def by_name(state: dict[str, Any], theirs: list[str], ours: list[str]) -> dict[str, Any]:
     """A state with the embedding of each scale in the place that the scale has among ``ours``.
 
-    One that is not there gets its name in place of a number, and nothing takes it.
+    One that is not there is kept under its name, which nothing takes.
     """
     moved = {}
     for key, value in state.items():
         if key.startswith(SCALES):
             number, _, rest = key.removeprefix(SCALES).partition(".")
             name = dict(enumerate(theirs)).get(int(number), number)
-            key = f"{SCALES}{ours.index(name) if name in ours else name}.{rest}"
+            key = SCALES + (f"{ours.index(name)}.{rest}" if name in ours else name)
         moved[key] = value
     return moved
 
