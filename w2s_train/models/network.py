@@ -18,6 +18,13 @@ optional, and what needs one that is not there says so in one line:
     make_head() -> nn.Module            `weak.IntermediateHead`: (tokens, cond) -> velocity
     forward(skip_blocks=, resume=)      `weak.LayerSkip`
     blocks: nn.ModuleList               `compile: blocks`
+    add_scales(names)                   scales that segments draw, and `guidance.Inbuilt`: from then
+    scales: list[str]                   on the K names are inputs, in this order, in ``arguments``,
+    forward(scales=)                    too; scales (B, K), None and 0 alike, and before training
+                                        any, compute what the network without them does
+    scales_from: int                    with `weak.LayerSkip`: the first block that sees scales
+
+`ScaleInputs` brings the last four to a network with ``hidden_size``, ``depth`` and ``arguments``.
 """
 
 import inspect

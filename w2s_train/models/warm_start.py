@@ -73,7 +73,7 @@ def by_name(state: dict[str, Any], theirs: list[str], ours: list[str]) -> dict[s
         if key.startswith(SCALES):
             number, _, rest = key.removeprefix(SCALES).partition(".")
             name = dict(enumerate(theirs)).get(int(number), number)
-            key = SCALES + (f"{ours.index(name)}.{rest}" if name in ours else name)
+            key = f"{SCALES}{ours.index(name)}.{rest}" if name in ours else f"scale {name}"
         moved[key] = value
     return moved
 
