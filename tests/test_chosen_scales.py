@@ -1,5 +1,6 @@
 """Scales of the network, chosen at sampling."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -237,7 +238,8 @@ def test_sample_says_what_was_chosen(run: Path, tmp_path: Path, capsys):
 @pytest.mark.slow
 def test_settings_have_scores_grids_and_arms_of_their_own(run: Path, compare, tmp_path: Path):
     before = (run / "grids" / grid_name(6)).read_bytes()
-    assert {score.guidance for score in read_scores(run)} == {"none"}
+    plain = read_scores(run)
+    assert {score.guidance for score in plain} == {"none"}
     validate = ["validate", f"--config={run / 'config.yaml'}", f"--trainer.default_root_dir={run}"]
     validate += ["--ckpt_path=last", "--config"]
     main([*validate, "configs/inbuilt/head_above.yaml"])
@@ -245,6 +247,8 @@ def test_settings_have_scores_grids_and_arms_of_their_own(run: Path, compare, tm
     assert [read_scores(run)[-1].guidance, read_scores(run)[-1].step] == [head, 6]
     named = run / "grids" / "step-000006-ema-inbuilt-head-0.6-0.2-1.png"
     assert (run / "grids" / grid_name(6)).read_bytes() == before != named.read_bytes()
+    column = f"val/fd_digits (ema, {head}, 0)"
+    assert column in next(csv.reader((run / "metrics.csv").open()))
     main([*validate, "configs/inbuilt/every.yaml"])
     found, printed = compare(run, "--settings")
     assert found["baseline"] == "run: unguided" and found["protocol"]["guidance"] == "of each arm"
@@ -260,5 +264,10 @@ def test_settings_have_scores_grids_and_arms_of_their_own(run: Path, compare, tm
     assert all(arm["equal_wall_clock"] for arm in found["arms"]) and found["notes"] == []
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert page.count("<img") == 6 and "run: class 0.5 [0, 1)" in page.replace("<wbr>", "")
-    columns = (run / "metrics.csv").read_text()
-    assert f"val/fd_digits (ema, {head}, 0)" in columns
+    with (run / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val/fd_digits"] or row[column]]
+    assert [float(row["val/fd_digits"]) for row in rows if row["val/fd_digits"]] == [
+        *(score.value for score in plain),
+        plain[-1].value,
+    ]
+    assert {float(row[column]) for row in rows if row[column]} == {theirs[head]}

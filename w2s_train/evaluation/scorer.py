@@ -101,14 +101,16 @@ class Scorer(Callback, abc.ABC):
         """Log the scores of a group of ``n`` images, and return their elements of ``scores.json``.
 
         Args:
-            group: Of the plans; the first one's names are plain.
+            group: Of the plans; the first one's names are plain, of a fit or unguided averages.
             scores: By name.
             n: Number of images behind them.
             module: What generated them.
             about: What the protocol holds beside how images were generated.
         """
         plan = self.plans[group]
-        tag = "" if group == 0 else f" ({module.settings[plan.setting].name}, {plan.seeds[0]})"
+        setting, fits = module.settings[plan.setting].name, module.trainer.state.fn == "fit"
+        main = group == 0 and (fits or setting == "ema")  # others are not what the run has scored
+        tag = "" if main else f" ({setting}, {plan.seeds[0]})"
         module.record({f"val/{name}{tag}": value for name, value in scores.items()})
         made: dict[str, Any] = {"n": n, "seeds": [plan.seeds[0], plan.seeds[n - 1]]}
         made["git_commit"] = git_commit()
