@@ -19,7 +19,7 @@ from w2s_train.errors import UserError
 from w2s_train.guidance import Choice, Guidance, Inbuilt, Unguided
 from w2s_train.inbuilt import UniformScale
 from w2s_train.interpolant import LinearInterpolant
-from w2s_train.models import DiT
+from w2s_train.models import DiT, made_of
 from w2s_train.module import DiffusionModule
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.sampler import Euler, EulerMaruyama, Heun, Sampler
@@ -127,6 +127,19 @@ def test_a_sum_counts_where_both_act(network: DiT):
     Inbuilt({"slow": Choice(0.6), "class": Choice(0.3)}).bind(network, unknown)
     with pytest.raises(UserError, match="sum to 1 at t=0, must be at most 1"):
         Inbuilt({"slow": Choice(0.6), "class": Choice(0.4)}).bind(network, unknown)
+
+
+def test_weights_of_scales_in_another_order(network: DiT):
+    """By their places they would fit, and mean something else."""
+    ours = DiffusionModule(network, objective(drawn("class", 0.5), drawn("slow", 0.75)), Euler(2))
+    progress = {"images_seen": 5} | ours.clock.state_dict()
+    checkpoint = {"global_step": 3, "progress": progress, "network": made_of(network)}
+    ours.on_load_checkpoint(checkpoint)
+    assert ours.images_seen == 5
+    for names in (["slow", "class"], ["class", "late"]):
+        checkpoint["network"]["init_args"]["scales"] = names
+        with pytest.raises(UserError, match=r"network.scales=\['class', 'slow'\]: must be \['"):
+            ours.on_load_checkpoint(checkpoint)
 
 
 def test_options_become_a_guidance():
