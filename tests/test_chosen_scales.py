@@ -146,7 +146,10 @@ def test_options_become_a_guidance():
     line = "sample --scale head=0.6:0.2-1 --scale 4 --seeds 0:4 --scale=class=.5".split()
     *kept, guidance = with_scales(line)
     assert kept == ["sample", "--scale=4", "--seeds", "0:4"]
-    chosen = {"head": dict(scale=0.6, low=0.2, high=1.0), "class": dict(scale=0.5)}
+    chosen = {
+        "head": dict(scale=0.6, low=0.2, high=1.0),
+        "class": dict(scale=0.5, low=0.0, high=1.0),
+    }
     made = {"class_path": "w2s_train.guidance.Inbuilt", "init_args": {"scales": chosen}}
     assert json.loads(guidance.removeprefix("--model.guidance=")) == made
     for same in (["fit", "--scale", "head=0.3"], ["sample", "--scale", "-1"], ["validate"]):
@@ -240,6 +243,11 @@ def test_sample_says_what_was_chosen(run: Path, tmp_path: Path, capsys):
         how = "inbuilt(class 0.5 [0, 0.2), head 0.6 [0.2, 1))"
         assert (about["guidance"], about["step"], about["seeds"]) == (how, 6, [0, 2])
         assert (about["weights"], about["classes"], about["sampler"]) == ("ema", [3], "Euler")
+    over = ["--config=configs/inbuilt/sgg_paper.yaml", "--scale=class=0.3", *options[1:3]]
+    over += ["--ckpt_path=last", f"--trainer.default_root_dir={run}"]  # nothing of it is left
+    main(["sample", f"--config={run / 'config.yaml'}", *over, f"--output={tmp_path / 'over'}"])
+    about = json.loads((tmp_path / "over" / "sampling.json").read_text())
+    assert about["guidance"] == "inbuilt(class 0.3 [0, 1))"
     with pytest.raises(SystemExit, match="^error: scales=other: must be inputs .* head, class$"):
         main(["sample", *options, "--scale", "other=0.2", f"--output={tmp_path / 'no'}"])
     with pytest.raises(SystemExit, match=r"^error: scales=class\+head: sum to 1.1 at t=0.2, must"):

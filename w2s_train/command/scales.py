@@ -40,8 +40,9 @@ def with_scales(args: list[str]) -> list[str]:
         elif choice[1] in scales:
             raise UserError(f"scale={value}: {choice[1]} stands twice, must stand once")
         else:
-            numbers = zip(("scale", "low", "high"), choice.groups()[1:], strict=True)
-            scales[choice[1]] = {key: float(number) for key, number in numbers if number}
+            # All three: the parser would fill in those of a config before.
+            numbers = dict(scale=choice[2], low=choice[3] or 0, high=choice[4] or 1)
+            scales[choice[1]] = {key: float(number) for key, number in numbers.items()}
     if not scales:
         return args
     inbuilt = {"class_path": "w2s_train.guidance.Inbuilt", "init_args": {"scales": scales}}
