@@ -115,7 +115,7 @@ class WeakToStrongObjective(Objective):
         self.label_dropout = label_dropout or 0.0
         for weak in (segment.weak for segment in self.segments):
             weak.bind(network)
-            if weak.needs_label and label_dropout in (0, 1):
+            if weak.needs_label and label_dropout in ((0, 1) if weak.needs_null else (1,)):
                 rule = "below 1 for {}, which compares with and without the label"
                 if label_dropout == 0:
                     rule = "above 0 for {}: the null class would never be trained"

@@ -239,7 +239,7 @@ class Extrapolation(Segment):
                 network, (x, y, _) = strong.step.average, inputs
                 out = network(x.x_t, x.t, y, keep_hidden=self.weak.keep_hidden)
                 inputs, velocity = (x, y, out), out.velocity.float()
-            weak = self.weak.predict(network, *inputs).float()
+            weak = self.weak.predict_at(network, *inputs).float()
         if self.weak.trainable:
             penalty = self.weak_loss_weight * mean_square(weak - noisy.v)
             weak = weak[rows]
@@ -295,7 +295,7 @@ class Consistency(Segment):
     def act(self, strong: Strong, rows: Rows, target: Tensor, log: Log) -> Tensor:
         inputs = self.weak_inputs(strong, rows)
         with self.gradients():
-            weak = self.weak.predict(strong.network, *inputs).float()
+            weak = self.weak.predict_at(strong.network, *inputs).float()
         rows = slice(None) if self.weak.trainable else rows
         t, v, velocity = strong.noisy.t, strong.noisy.v[rows].float(), strong.out.velocity[rows]
         inside, penalty = self.contains(t[rows]), velocity.new_zeros(len(t))
