@@ -16,7 +16,9 @@ optional, and what needs one that is not there says so in one line:
     forward(keep_hidden=BLOCKS)         `weak.IntermediateHead`, `weak.LayerSkip`: as `DiT.forward`
       -> output.hidden, output.cond     has it, with what `DiTOutput` says
     make_head() -> nn.Module            `weak.IntermediateHead`: (tokens, cond) -> velocity
-    forward(skip_blocks=, resume=)      `weak.LayerSkip`
+    forward(skip_blocks=, resume=)      `weak.LayerSkip`, `weak.RandomBlocks`; with `resume=` alone
+                                        `weak.ShuffledTokens`; `weak.DroppedTokens`, which goes on
+                                        from fewer tokens than there are, a square number of them
     blocks: nn.ModuleList               `compile: blocks`
 """
 

@@ -52,12 +52,7 @@ class DroppedTokens(WeakSource):
         return f"DroppedTokens({self.share:g}, {self.before + 1}-{self.last_block})"
 
     def predict(  # type: ignore[override]
-        self,
-        network: Network,
-        noisy: NoisySample,
-        y: Tensor,
-        strong: DiTOutput,
-        random: Randomness,
+        self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput, random: Randomness
     ) -> Tensor:
         tokens, last = strong.hidden[self.before], self.last_block
         count, width = tokens.shape[1:]

@@ -34,12 +34,7 @@ class PerturbedTime(WeakSource):
         return f"PerturbedTime({self.std:g})"
 
     def predict(  # type: ignore[override]
-        self,
-        network: Network,
-        noisy: NoisySample,
-        y: Tensor,
-        strong: DiTOutput,
-        random: Randomness,
+        self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput, random: Randomness
     ) -> Tensor:
         u = random.numbers(1)[:, 0].clamp(
             2**-24, 1 - 2**-24

@@ -51,12 +51,7 @@ class RandomBlocks(WeakSource):
         return f"RandomBlocks({self.share:g}, {self.sets} sets of seed {self.seed})"
 
     def predict(  # type: ignore[override]
-        self,
-        network: Network,
-        noisy: NoisySample,
-        y: Tensor,
-        strong: DiTOutput,
-        random: Randomness,
+        self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput, random: Randomness
     ) -> Tensor:
         skipped = self.skipped[random.choice(len(self.skipped))]
         before = min(skipped) - 1

@@ -31,12 +31,7 @@ class RandomLabel(WeakSource):
             raise UserError(f"num_classes={self.classes}: must be at least 2 for RandomLabel")
 
     def predict(  # type: ignore[override]
-        self,
-        network: Network,
-        noisy: NoisySample,
-        y: Tensor,
-        strong: DiTOutput,
-        random: Randomness,
+        self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput, random: Randomness
     ) -> Tensor:
         steps = (random.numbers(1)[:, 0] * (self.classes - 1)).long().clamp(max=self.classes - 2)
         other = (y + 1 + steps) % self.classes

@@ -48,12 +48,7 @@ class ShuffledTokens(WeakSource):
         return f"ShuffledTokens({self.keep_hidden[0] + 1}-{self.keep_hidden[1]})"
 
     def predict(  # type: ignore[override]
-        self,
-        network: Network,
-        noisy: NoisySample,
-        y: Tensor,
-        strong: DiTOutput,
-        random: Randomness,
+        self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput, random: Randomness
     ) -> Tensor:
         before, after = (strong.hidden[block] for block in self.keep_hidden)
         order = random.numbers(before.shape[1]).argsort(1).unsqueeze(2).expand_as(before)
