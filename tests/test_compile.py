@@ -34,11 +34,16 @@ def recipe(name: str) -> list[Segment]:
         "layer_skip": lambda: [Extrapolation(0.0, 1.0, 0.3, weak.LayerSkip([1]))],
         "ema": lambda: [Extrapolation(0.0, 1.0, 0.3, weak.EMA(0.9), from_average=True)],
         "separate": lambda: [Extrapolation(0.0, 1.0, 0.3, weak.CoTrained(every=2))],
+        "dropped_tokens": lambda: [
+            Extrapolation(0.0, 0.4, 0.3, weak.DroppedTokens()),
+            Extrapolation(0.4, 0.7, 0.3, weak.ShuffledTokens()),
+            Extrapolation(0.7, 1.0, 0.3, weak.RandomLabel()),
+        ],
     }
     return recipes[name]()
 
 
-RECIPES = ["sgg_paper", "sgg_release", "layer_skip", "ema", "separate"]
+RECIPES = ["sgg_paper", "sgg_release", "layer_skip", "ema", "separate", "dropped_tokens"]
 
 
 class Waits(TorchDispatchMode):

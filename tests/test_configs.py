@@ -19,6 +19,7 @@ from w2s_train.datamodule import ShardDataModule
 from w2s_train.loading import instantiate as load
 from w2s_train.models import DiT
 from w2s_train.module import DiffusionModule
+from w2s_train.segment import Extrapolation
 from w2s_train.shards import ShardWriter
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -89,6 +90,25 @@ def test_overlays_instantiate(config: str, overlay: str, latents: str):
     assert [type(s).__name__ for s in built] == [s["class_path"].split(".")[-1] for s in expected]
     ranges = [(s["init_args"]["low"], s["init_args"]["high"]) for s in expected]
     assert [(s.low, s.high) for s in built] == ranges
+
+
+@pytest.mark.parametrize("overlay", ["mg", "gft", "meanflow_target"])
+def test_three_ways_to_one_fixed_point(overlay: str):
+    """S <- target(s) ends at guidance by 2; that of GFT is its loss, but for beta^2."""
+    stated = yaml.safe_load((ROOT / "configs" / "weak" / f"{overlay}.yaml").read_text())
+    (given,) = stated["model"]["objective"]["init_args"]["segments"]
+    arguments = given["init_args"] | {"weak": sources.NullClass()}
+    segment = Extrapolation(**arguments)
+    omega, kappa = segment.omega, segment.scale
+    v, null, s = 0.7, -0.4, 0.0
+    for _ in range(200):
+        s = omega * v + kappa * s + (1 - omega - kappa) * null
+    assert s == pytest.approx(null + 2 * (v - null))
+    assert segment.effective_scale() == pytest.approx(2)
+    if overlay == "gft":
+        beta = 1 / omega
+        ours = 0.3 - (omega * v + (1 - omega) * null)  # strong - target, for a strong of 0.3
+        assert beta * ours == pytest.approx(beta * 0.3 + (1 - beta) * null - v)
 
 
 # Millions of parameters that the papers state for patch size 2 (DiT, table 1, and SiT).

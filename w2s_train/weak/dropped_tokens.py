@@ -15,10 +15,9 @@ class DroppedTokens(WeakSource):
     """The same network and label; blocks ``first`` to ``last`` see a random few of the tokens,
     drawn anew per row and pass, and the others pass them by unchanged.
 
-    After guidance by token-sparse passes (arXiv 2601.01608; SPRINT drops 75 % of the tokens in all
-    but two blocks at each end). As many tokens are kept as make a square, which the last layer
-    wants. The blocks before ``first`` are those of the strong pass and not evaluated again, the
-    last layer is evaluated twice.
+    After guidance by token-sparse passes (arXiv 2601.01608, SPRINT). As many tokens are kept as
+    make a square, which the last layer wants. The blocks before ``first`` are those of the strong
+    pass and not evaluated again, the last layer is evaluated twice.
 
     Args:
         share: Of the tokens, dropped, in [0, 1); rounded so that a square is left.
