@@ -77,10 +77,15 @@ def test_data_by_one_option(latents: str):
     assert instantiate(["digits_w2s.yaml"], latents, *option).datamodule.batch_size == 128
 
 
+# Of each kind one; the others are slow.
+VARIED = ("none", "branch", "mg_release", "sgg_release", "sgg_checkpoint", "separate")
+VARIED += ("random_blocks", "dropped_tokens", "random_label", "raev2_head", "meanflow_target")
+
+
 @pytest.mark.parametrize(
     "config", ["digits_w2s", pytest.param("dit_b_w2s", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", quick(OVERLAYS, *VARIED))
 def test_overlays_instantiate(config: str, overlay: str, latents: str):
     thin = [THIN] if config == "dit_b_w2s" else []
     command = instantiate([f"{config}.yaml", f"weak/{overlay}.yaml"], latents, *thin)
