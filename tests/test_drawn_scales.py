@@ -195,7 +195,7 @@ def test_scale_zero_is_the_network_without():
     assert torch.equal(told(x, t, y, scales=0 * scales).velocity, without.velocity)
     given = told(x, t, y, keep_hidden={0, 1}, scales=scales)
     assert not torch.allclose(given.velocity, without.velocity, atol=1e-3)
-    assert torch.equal(given.hidden[0], without.hidden[0])  # below `scales_from`
+    assert torch.equal(given.hidden[0], without.hidden[0])  # before `scales_from`
     assert torch.equal(given.cond, without.cond)
     assert not torch.allclose(given.hidden[1], without.hidden[1], atol=1e-3)
     only_b = told(x, t, y, scales=scales * torch.tensor([0.0, 1.0])).velocity

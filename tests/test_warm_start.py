@@ -135,7 +135,7 @@ def test_what_is_dropped_and_what_learns_alone(tmp_path: Path):
     assert not any(parameter.requires_grad for parameter in mine.parameters())
 
 
-def with_scales(*names: str, first: int | None = None) -> DiffusionModule:
+def with_scales(*names: str, first: int = 0) -> DiffusionModule:
     """A module whose head and null class, or others of such names, draw their scales."""
     kinds = {"head": weak.IntermediateHead, "class": weak.NullClass, "skip": weak.LayerSkip}
     segments = [Extrapolation(0.0, 1.0, UniformScale(), kinds[n](), name=n) for n in names]
@@ -186,7 +186,7 @@ def test_scales_are_taken_over_by_name(tmp_path: Path):
     other = theirs(x, t, y, scales=torch.cat([none, w], 1)).velocity
     assert torch.equal(mine, other) and not torch.equal(mine, theirs(x, t, y).velocity)
 
-    with pytest.raises(UserError, match="has scales_from 1, must have 3 as the network"):
+    with pytest.raises(UserError, match="has scales_from 0, must have 3 as the network"):
         warm_start(with_scales("head", "class", first=3), str(tmp_path / "x.ckpt"))
 
 

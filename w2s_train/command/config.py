@@ -238,6 +238,8 @@ def explain(message: str, parts: dict[str, Any]) -> str:
             "(docs/networks.md)"
         )
     key = ".".join(re.findall(r'"([\w.]+)": ', line))
+    if both := re.search(r"Expected a <class 'float'>.* a dot import path string: (\w+)", line):
+        return f"{key}={both[1]}: must be a number, or a class by its class_path and init_args"
     if named := re.search(r"Expected a dot import path string: (\w+)( |$)", line):
         found = [f"{m}.{n}" for m in CHOSEN for n in _like(named[1], _classes_of(m), 1)]
         if like := difflib.get_close_matches(named[1], found, n=3, cutoff=0.0):
