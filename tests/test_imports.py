@@ -145,9 +145,9 @@ def test_the_house_stays_small():
     def lines(path: Path) -> int:
         return len(path.read_text().splitlines())
 
-    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 36
-    assert len(FILES) <= 120
-    assert sum(map(lines, FILES)) <= 18_400
+    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 37
+    assert len(FILES) <= 129
+    assert sum(map(lines, FILES)) <= 19_400
     assert sum(lines(PACKAGE / f"{name}.py") for name in METHOD.split()) <= 1_900
     assert lines(ROOT / "README.md") <= 220
 
