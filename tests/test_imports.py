@@ -147,7 +147,7 @@ def test_the_house_stays_small():
 
     assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 37
     assert len(FILES) <= 129
-    assert sum(map(lines, FILES)) <= 19_400
+    assert sum(map(lines, FILES)) <= 19_700
     assert sum(lines(PACKAGE / f"{name}.py") for name in METHOD.split()) <= 1_900
     assert lines(ROOT / "README.md") <= 220
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
+import numpy as np
+
 from w2s_train.errors import UserError
 from w2s_train.tune.space import Space, Values
 
@@ -49,27 +51,27 @@ class Density:
 
     def __init__(self, places: Sequence[Place], dimensions: int) -> None:
         width = WIDTH * max(len(places), 1) ** (-1 / (dimensions + 4))
-        self.kernels = [(place, NormalDist(0, width)) for place in places]
-        self.kernels.append(([0.5] * dimensions, NormalDist(0, 1)))
+        self.centres = np.array([*places, [0.5] * dimensions])
+        self.widths = np.array([width] * len(places) + [1.0])
+        normal = np.vectorize(NormalDist().cdf)
+        ends = [normal((end - self.centres) / self.widths[:, None]) for end in (0, 1)]
+        self.below, self.inside = ends[0], ends[1] - ends[0]
+        self.constants = -np.log(self.widths[:, None] * self.inside).sum(1)
 
     def draw(self, generator: random.Random) -> Place:
         """A place in the cube."""
-        centre, kernel = generator.choice(self.kernels)
-        ends = [(kernel.cdf(-c), kernel.cdf(1 - c)) for c in centre]
-        inside = [generator.uniform(low, high) for low, high in ends]
-        pairs = zip(centre, inside, strict=True)
-        return [min(max(c + kernel.inv_cdf(u), 0.0), 1.0) for c, u in pairs]
+        k, normal = generator.randrange(len(self.centres)), NormalDist()
+        kernel = zip(self.centres[k], self.below[k], self.inside[k], strict=True)
+        drawn = [
+            c + self.widths[k] * normal.inv_cdf(a + b * generator.random()) for c, a, b in kernel
+        ]
+        return [min(max(float(x), 0.0), 1.0) for x in drawn]
 
     def log(self, place: Place) -> float:
-        """The logarithm of the density there."""
-        terms = []
-        for centre, kernel in self.kernels:
-            parts = (
-                kernel.pdf(x - c) / (kernel.cdf(1 - c) - kernel.cdf(-c))
-                for x, c in zip(place, centre, strict=True)
-            )
-            terms.append(math.prod(parts))
-        return math.log(statistics.fmean(terms))
+        """The logarithm of the density there, but for a constant of the number of dimensions."""
+        squares = ((np.array(place) - self.centres) / self.widths[:, None]) ** 2
+        logs = self.constants - squares.sum(1) / 2
+        return float(np.logaddexp.reduce(logs) - math.log(len(logs)))
 
 
 def plan(evaluations: int, sets: int) -> tuple[int, int]:
