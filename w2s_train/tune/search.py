@@ -8,10 +8,11 @@ one in the middle. The best sixth of all candidates is scored on the other sets,
 smallest mean over the sets wins.
 """
 
+import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -98,7 +99,7 @@ class Proposals:
 
     def __init__(self, space: Space, refusal: Refusal, seed: int = 0) -> None:
         self.space, self.refusal, self.random = space, refusal, random.Random(seed)
-        self.seen, self.refused = set[str](), 0
+        self.seen = set[str]()
         self.dimensions = len(space.parameters)
         self.even = [self.random.sample(range(FIRST), FIRST) for _ in range(self.dimensions)]
 
@@ -109,8 +110,7 @@ class Proposals:
             UserError: None was ever allowed.
         """
         reason: str | None = None
-        for attempt in range(TRIES):
-            place = self._place(trials, attempt)
+        for place in itertools.islice(self._places(trials), TRIES):
             values = self.space.values(place)
             if repr(values) in self.seen:
                 continue
@@ -118,24 +118,26 @@ class Proposals:
             reason = self.refusal(values)
             if reason is None:
                 return Trial(values, place)
-            self.refused += 1
         if not trials:
             raise UserError(f"search: must leave a candidate that is allowed; {reason}")
         return None
 
-    def _place(self, trials: Sequence[Trial], attempt: int) -> Place:
-        number = len(trials)
-        if number == attempt == 0:
-            return [0.5] * self.dimensions
-        if number < FIRST and attempt == 0:
-            return [(column[number] + self.random.random()) / FIRST for column in self.even]
-        if number < FIRST or attempt > TRIES // 2:  # few are left, and far from the best
-            return [self.random.random() for _ in range(self.dimensions)]
-        places = [each.place for each in sorted(trials, key=lambda t: t.scores[0])]
-        good = Density(places[: math.ceil(GOOD * number)], self.dimensions)
-        other = Density(places[math.ceil(GOOD * number) :], self.dimensions)
-        drawn = [good.draw(self.random) for _ in range(DRAWN)]
-        return max(drawn, key=lambda place: good.log(place) - other.log(place))
+    def _places(self, trials: Sequence[Trial]) -> Iterator[Place]:
+        """The next one, and others in case that it is not allowed; endlessly."""
+        number, draw = len(trials), self.random.random
+        if number == 0:
+            yield [0.5] * self.dimensions
+        elif number < FIRST:
+            yield [(column[number] + draw()) / FIRST for column in self.even]
+        else:
+            ranked = [each.place for each in sorted(trials, key=lambda t: t.scores[0])]
+            split = math.ceil(GOOD * number)
+            good, other = (Density(p, self.dimensions) for p in (ranked[:split], ranked[split:]))
+            for _ in range(TRIES // (2 * DRAWN)):
+                drawn = [good.draw(self.random) for _ in range(DRAWN)]
+                yield from sorted(drawn, key=lambda place: other.log(place) - good.log(place))
+        while True:
+            yield [draw() for _ in range(self.dimensions)]
 
 
 def search(proposals: Proposals, number: int, sets: int, score: Score) -> list[Trial]:

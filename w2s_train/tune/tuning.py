@@ -103,6 +103,7 @@ class Tuning:
             raise UserError(f"data.first_seed={data.first_seed}: must leave seeds from {TUNING} on")
         self.name, self.space, self.budget = name, space, budget
         self.fid, self.data, self.after_batch = fid, data, after_batch
+        self.last: tuple[Values, Guidance] | None = None  # that was built
 
     def __call__(self, trainer: Any, module: DiffusionModule) -> None:
         """Search, score, and write what was found; goes on where an earlier start was stopped."""
@@ -213,9 +214,12 @@ class Tuning:
         return min(images, FRESH - TUNING)
 
     def _guidance(self, values: Values | None) -> Guidance:
+        """Of a candidate; the last one is not built, and its files are not read, twice."""
         if values is None:
             return Unguided()
-        return build(self.space.settings(values), self.module)
+        if self.last is None or self.last[0] != values:
+            self.last = values, build(self.space.settings(values), self.module)
+        return self.last[1]
 
     def _refusal(self, values: Values) -> str | None:
         try:
