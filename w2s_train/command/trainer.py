@@ -227,7 +227,7 @@ class DiffusionTrainer(Trainer):
             raise UserError("trainer.callbacks: must hold a FID, whose distance is the score")
         run = next(each for each in callbacks if isinstance(each, Run))
         budget = Budget(images, minutes, sets, set_images)
-        space = Space.of(guidance, search or [])
+        space = Space.of(guidance, search or [], model.objective)
         name = name or Path(guidance).stem.rpartition(".")[2]
         after_batch = functools.partial(run.after_tuned_batch, self)
         tuning = Tuning(name, space, budget, scorer, datamodule, after_batch)

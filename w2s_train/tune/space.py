@@ -85,21 +85,23 @@ class Space:
     parameters: tuple[Parameter, ...]
 
     @classmethod
-    def of(cls, guidance: str, search: Sequence[str], sources: Sequence[str] = ()) -> "Space":
+    def of(cls, guidance: str, search: Sequence[str], objective: Any = None) -> "Space":
         """Of what the command line says.
 
         Args:
             guidance: Name of an overlay in ``configs/guidance`` or ``configs/inbuilt``, a YAML file
                 with a ``model.guidance``, or a class path.
             search: A text per parameter; empty for those that go with the class.
-            sources: What goes with a class that has no others of its own.
+            objective: Of the run, whose drawn scales `Inbuilt` chooses.
 
         Raises:
             UserError: There is no such guidance, or it has no such argument.
         """
         spec = read_guidance(guidance)
         kind = spec["class_path"].rpartition(".")[2]
-        texts = list(search) or list(DEFAULTS.get(kind, sources))
+        texts = list(search) or list(DEFAULTS.get(kind, ()))
+        if kind == "Inbuilt" and not texts:
+            texts = inputs(objective)
         if not texts:
             names = ", ".join(_arguments(spec)) or "none"
             raise UserError(
@@ -123,6 +125,18 @@ class Space:
         for name, value in values.items():
             _put(spec, name, value)
         return spec
+
+
+def inputs(objective: Any) -> list[str]:
+    """Scale and range of every segment that has drawn its scale, as far as it was trained."""
+    texts = list[str]()
+    for each in objective.segments if objective is not None else ():
+        if drawn := getattr(each, "drawn", None):
+            middle = (each.low + each.high) / 2
+            texts.append(f"{each.name}.scale=0:{drawn.high:g}")
+            texts.append(f"{each.name}.low={each.low:g}:{middle:g}")
+            texts.append(f"{each.name}.high={middle:g}:{each.high:g}")
+    return texts
 
 
 def read_guidance(name: str) -> dict[str, Any]:
