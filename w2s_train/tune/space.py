@@ -196,8 +196,9 @@ def _put(spec: dict[str, Any], name: str, value: Any) -> None:
             if part not in arguments and (len(tables) != 1 or i == len(path)):
                 names = ", ".join(arguments) or "none"
                 raise UserError(f"search={name}: {part} must be one of {names}")
-            if part not in arguments:
-                node = node.setdefault(tables[0], {})
+            if part not in arguments:  # a key that may hold dots itself, such as t_0.2-1
+                node.setdefault(tables[0], {}).setdefault(".".join(path[i:]), {})[last] = value
+                return
         if i == len(path):
             node[last] = value
             return
