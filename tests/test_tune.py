@@ -15,6 +15,7 @@ from PIL import Image
 from w2s_train.cli import main
 from w2s_train.errors import INTERRUPTED, PREEMPTED, UserError
 from w2s_train.evaluation.fid import FID
+from w2s_train.guidance import Unguided
 from w2s_train.scores import read_scores
 from w2s_train.signals import REQUESTS
 from w2s_train.tune import tuning
@@ -103,6 +104,24 @@ def test_names_lead_to_arguments():
     assert (made["border"], made["low_noise"]["init_args"]["scale"]) == (0.5, 1.5)
     assert made["high_noise"]["init_args"] == {"scale": 1.5, "low": 0.1}
     assert made["low_noise"]["init_args"]["weak"]["class_path"].endswith("LayerSkip")
+
+
+class OfSources(Unguided):
+    """Takes a table, as `Inbuilt` does."""
+
+    def __init__(self, scales: dict[str, dict[str, float]]) -> None:
+        self.scales = scales
+
+
+def test_names_of_sources_are_keys_of_a_table(monkeypatch: pytest.MonkeyPatch):
+    """Dots included; the default is what was trained."""
+    monkeypatch.setattr("w2s_train.guidance.Inbuilt", OfSources, raising=False)
+    drawn = SimpleNamespace(name="t_0.2-1", low=0.2, high=1.0, drawn=SimpleNamespace(high=0.75))
+    fixed = SimpleNamespace(name="fixed", low=0.0, high=0.2, drawn=None)
+    space = Space.of("inbuilt", [], SimpleNamespace(segments=[fixed, drawn]))
+    made = space.settings(space.values([0.0, 0.0, 1.0]))["init_args"]
+    assert made == {"scales": {"t_0.2-1": {"scale": 0.0, "low": 0.2, "high": 1.0}}}
+    assert space.parameters[0].high == 0.75
 
 
 @pytest.mark.parametrize(
