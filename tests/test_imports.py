@@ -146,9 +146,9 @@ def test_the_house_stays_small():
     def lines(path: Path) -> int:
         return len(path.read_text().splitlines())
 
-    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 36
-    assert len(FILES) <= 123
-    assert sum(map(lines, FILES)) <= 18_850
+    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 41
+    assert len(FILES) <= 150
+    assert sum(map(lines, FILES)) <= 21_500
     assert sum(lines(PACKAGE / f"{name}.py") for name in METHOD.split()) <= 1_900
     assert lines(ROOT / "README.md") <= 220
 

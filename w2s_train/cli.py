@@ -22,6 +22,7 @@ commands:
   test        the same, for a last number
   predict     write generated images to the run folder
   sample      write images of a checkpoint: seeds, classes, and a folder, grid, .npz or shards
+  tune        find the best guidance at sampling:  lightning tune RUN --guidance cfg
   reference   write the statistics of a data set that scores compare with
   export      write weights for programs without Lightning, or for diffusers
   compare     judge runs against a baseline:  lightning compare RUN [RUN ...]
@@ -58,7 +59,7 @@ without Lightning, or as a pipeline of diffusers.
 try:  lightning export --ckpt_path runs/digits_w2s --output exported
 """
 EXPORT_CHOICES = {"weights": ("ema", "raw"), "format": ("safetensors", "diffusers")}
-COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference", "export", "compare")
+COMMANDS = "fit validate test predict sample tune reference export compare".split()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -81,16 +82,16 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> None:
-    if args[0] in ("fit", "validate", "test"):
+    if args[0] in ("fit", "validate", "test", "tune"):
         # From now on, and not only when everything is loaded: jobs are preempted at any time.
         REQUESTS.reset()
         REQUESTS.listen(*PREEMPTION)
-    from w2s_train.command.config import check_arguments, with_own_config
+    from w2s_train.command.config import check_arguments, tuning, with_own_config
     from w2s_train.command.scales import with_scales
 
     try:
         check_arguments(args[1:])
-        args = with_scales(with_own_config(args))
+        args = with_scales(with_own_config(tuning(args) if args[0] == "tune" else args))
         _check_temporary()
     except UserError as error:
         sys.exit(f"error: {error}")

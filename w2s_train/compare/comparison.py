@@ -22,6 +22,7 @@ from w2s_train.compare.protocol import (
     with_selection,
 )
 from w2s_train.compare.runs import Findings, Run
+from w2s_train.compare.tuned import Line, tunings
 from w2s_train.errors import UserError
 from w2s_train.scores import higher_is_better
 
@@ -100,6 +101,7 @@ class Comparison:
         notes: Lines about what else is worth knowing.
         differences: Settings that differ, by key and arm.
         grids: A sample grid per arm that has one at that step.
+        tuned: How guidance at sampling was tuned, if any was.
     """
 
     selection: Selection
@@ -113,6 +115,7 @@ class Comparison:
     notes: list[str]
     differences: dict[str, dict[str, Any]]
     grids: list[Grid]
+    tuned: list[Line]
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ def compare(findings: Findings, options: Options) -> Comparison:
         notes,
         differences(arms),
         choose(arms, step, selection, notes),
+        tunings(arms, selection.guidance, notes),
     )
 
 

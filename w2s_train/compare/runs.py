@@ -21,8 +21,8 @@ SEEDS_AND_PLACES = frozenset(
 )
 # So may this: it changes no training, and what it changes in scores is checked by their protocols.
 EVALUATION = re.compile(
-    r"data\.(generation_batch_size|num_generated|sampling_seeds|num_workers|dataset|train_urls"
-    r"|images|made_by|labels_as_in_training|batch_timeout_minutes)$"
+    r"data\.(generation_batch_size|num_generated|sampling_seeds|first_seed|num_workers|dataset"
+    r"|train_urls|images|made_by|labels_as_in_training|batch_timeout_minutes)$"
     r"|trainer\.(callbacks|logger|log_every_n_steps|enable_|val_check_interval)|checkpoint\."
     r"|model\.(scored_weights|generation_block|guidance|sampler|objective\.segments\.\d+\.name$)"
 )

@@ -62,7 +62,7 @@ class SampleGrid(Scorer):
     has the setting in it, but for averaged weights without guidance.
 
     Args:
-        num_images: How many; seeds 0 ... num_images - 1.
+        num_images: How many; of the first seeds.
         columns: Images per row; the number of classes gives one column per class.
         scale: Each pixel becomes a square of this side, for small images.
 
@@ -84,7 +84,7 @@ class SampleGrid(Scorer):
 
     def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
         for seed, image in zip(batch["seed"].tolist(), images, strict=True):
-            if seed < self.num_images:
+            if seed < self.plans[0].seeds[0] + self.num_images:
                 self.images.setdefault(self.plans[group].setting, {})[seed] = image.cpu()
 
     def state(self) -> Any:

@@ -7,7 +7,7 @@ import operator
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,13 +264,19 @@ class ResumableEvaluation(Callback):
         return Path(trainer.default_root_dir) / "evaluation" / str(key)
 
 
-def evaluation_key(trainer: Trainer, module: Any, scorers: Sequence[Scorer]) -> str:
-    """A digest of everything that the images and their scores depend on."""
+def weights_digest(parts: Iterable[nn.Module]) -> Any:
+    """Of all tensors of some modules, as hashlib has it."""
     digest = hashlib.sha256()
-    for part in [module, *_parts(module.guidances)]:
+    for part in parts:
         for tensor in part.state_dict().values():
             if isinstance(tensor, Tensor):
                 digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+    return digest
+
+
+def evaluation_key(trainer: Trainer, module: Any, scorers: Sequence[Scorer]) -> str:
+    """A digest of everything that the images and their scores depend on."""
+    digest = weights_digest([module, *_parts(module.guidances)])
     loaders = validation_loaders(trainer)
     about = {
         "config": str(module.hparams),
