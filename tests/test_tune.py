@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +82,22 @@ def test_refused_candidates_cost_nothing():
     assert len(trials) == plan(30, 3)[0] and max(t.values["scale"] for t in trials) <= 1.5
     with pytest.raises(UserError, match="must leave a candidate that is allowed; never"):
         found(CFG, u_shape, 30, 0, lambda values: "never")
+
+
+def test_candidates_depend_on_seed_and_scores_alone():
+    """The same scores: the same candidates; one other score: others, from the next modelled one."""
+
+    def proposed(seed: int, first: float) -> list[dict]:
+        proposals, values = Proposals(CFG, allowed, seed), list[dict]()
+        for k in range(12):
+            values.append(proposals.next() or {})
+            proposals.tell(u_shape(**values[-1]) if k else first)
+        return values
+
+    same = proposed(0, 0.1)
+    assert proposed(0, 0.1) == same and proposed(1, 0.1)[0] != same[0]
+    other = proposed(0, 99.0)
+    assert other[:6] == same[:6] and other[6:] != same[6:]
 
 
 def test_a_few_values_are_tried_once_each():
@@ -280,6 +298,19 @@ def test_another_search_has_another_name(course: Course):
     with pytest.raises(UserError, match=r'search=\["scale=1:2"\]: must be \["scale=1:4", "low'):
         course(images=600, set_images=20, space=space)
     assert course("other", images=600, set_images=20, space=space)["name"] == "other"
+
+
+def test_without_optuna(course: Course, monkeypatch: pytest.MonkeyPatch):
+    """One line, before any work; with another version, another search."""
+    with monkeypatch.context() as patch, pytest.raises(UserError) as missing:
+        patch.setitem(sys.modules, "optuna", None)
+        course(images=60, set_images=20)
+    assert re.fullmatch("tune: needs optuna, .*; pip install optuna", str(missing.value))
+    assert not list(course.folder.iterdir())
+    course(images=60, set_images=20)
+    monkeypatch.setattr("optuna.__version__", "4.0.0")
+    with pytest.raises(UserError, match="^optuna=4.0.0: must be .*another --name"):
+        course(images=60, set_images=20)
 
 
 def test_bad_budgets(course: Course):

@@ -76,6 +76,11 @@ class Parameter:
             return self.choices[min(int(place * len(self.choices)), len(self.choices) - 1)]
         return float(f"{self.low + place * (self.high - self.low):.4g}")
 
+    @property
+    def middles(self) -> list[float]:
+        """A place for each of ``choices``."""
+        return [(i + 0.5) / len(self.choices) for i in range(len(self.choices))]
+
 
 @dataclass(frozen=True)
 class Space:

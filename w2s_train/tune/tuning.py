@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from w2s_train.datamodule import ShardDataModule
-from w2s_train.errors import UserError, require
+from w2s_train.errors import UserError, needed, require
 from w2s_train.evaluation.fid import FID
 from w2s_train.evaluation.scorer import protocol_of, weights_digest
 from w2s_train.files import locked
@@ -85,7 +85,7 @@ class Tuning:
         after_batch: See `Evaluator`.
 
     Raises:
-        UserError: A name that is no folder's.
+        UserError: A name that is no folder's, or there is no Optuna.
     """
 
     def __init__(
@@ -101,6 +101,9 @@ class Tuning:
             raise UserError(f"name={name}: must be the name of a folder, without /")
         if data.first_seed + data.num_generated * data.sampling_seeds > TUNING:
             raise UserError(f"data.first_seed={data.first_seed}: must leave seeds from {TUNING} on")
+        with needed("optuna", "tune"):
+            import optuna
+        self.optuna = optuna.__version__
         self.name, self.space, self.budget = name, space, budget
         self.fid, self.data, self.after_batch = fid, data, after_batch
         self.last: tuple[Values, Guidance] | None = None  # that was built
@@ -155,6 +158,7 @@ class Tuning:
             "weights_sha256": weights_digest([cast(nn.Module, network)]).hexdigest()[:16],
             "guidance": self.space.guidance,
             "search": [str(each) for each in self.space.parameters],
+            "optuna": self.optuna,
             "images": self.budget.images,
             "minutes": self.budget.minutes,
             "sets": self.budget.sets,
@@ -204,10 +208,10 @@ class Tuning:
         if self.budget.minutes is None:
             return self.budget.images or IMAGES
         self.images = self.size
-        first = Proposals(self.space, self._refusal).next([])
+        first = Proposals(self.space, self._refusal).next()
         assert first is not None
-        self._score(first.values, seeds)
-        line = self.ledger.find(first.values, seeds)
+        self._score(first, seeds)
+        line = self.ledger.find(first, seeds)
         assert line is not None
         images = int(60 * self.budget.minutes / line["seconds"] * self.size)
         self._check(images, "minutes")
