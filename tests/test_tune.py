@@ -367,6 +367,33 @@ def test_compare_says_who_was_tuned(arms, compare, course: Course, tmp_path: Pat
     assert any("result.json: cannot be read" in note for note in compare(*arms)[0]["notes"])
 
 
+def test_a_tuned_guidance_is_that_of_its_arm(arms, compare, course: Course, tmp_path: Path):
+    """Of three arms of a run and two of another: the one with the winner's guidance."""
+    course.folder = arms[2]
+    result = course(images=600, set_images=20)
+    course("weaker", images=100, set_images=20, space=Space.of("cfg", ["scale=3:4"]))
+    for folder in arms:
+        scores = json.loads((folder / "scores.json").read_text())
+        for how in (result["guidance"], "cfg(1.25, [0, 1])")[: 2 if folder in arms[2:] else 1]:
+            protocol = scores[2]["protocol"] | {"guidance": how}
+            scores.append(scores[2] | {"guidance": how, "protocol": protocol})
+        (folder / "scores.json").write_text(json.dumps(scores))
+    found, _ = compare(*arms, "--settings")
+    assert len(found["arms"]) == 5
+    lines = {(each["arm"], each["run"][-1]): each for each in found["tuned"]}
+    assert len(lines) == len(found["tuned"]) == 6  # none of unguided arms
+    for (arm, seed), line in lines.items():
+        tuned = (arm, seed) == (f"branch: {result['guidance']}", "0")
+        assert line["candidates"] == (len(result["candidates"]) if tuned else None), arm
+        assert line["guidance"] == arm.partition(": ")[2]
+    assert any("not tuned equally hard" in note for note in found["notes"])
+    found, _ = compare(arms[2], "--settings")  # its unguided arm counts for nothing here
+    assert [each["candidates"] for each in found["tuned"]].count(None) == 1
+    (arms[2] / "scores.json").write_text(json.dumps(scores[:-1]))
+    found, _ = compare(arms[2], "--settings")
+    assert len(found["tuned"]) == 1 and not any("tuning:" in note for note in found["notes"])
+
+
 # ---- the command -----------------------------------------------------------------------------
 
 FEW = ["--guidance=cfg", "--images=540", "--search", "scale=1:3", "--search=low=0:0.5"]

@@ -87,7 +87,8 @@ class Line:
 def tunings(arms: Sequence[Arm], guidance: str, notes: list[str]) -> list[Line]:
     """Lines per arm, where any run was tuned or the comparison is of guided samples.
 
-    ``notes`` gets what cannot be read, and that arms were not tuned alike.
+    ``notes`` gets what cannot be read, and that arms were not tuned alike. Where each arm has a
+    guidance of its own, that is what counts, and unguided arms have no line.
 
     Args:
         arms: Of the comparison.
@@ -96,14 +97,16 @@ def tunings(arms: Sequence[Arm], guidance: str, notes: list[str]) -> list[Line]:
     """
     lines, effort = list[Line](), dict[str, tuple[tuple[int, int], ...]]()
     for arm in arms:
+        if arm.runs[0].guidance == "none":
+            continue
         known = list[Line]()
         for run in arm.runs:
-            found = _read(run.folder, notes)
-            if guidance != "none":  # the others are of other scores
-                found = [each for each in found if each.guidance == guidance]
+            found, wanted = _read(run.folder, notes), run.guidance or guidance
+            if wanted != "none":  # the others are of other scores
+                found = [each for each in found if each.guidance == wanted]
             known += [Line(arm.name, str(run.folder), each.guidance, each) for each in found]
             if not found:
-                known.append(Line(arm.name, str(run.folder), guidance, None))
+                known.append(Line(arm.name, str(run.folder), wanted, None))
         lines += known
         effort[arm.name] = tuple(
             sorted({(t.candidates, t.images) if (t := each.tuned) else (0, 0) for each in known})
