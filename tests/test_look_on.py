@@ -326,11 +326,12 @@ def test_a_run_with_it_is_the_run_without(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", quick([[], TWO]))
-def test_it_goes_on_where_it_was(command: Callable[..., Path], more: list[str]):
+def test_it_goes_on_where_it_was(command: Callable[..., Path], tmp_path: Path, more: list[str]):
     """Bit for bit, what it learns and what it sees included."""
     whole = command("fit", *OVERLAY, *LONGER, *more, folder="whole")
     command("fit", *OVERLAY, *LONGER, *more, "--trainer.max_steps=10", folder="part")
-    part = command("fit", *OVERLAY, *LONGER, *more, "--ckpt_path=last", folder="part")
+    last = f"--ckpt_path={tmp_path}/part/checkpoints/last.ckpt"
+    part = command("fit", *OVERLAY, *LONGER, *more, last, folder="resumed")
     assert equal(checkpoint(whole)["state_dict"], checkpoint(part)["state_dict"])
     assert {k: v for k, v in seen(whole).items() if k[0] == "20"} == {
         k: v for k, v in seen(part).items() if k[0] == "20"

@@ -1,13 +1,15 @@
 """Looking on at data that are not trained on: numbers under ``held_out/``."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from w2s_train.guideability.ratio import finish
 from w2s_train.log import Log
 from w2s_train.look_on import look_on, own_draws
+from w2s_train.running.loggers import warned
 from w2s_train.running.samples import reseed
 from w2s_train.shards import ShardBatches
 from w2s_train.weak.base import Step
@@ -58,6 +60,18 @@ class HeldOut:
             numbers = finish(self.log.read(lambda x, op: strategy.reduce(x, reduce_op=op)))
             if numbers:
                 module.record({f"held_out/{name}": value for name, value in numbers.items()})
+
+    @rank_zero_only
+    def draw(self, trainer: Trainer, module: Any) -> None:
+        """Guideability against time in the run folder, from ``metrics.csv``."""
+        if not (module.objective.segments or module.objective.lookers):
+            return
+        # Late: it brings matplotlib, which a run without such numbers does not need.
+        from w2s_train.compare.guideability import NAME, write
+
+        folder = Path(trainer.default_root_dir)
+        with warned(f"{folder / NAME} was"):
+            write(folder)
 
     def _look(
         self, trainer: Trainer, module: LightningModule, step: Step, seed: int, rows: int

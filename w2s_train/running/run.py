@@ -186,6 +186,8 @@ class Run(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.evaluation.end(trainer)
+        if trainer.training:
+            self.held_out.draw(trainer, pl_module)
         self.checkpoints.changed()  # the next one holds what the evaluation has cost
 
     on_test_start = on_validation_start
@@ -229,6 +231,7 @@ class Run(Checkpoint):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             self.record.ended()
+        self.held_out.draw(trainer, pl_module)
         self.samples.check()
         if self.stop.status:
             rank_zero_info(f"stopped at step {trainer.global_step}; continue with --ckpt_path last")
