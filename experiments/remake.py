@@ -7,9 +7,10 @@
                                                     (figures and comparison.html are not read)
 
 A study of trainings gets comparison/ (as `lightning compare` makes it, with the times of
-step_time.json), table.md and, if it has a `figure`, wall_clock.png; one of guidance at sampling
-gets table.md. experiments/table.md has the recipes that README.md shows, docs/mnist.png the samples
-of two. Pages show tables between two comments,
+step_time.json), table.md and, if it has a `figure`, wall_clock.png; one of guidance at sampling,
+or of runs with drawn scales (`separately` names runs with one recipe each), gets table.md.
+experiments/table.md has the recipes that README.md shows, docs/mnist.png the samples of two.
+Pages show tables between two comments,
 <!-- experiments/STUDY/table.md --> and <!-- end -->.
 """
 
@@ -188,8 +189,11 @@ def guided(study: str) -> tuple[dict[str, dict[str, list[float]]], list[Score]]:
     scores: list[Score] = []
     for name, seeds in load(study)["seeds"].items():
         for seed in seeds:
+            folder = ROOT / "experiments" / study / "runs" / f"{name}-{seed}"
+            if "separately" in load(study) and not folder.exists():
+                continue  # of arms that are still to be trained
             try:
-                found = read_scores(ROOT / "experiments" / study / "runs" / f"{name}-{seed}")
+                found = read_scores(folder)
             except UserError as error:
                 sys.exit(f"error: {study}: {name}-{seed}: {error}")
             scores += found
@@ -219,6 +223,40 @@ def guidance_table(study: str) -> str:
         f"interval over training seeds. Commit {', '.join(sorted(commits))}."
     )
     return "\n".join([*lines, "", text]) + "\n"
+
+
+def settings_table(study: str) -> str:
+    """What is chosen at sampling of runs with drawn scales; a column an arm, and separate runs."""
+    about, (values, scores) = load(study), guided(study)
+    separate = about["separately"]
+    arms = [arm for arm in about["seeds"] if any(arm in found for found in values.values())]
+    lines = [f"| chosen at sampling | {' | '.join(arms)} | trained separately |"]
+    lines.append("|---" * (2 + len(arms)) + "|")
+    for guidance, found in values.items():
+        cells = [_interval_of(found[arm]) for arm in arms]
+        arm = separate["arms"].get(guidance)
+        cells.append(_interval_of(_final(separate["study"], arm)) + f" (`{arm}`)" if arm else "–")
+        lines.append(f"| `{guidance}` | {' | '.join(cells)} |")
+    (metric,), (count,) = {score.metric for score in scores}, {s.protocol.n for s in scores}
+    commits = {commit_name(score.protocol.git_commit or "unknown") for score in scores}
+    text = (
+        f"`{metric}` of {count:,} images at the end of training, lower is better: mean and 95 % t "
+        f"interval over training seeds, or the value of one seed. Commit "
+        f"{', '.join(sorted(commits))}."
+    )
+    return "\n".join([*lines, "", text]) + "\n"
+
+
+def _interval_of(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "–"
+    return interval(statistics.fmean(values), statistics.stdev(values), len(values))
+
+
+def _final(study: str, arm: str) -> list[float]:
+    """The last value of each run of an arm."""
+    folders = sorted((ROOT / "experiments" / study / "runs").glob(f"{arm}-[0-9]*"))
+    return [max(read_scores(folder), key=lambda s: s.step).value for folder in folders]
 
 
 def evaluations(guidance: str, steps: int) -> int:
@@ -339,7 +377,8 @@ def texts(study: str, comparison: Comparison | None) -> dict[Path, str]:
     """The files of a study that hold its numbers."""
     folder = ROOT / "experiments" / study
     if comparison is None:
-        return {folder / "table.md": guidance_table(study)}
+        table = settings_table if "separately" in load(study) else guidance_table
+        return {folder / "table.md": table(study)}
     files = {folder / "comparison" / name: text for name, text in reports(comparison).items()}
     return {folder / "table.md": training_table(study, comparison), **files}
 
@@ -379,7 +418,7 @@ def main() -> None:
         sys.exit(f"error: studies={unknown[0]}: must be one of {', '.join(every)}")
     found, files = dict[str, Comparison](), dict[Path, str]()
     for study in options.studies or every:
-        if " fit " in load(study)["command"]:
+        if " fit " in load(study)["command"] and "separately" not in load(study):
             found[study] = compared(study)
         files |= texts(study, found.get(study))
     if not options.studies:

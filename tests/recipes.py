@@ -22,11 +22,15 @@ def sources() -> list[str]:
     return sorted(c.__name__ for c in concrete if not c.__name__.startswith("_"))
 
 
-def every_source(early: Path) -> str:
+LAW = "{class_path: w2s_train.inbuilt.UniformScale, init_args: {high: 0.75, plain: 0.6}}"
+
+
+def every_source(early: Path, drawn: bool = False) -> str:
     """An option that gives each source a segment of tests/tiny.yaml's network, and a few more.
 
     Args:
         early: A checkpoint of the tiny network.
+        drawn: All sources act at all times, with drawn scales.
     """
     arguments = {
         "EMA": "decay: 0.5, lag: 2",
@@ -40,10 +44,15 @@ def every_source(early: Path) -> str:
         (f"{plain}from_average: true, schedule: {{start_step: 0.25}}, ", "NullClass"),
         ("Consistency, init_args: {weight: 0.2, ", "IntermediateHead"),
     ]
+    if drawn:
+        plain = f"Extrapolation, init_args: {{scale: {LAW}, "
+        kinds = [(f"{plain}name: {name}, ", name) for name in sources()]
+    ranges = [(0, 1) if drawn else (i, i + 1) for i in range(len(kinds))]
+    number = 1 if drawn else len(kinds)
     segments = [
-        f"{{class_path: w2s_train.segment.{segment}low: {i / len(kinds)}, "
-        f"high: {(i + 1) / len(kinds)}, weak: {{class_path: w2s_train.weak.{name}, "
+        f"{{class_path: w2s_train.segment.{segment}low: {low / number}, "
+        f"high: {high / number}, weak: {{class_path: w2s_train.weak.{name}, "
         f"init_args: {{{arguments.get(name, '')}}}}}}}}}"
-        for i, (segment, name) in enumerate(kinds)
+        for (segment, name), (low, high) in zip(kinds, ranges, strict=True)
     ]
     return f"--model.objective.init_args.segments=[{', '.join(segments)}]"

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from w2s_train import weak
+from w2s_train.inbuilt import UniformScale
 from w2s_train.models import DiT
 from w2s_train.module import DiffusionModule
 from w2s_train.segment import Consistency, Extrapolation, Segment
@@ -33,12 +34,17 @@ def recipe(name: str) -> list[Segment]:
         ],
         "layer_skip": lambda: [Extrapolation(0.0, 1.0, 0.3, weak.LayerSkip([1]))],
         "ema": lambda: [Extrapolation(0.0, 1.0, 0.3, weak.EMA(0.9), from_average=True)],
+        "drawn": lambda: [
+            Extrapolation(0.0, 1.0, UniformScale(plain=0.4), weak.IntermediateHead(), name="head"),
+            Extrapolation(0.0, 1.0, UniformScale(plain=0.4), weak.NullClass(), name="class"),
+            Extrapolation(0.0, 0.7, UniformScale(plain=0.4), weak.LayerSkip(), name="skip"),
+        ],
         "separate": lambda: [Extrapolation(0.0, 1.0, 0.3, weak.CoTrained(every=2))],
     }
     return recipes[name]()
 
 
-RECIPES = ["sgg_paper", "sgg_release", "layer_skip", "ema", "separate"]
+RECIPES = ["drawn", "sgg_paper", "sgg_release", "layer_skip", "ema", "separate"]
 
 
 class Waits(TorchDispatchMode):
@@ -83,6 +89,8 @@ def test_the_host_waits_for_nothing_in_a_step(command, fits, monkeypatch, late):
     """With every weak source."""
     sources = every_source(fits() / "checkpoints" / "last.ckpt")
     assert waits(command, monkeypatch, sources) == []
+    drawn = every_source(fits() / "checkpoints" / "last.ckpt", drawn=True)
+    assert waits(command, monkeypatch, drawn) == []
     with (counting := Waits()):
         torch.ones(2).sum().item()
     assert counting.found == ["_local_scalar_dense"]  # it does count

@@ -6,15 +6,18 @@ form can be checked: ``pytest tests/test_golden.py --golden DIR``.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import sources
 from given import evaluate as losses_at
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2s_train.guidance import ClassifierFree, Guidance, evaluate
+from w2s_train.inbuilt import IMeanFlow
 from w2s_train.interpolant import (
     CosineInterpolant,
     Interpolant,
@@ -297,3 +300,83 @@ def test_losses_and_gradients(golden_folder: Path) -> None:
         except AssertionError as error:
             failures.append(f"{name}: {' '.join(str(error).split())}")
     assert not failures, f"{len(failures)} of {len(cases)} cases: " + "; ".join(failures)
+
+
+class Guided(nn.Module):
+    """The velocity of the analytic network of imf_or_ig.npz; it is told g = 1 - 1/omega."""
+
+    def __init__(self, golden: Golden) -> None:
+        super().__init__()
+        self.table = golden["imf/emb_v"].permute(0, 3, 1, 2)
+        self.net, self.null_class = golden.json("cases_json")["net"], 10
+        self.add_scales = lambda names: None
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, *, scales: Tensor | None = None) -> Any:
+        g = torch.zeros(len(y), 1) if scales is None else scales
+        time, g = t.view(-1, 1, 1, 1), g.view(-1, 1, 1, 1)
+        v = self.table[y] * (1 + self.net["v_guidance"] * g)
+        return SimpleNamespace(velocity=v + self.net["v_x"] * x_t + self.net["v_t"] * time)
+
+
+def test_imeanflow(golden_folder: Path, monkeypatch) -> None:
+    """Its law of omega, and its guided target, which is plain outside a row's interval."""
+    golden = Golden(golden_folder, "imf_or_ig")
+    for name, law in golden.json("cases_json")["omega"].items():
+        omega = IMeanFlow(**law).omega(golden["imf/omega/u"])
+        close(omega, golden[f"imf/omega/{name}"])
+    found = {k: golden[f"imf/target/{k}"] for k in "t t_min t_max omega labels fm_mask".split()}
+    t, omega = found["t"].flatten(), found["omega"].flatten()
+    inside = (t >= found["t_min"].flatten()) & (t <= found["t_max"].flatten()) | found["fm_mask"]
+    told = torch.where(inside, 1 - 1 / omega, 0.0)
+    monkeypatch.setattr("w2s_train.objective.scales_of", lambda *_: {"c": told})
+    x_t, v, target, strong = (
+        golden[f"imf/target/{k}"].permute(0, 3, 1, 2) for k in "z_t v_t v_g v_cond_at_omega".split()
+    )
+    segment = Extrapolation(0.0, 1.0, IMeanFlow(), sources.NullClass(), name="c")
+    ours, network = WeakToStrongObjective(LinearInterpolant(), Uniform(), [segment]), Guided(golden)
+    ours.bind(network, 0.1)
+    losses = losses_at(ours, network, NoisySample(x_t, t, v), found["labels"]).per_sample
+    plain = golden["imf/target/v_cond_at_1"].permute(0, 3, 1, 2)
+    strong = torch.where(inside.view(-1, 1, 1, 1), strong, plain)
+    close(losses, (strong - target).square().flatten(1).mean(1))
+    assert not inside.all()
+
+
+def internal_guidance(golden: Golden) -> tuple[DiT, sources.IntermediateHead]:
+    """The network and its second final layer, whose block is counted from 1 there."""
+    sizes = dict(golden.json("parameters_json")["ig_param/"]["architecture"])
+    block = sizes.pop("encoder_depth") - 1
+    sizes.pop("class_dropout_prob")
+    state = golden.state("ig_param/")
+    network, head = DiT(**sizes), sources.IntermediateHead(block)
+    own = {k: v for k, v in state.items() if "_xr." not in k}
+    assert network.load_state_dict(own, strict=False).missing_keys == ["pos_embed"]
+    head.bind(network)
+    prefix = "final_layer_xr."
+    head.head.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    )
+    return network, head
+
+
+def test_internal_guidance(golden_folder: Path) -> None:
+    """Its two predictions, and the loss that trains both, at every path and weighting."""
+    golden = Golden(golden_folder, "imf_or_ig")
+    network, head = internal_guidance(golden)
+    x, t, y = golden["ig/latents"], golden["ig/t_uniform"].flatten(), golden["ig/y"]
+    out = network(x, t, y, keep_hidden=head.keep_hidden)
+    close(out.velocity, golden["ig/out"])
+    close(head.predict(network, NoisySample(x, t, x), y, out), golden["ig/mid"])
+    for name, case in golden.json("cases_json")["ig_loss"].items():
+        interpolant = INTERPOLANTS[case["path"]]
+        if case["weighting"] == "lognormal":
+            level = golden["ig/z_lognormal"].flatten().exp()
+            t = interpolant.time_of_noise_level(level)
+        noisy = interpolant.corrupt(golden["ig/images"], golden["ig/noise"], t)
+        t = golden["ig/t_uniform"].flatten()
+        segment = Extrapolation(0.0, 1.0, 0.0, head, weak_loss_weight=case["aux_weight"])
+        ours = WeakToStrongObjective(interpolant, Uniform(), [segment])
+        losses = losses_at(ours, network, noisy, y)
+        aux = golden[f"ig/loss/{name}/aux_loss"]
+        close(losses.per_sample, golden[f"ig/loss/{name}/loss"] + case["aux_weight"] * aux)
+        close(losses.total, golden[f"ig/loss/{name}/total"])

@@ -75,6 +75,19 @@ def test_the_alarm_looks_once_at_what_was_logged():
         alarm.look(logged(12.1, guides=math.inf), step=5)
 
 
+def test_the_alarm_uses_the_scale_of_each_row():
+    """Where scales are drawn: v / (1 - W), row by row, not the mean of one source's share."""
+    numbers = dict(velocity_rms=0.5, effective_scale=1.5, explained_rms=1.0)
+    found = {f"train/head/{name}": value for name, value in numbers.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BlowUp().look(found | {"train/head/strong_rms": 1.19}, step=1)
+    with pytest.warns(UserWarning, match="guidance by 2 explains 2 times"):
+        BlowUp().look(found | {"train/head/strong_rms": 1.21}, step=2)
+    with pytest.raises(Stopped):
+        BlowUp().look(found | {"train/head/strong_rms": 2.41}, step=3)
+
+
 @pytest.mark.parametrize("in_a_row, expected", [(2, "step-000007"), (4, "step-000005"), (6, "")])
 def test_it_goes_back_to_before_the_bad_steps(tmp_path: Path, in_a_row: int, expected: str):
     """Not to a file that was written among them, nor to one of a part that was given up."""

@@ -69,6 +69,22 @@ def test_resumed_equals_uninterrupted(resumed):
     assert final[0]["value"] == final[1]["value"]
 
 
+@pytest.mark.slow
+@pytest.mark.fault("1   stop and resume")
+def test_drawn_scales_resume(command, fits):
+    """Every source at all times, each with a drawn scale; with accumulation."""
+    options = [every_source(fits() / "checkpoints" / "last.ckpt", drawn=True), "--data.flip=true"]
+    options += ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=8"]
+    options += ["--model.objective.init_args.total_steps=8", "--trainer.log_every_n_steps=1"]
+    whole = command("fit", *options, "--trainer.max_steps=8", folder="whole")
+    part = command("fit", *options, "--trainer.max_steps=5", folder="part")
+    command("fit", *options, "--trainer.max_steps=8", "--ckpt_path=last", folder="part")
+    assert_same(checkpoint(whole), checkpoint(part))
+    name = "network.scale_embedder.mlps.%d.2.weight"
+    state = checkpoint(part)["state_dict"]
+    assert all(state[name % k].abs().sum() > 0 for k in range(len(sources())))
+
+
 def test_sources_had_learned_when_they_were_saved(resumed):
     """Stopped between a snapshot and its refreshes, and between two steps of a small network."""
     name = "objective.segments.%d.weak.%s"

@@ -95,7 +95,7 @@ class Inbuilt(Guidance):
             choices = [self.scales.get(name) for name in self.order]
             told = [choice.at(start) if choice else 0.0 for choice in choices]
             seen, time = network_inputs(network, x_t, t)
-            scales = torch.tensor(told, device=x_t.device).expand(len(x_t), -1)
+            scales = torch.stack([torch.full_like(time, scale) for scale in told], 1)
             return as_output(network(seen, time, y, scales=scales), x_t).velocity.to(x_t.dtype)
 
         return velocity

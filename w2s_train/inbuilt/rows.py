@@ -72,7 +72,7 @@ def draw_scales(laws: Sequence[Drawn], allowed: Tensor, generator: torch.Generat
     rows, device = len(allowed), allowed.device
     left_out = [spread(rows, law.plain, device, generator) for law in laws]
     acts = allowed & ~torch.stack(left_out, 1)
-    ends = torch.tensor([law.high for law in laws], device=device)
+    ends = torch.stack([torch.full((rows,), law.high, device=device) for law in laws], 1)
     cautious = torch.where(acts, ends, torch.inf).argmin(1, keepdim=True)
     u = torch.rand(rows, device=device, generator=generator)
     totals = torch.stack([law.quantile(u) for law in laws], 1)

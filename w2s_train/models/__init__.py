@@ -2,7 +2,7 @@
 
 from w2s_train.models.average import WeightAverage
 from w2s_train.models.dit import DiT, DiTOutput, FinalLayer
-from w2s_train.models.network import Network, as_output, check_network, offered
+from w2s_train.models.network import Network, as_output, check_network, offered, plain_tokens
 from w2s_train.models.published import published_dit, published_sit
 from w2s_train.models.saved import made_of, saved_network
 
@@ -16,6 +16,7 @@ __all__ = [
     "check_network",
     "made_of",
     "offered",
+    "plain_tokens",
     "published_dit",
     "published_sit",
     "saved_network",

@@ -98,6 +98,25 @@ def offered(network: Network | nn.Module, part: str, *names: str) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def plain_tokens(
+    network: Any, block: int, strong: DiTOutput, x_t: Tensor, t: Tensor, y: Tensor
+) -> Tensor:
+    """Tokens (B, N, D) behind a block, without scales: those of the strong pass, where it is so.
+
+    Args:
+        network: The one of the strong pass.
+        block: Among those that the pass has kept.
+        strong: The pass, which may have been told scales.
+        x_t: Where it was, (B, C, H, W).
+        t: (B,).
+        y: (B,).
+    """
+    if not getattr(network, "scales", []) or block < network.scales_from:
+        return strong.hidden[block]
+    behind = range(block + 1, network.depth)
+    return network(x_t, t, y, keep_hidden=(block,), skip_blocks=behind).hidden[block]
+
+
 def as_output(output: Any, x_t: Tensor) -> DiTOutput:
     """What any network returns at x_t, as our own returns it; the velocity in float32.
 

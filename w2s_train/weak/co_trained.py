@@ -57,9 +57,8 @@ class CoTrained(WeakSource):
             heads = max(heads // 2, 1)
             width = max(width // 2 // (4 * heads), 1) * 4 * heads
             halved = dict(hidden_size=width, num_heads=heads)
-            if "scales" in arguments:
-                halved |= dict(scales=None)  # it is never told any
-            self.network = type(network)(**(arguments | halved))
+            plain = {key: value for key, value in arguments.items() if key != "scales"}
+            self.network = type(network)(**(plain | halved))
         check_partner(self.network, network, "network=(given)")
         # Whole networks that learn outside the trainer: nobody else may wait for their gradients.
         self.learned = self.learned or [p for p in self.network.parameters() if p.requires_grad]

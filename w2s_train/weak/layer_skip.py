@@ -4,7 +4,7 @@ from torch import Tensor
 
 from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
-from w2s_train.models import DiTOutput, Network, offered
+from w2s_train.models import DiTOutput, Network, offered, plain_tokens
 from w2s_train.weak.base import WeakSource
 
 
@@ -42,5 +42,5 @@ class LayerSkip(WeakSource):
 
     def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         before = self.keep_hidden[0]
-        resume = (before, strong.hidden[before])
+        resume = (before, plain_tokens(network, before, strong, noisy.x_t, noisy.t, y))
         return network(noisy.x_t, noisy.t, y, skip_blocks=self.skipped, resume=resume).velocity
