@@ -319,6 +319,7 @@ def test_a_run_with_it_is_the_run_without(
     assert equal(before["optimizer_states"], after["optimizer_states"])
     logged, found = metrics(none), seen(looks)
     assert {k: v for k, v in metrics(looks).items() if k not in found} == logged
+    assert (looks / "guideability.png").is_file() and not (none / "guideability.png").exists()
     for source in ("head", "class", "ema"):
         for place in ("train", "held_out"):
             assert ("20", f"{place}/{source}/guideability") in found
