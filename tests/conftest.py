@@ -80,6 +80,12 @@ WEAK_FILES = {
     "IntermediateHead": "intermediate_head",
     "LayerSkip": "layer_skip",
     "CoTrained": "co_trained",
+    "RandomBlocks": "random_blocks",
+    "ShiftedTime": "shifted_time",
+    "PerturbedTime": "perturbed_time",
+    "RandomLabel": "random_label",
+    "ShuffledTokens": "shuffled_tokens",
+    "DroppedTokens": "dropped_tokens",
 }
 
 

@@ -359,6 +359,54 @@ def test_grids_are_those_of_the_scores(make, arms, compare, tmp_path: Path):
     assert read(arms[2]).grid(300, "raw", "none") is None
 
 
+def test_every_guidance_is_an_arm(arms, compare, tmp_path: Path):
+    """Of runs with a score each; the unguided one of the baseline judges, times are of training."""
+    head, cfg = "inbuilt(head 0.6 [0.2, 1))", "cfg(1.5, [0, 1])"
+    for folder, factor in zip(arms, (1, 1, 2, 2), strict=True):
+        last = json.loads((folder / "scores.json").read_text())[-1]
+        for how, change in ((head, 0.5), (cfg, 0.8))[: 2 if "branch" in folder.name else 1]:
+            guided = {"guidance": how}
+            new = with_entries(value=last["value"] * change * factor, **guided)([last])
+            new = with_protocol(training_seconds=99.0, **guided)(new)
+            edit(folder, lambda s, new=new: s + new)
+            named = folder / "grids" / grid_name(300, "ema", how)
+            shutil.copy(folder / "grids" / "step-000300.png", named)
+    found, _ = compare(*arms, "--settings")
+    base = found["arms"][0]
+    assert (base["name"], base["mean"]) == ("none: unguided", pytest.approx(2.01))
+    means = {arm["name"]: (arm["mean"], arm["ratio_to_baseline"]) for arm in found["arms"]}
+    for name, mean in {
+        "none: head 0.6 [0.2, 1)": 1.005,
+        "branch: unguided": 0.51,
+        "branch: head 0.6 [0.2, 1)": 0.51,
+        "branch: cfg(1.5, [0, 1])": 0.816,
+    }.items():
+        assert means[name] == (pytest.approx(mean), pytest.approx(mean / 2.01)), name
+    assert len(means) == 5
+    paces = {arm["name"]: arm["seconds_per_step"] for arm in found["arms"]}
+    assert all(paces[name] == pytest.approx(0.1 + 0.1 * ("branch" in name)) for name in means)
+    assert all(arm["seeds"] == [0, 1] for arm in found["arms"])
+    page = (tmp_path / "out" / "comparison.html").read_text().replace("<wbr>", "")
+    assert page.count("<img") == 5 and "branch: head 0.6 [0.2, 1)" in page
+    # Of one run, its unguided scores are the baseline, whatever it was trained with.
+    found, _ = compare(arms[2], "--settings")
+    assert found["baseline"] == "branch: unguided" and len(found["arms"]) == 3
+    found, _ = compare(arms[2], "--settings", "--baseline", "branch: cfg(1.5, [0, 1])")
+    assert found["arms"][0]["mean"] == pytest.approx(0.8)
+    for options, message in (
+        ([arms[2]], "baseline=null: no arm has no segments; must be one of branch"),
+        ([arms[2], "--settings", "--guidance", cfg], "guidance=cfg.* must be left out with --sett"),
+        ([arms[2], "--settings", "--baseline", "x"], "baseline=x: must be one of branch: unguided"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            compare(*options)
+    # A run with one guidance keeps its name.
+    edit(arms[0], lambda s: s[:3])
+    edit(arms[1], lambda s: s[:3])
+    found, _ = compare(*arms, "--settings")
+    assert found["baseline"] == "none"
+
+
 # ---- with a trainer --------------------------------------------------------------------------
 
 

@@ -40,11 +40,16 @@ def recipe(name: str) -> list[Segment]:
             Extrapolation(0.0, 0.7, UniformScale(plain=0.4), weak.LayerSkip(), name="skip"),
         ],
         "separate": lambda: [Extrapolation(0.0, 1.0, 0.3, weak.CoTrained(every=2))],
+        "dropped_tokens": lambda: [
+            Extrapolation(0.0, 0.4, 0.3, weak.DroppedTokens()),
+            Extrapolation(0.4, 0.7, 0.3, weak.ShuffledTokens()),
+            Extrapolation(0.7, 1.0, 0.3, weak.RandomLabel()),
+        ],
     }
     return recipes[name]()
 
 
-RECIPES = ["drawn", "sgg_paper", "sgg_release", "layer_skip", "ema", "separate"]
+RECIPES = ["drawn", "sgg_paper", "sgg_release", "layer_skip", "ema", "separate", "dropped_tokens"]
 
 
 class Waits(TorchDispatchMode):

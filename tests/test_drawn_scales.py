@@ -20,6 +20,7 @@ from w2s_train.schedule import Schedule
 from w2s_train.segment import Extrapolation
 from w2s_train.timesteps import Uniform
 from w2s_train.weak import Step
+from w2s_train.weak.randomness import Randomness
 
 SIZES = dict(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=3, num_heads=2)
 ONE = UniformScale(0.6, 0.6, plain=0.0)  # degenerate: a number
@@ -194,7 +195,7 @@ def test_scale_zero_is_the_network_without():
     assert torch.equal(told(x, t, y, scales=0 * scales).velocity, without.velocity)
     given = told(x, t, y, keep_hidden={0, 1}, scales=scales)
     assert not torch.allclose(given.velocity, without.velocity, atol=1e-3)
-    assert torch.equal(given.hidden[0], without.hidden[0])  # below `scales_from`
+    assert torch.equal(given.hidden[0], without.hidden[0])  # before `scales_from`
     assert torch.equal(given.cond, without.cond)
     assert not torch.allclose(given.hidden[1], without.hidden[1], atol=1e-3)
     only_b = told(x, t, y, scales=scales * torch.tensor([0.0, 1.0])).velocity
@@ -410,19 +411,44 @@ def test_the_average_has_the_inputs():
     assert copy.deepcopy(net).arguments["scales"] == ["old"]
 
 
-def test_a_pass_with_skipped_blocks_is_without_scales():
-    """Also where the tokens that it would go on from carry them."""
-    net = network()
-    source = weak.LayerSkip([2])
-    objective(drawn(ONE, source, "skip")).bind(net, 0.1)
+class Same(Randomness):
+    """The same numbers whenever it is asked."""
+
+    def numbers(self, n: int) -> Tensor:
+        return torch.rand(8, n, generator=torch.Generator().manual_seed(0))
+
+    def choice(self, n: int) -> int:
+        return n - 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        weak.LayerSkip([2]),
+        weak.RandomBlocks(),
+        weak.DroppedTokens(),
+        weak.ShuffledTokens(),
+        weak.NullClass(),
+        weak.ShiftedTime(),
+        weak.EMA(0.5),
+    ],
+    ids=lambda source: type(source).__name__,
+)
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_weak_predictions_are_without_scales(source: weak.WeakSource, first: int):
+    """Also where the tokens that a pass would go on from carry them."""
+    net = network(scales_from=first)
+    objective(drawn(ONE, source, "source")).bind(net, 0.1)
     nn.init.normal_(net.scale_embedder.mlps[0][2].weight)
     x, y = batch(8)
     noisy = NoisySample(x, torch.rand(8), x)
-    for first in (1, 2):
-        net.scales_from = first
-        strong = net(x, noisy.t, y, keep_hidden=source.keep_hidden, scales=torch.rand(8, 1))
-        skipped = net(x, noisy.t, y, skip_blocks=[2]).velocity
-        torch.testing.assert_close(source.predict(net, noisy, y, strong), skipped)
+    told, plain = (
+        net(x, noisy.t, y, keep_hidden=source.keep_hidden, scales=scales)
+        for scales in (torch.rand(8, 1), None)
+    )
+    found = [source.predict_at(net, noisy, y, strong, Same()) for strong in (told, plain)]
+    torch.testing.assert_close(*found)
+    assert not torch.allclose(told.velocity, plain.velocity, atol=1e-3)
 
 
 def test_a_co_trained_network_needs_no_scales():

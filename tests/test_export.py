@@ -17,7 +17,7 @@ from w2s_train.cli import main
 from w2s_train.command.export import export
 from w2s_train.command.to_diffusers import rates_change
 from w2s_train.errors import UserError
-from w2s_train.guidance import ClassifierFree
+from w2s_train.guidance import Choice, ClassifierFree, Inbuilt, Unguided
 from w2s_train.interpolant import LinearInterpolant
 from w2s_train.models import DiT, saved_network
 from w2s_train.module import DiffusionModule
@@ -86,6 +86,42 @@ def test_the_lines_of_the_page(tmp_path: Path, weights: str):
     expected = network(out["x_t"], out["t"], out["y"]).velocity
     assert expected.abs().max() > 0
     assert torch.equal(out["velocity"], expected)
+
+
+def test_scales_are_exported(tmp_path: Path, monkeypatch):
+    """Rebuilt with the inputs and their first block; the page's loop samples as `Inbuilt` does."""
+    path, laws = save(tmp_path, depth=4, scales=["head", "class"], scales_from=2), {}
+    content = torch.load(path, weights_only=True)
+    law = {"class_path": "w2s_train.inbuilt.UniformScale", "init_args": {"high": 0.75}}
+    for name in ("head", "class"):
+        laws[name] = {"low": 0.0, "high": 1.0, "scale": law}
+    segments = [{"init_args": laws[name] | {"name": name}} for name in laws]
+    fixed = {"init_args": {"low": 0.0, "high": 0.1, "scale": 0.3, "name": None}}
+    objective = content["hyper_parameters"]["objective"]["init_args"]
+    objective["segments"] = [*segments, fixed]
+    torch.save(content, path)
+    export(str(path), tmp_path / "exported")
+    about = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert about["scales"] == laws
+    assert (about["network"]["scales"], about["network"]["scales_from"]) == (["head", "class"], 2)
+    section = (ROOT / "docs" / "checkpoints.md").read_text().partition("\n## Export\n")[2]
+    load, loop, _ = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(loop.splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    with torch.no_grad():
+        exec(load, names)
+        torch.manual_seed(1)
+        exec(loop, names)
+    ours = saved_network(str(path)).eval()
+    guidance = Inbuilt({"class": Choice(0.3, 0.0, 0.2), "head": Choice(0.6, 0.2, 1.0)})
+    guidance.bind(ours, WeakToStrongObjective(LinearInterpolant(), Uniform()))
+    torch.manual_seed(1)
+    noise, y = torch.randn(4, 1, 8, 8), torch.arange(4)
+    x = Euler(25)(guidance.field(ours, y, Euler(25).times()), noise, lambda: noise)
+    torch.testing.assert_close(names["x"], x.float(), rtol=1e-3, atol=1e-3)
+    plain = Euler(25)(Unguided().field(ours, y, Euler(25).times()), noise, lambda: noise)
+    assert (plain - x).abs().max() > 0.1
 
 
 def test_weights_of_a_fit(tiny_run: Path, tmp_path: Path):
@@ -211,6 +247,7 @@ def test_the_change_of_rates_is_small():
         (dict(qk_norm=True), "qk_norm=True: must be False"),
         (dict(mlp_ratio=2.0), "mlp_ratio=2.0: must be 4"),
         (dict(out_channels=2), "out_channels=2: must be 1"),
+        (dict(scales=["head"]), r"network.scales=\['head'\]: must be none for format=diffusers"),
         (dict(time_scale=1000.0), "time_scale=1000.0: .* must be 1 or -1"),
     ],
 )

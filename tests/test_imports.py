@@ -13,6 +13,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "w2s_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 DOORS = ("__init__", "__main__")  # of the package
+CONTRACT = ("base", "randomness")  # what files outside weak/, and sources, import of it
 METHOD = """
     interpolant timesteps schedule segment objective weak/base weak/null_class
     weak/intermediate_head models/dit sampler module log optim
@@ -84,7 +85,7 @@ def test_imports(path: Path):
         if library == "w2s_train" and there not in (here, "__version__"):
             assert there in BELOW[here], f"{path} imports {name}"
         if there == "weak":  # neither another source nor anything else: each can be deleted
-            assert rest[0] == "base", f"{path} imports {name}"
+            assert rest[0] in CONTRACT, f"{path} imports {name}"
         assert library != "torch" or here not in ("compare", "scores"), f"{path} imports {name}"
 
 
@@ -145,14 +146,15 @@ def test_the_house_stays_small():
     def lines(path: Path) -> int:
         return len(path.read_text().splitlines())
 
-    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 36
-    assert len(FILES) <= 120
-    assert sum(map(lines, FILES)) <= 18_400
+    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 41
+    assert len(FILES) <= 150
+    assert sum(map(lines, FILES)) <= 21_500
     assert sum(lines(PACKAGE / f"{name}.py") for name in METHOD.split()) <= 1_900
     assert lines(ROOT / "README.md") <= 220
 
 
-WEAK_FILES = [p.stem for p in FILES if room(p) == "weak" and p.stem not in ("__init__", "base")]
+OTHERS = ("__init__", *CONTRACT)
+WEAK_FILES = [p.stem for p in FILES if room(p) == "weak" and p.stem not in OTHERS]
 WITHOUT_A_SOURCE = """
 import importlib, importlib.abc, pkgutil, sys
 import w2s_train

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, quick
+from recipes import OVERLAYS
 
 from w2s_train.interpolant import CosineInterpolant, LinearInterpolant
 
@@ -163,15 +164,12 @@ def test_leaves_score_alike_on_any_number_of_processes_and_unconditionally(fit):
     assert all(math.isfinite(s["value"]) for s in scores(free))
 
 
-OVERLAYS = sorted(path.name for path in (ROOT / "configs" / "weak").glob("*.yaml"))
-
-
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_leaves_run_with_every_overlay(fit, overlay: str):
     """The tiny network has blocks for every source; scores of every kind are finite."""
-    found = scores(fit("fit", "-c", f"configs/weak/{overlay}", config="many"))
+    found = scores(fit("fit", "-c", f"configs/weak/{overlay}.yaml", config="many"))
     assert all(math.isfinite(s["value"]) for s in found)
     assert 0 <= min(s["value"] for s in found if s["metric"] == "coverage") <= 1
 

@@ -174,6 +174,9 @@ def test_the_target_of_any_network():
     [
         (lambda: weak.IntermediateHead(), "must have depth, make_head, forward(keep_hidden=) for"),
         (lambda: weak.LayerSkip(), "must have depth, forward(keep_hidden=), forward(skip_blocks=)"),
+        (lambda: weak.RandomBlocks(), "must have depth, forward(keep_hidden=), forward(skip_bloc"),
+        (lambda: weak.ShuffledTokens(), "must have depth, forward(keep_hidden=), forward(resume="),
+        (lambda: weak.DroppedTokens(), "must have depth, forward(keep_hidden=), forward(skip_blo"),
         (lambda: weak.CoTrained(), "must have hidden_size, num_heads for CoTrained that is given"),
         (lambda: weak.Checkpoint(network=torch.nn.Linear(1, 1)), "Linear: must have null_class"),
         (lambda: weak.Checkpoint(network=UNet(num_classes=3)), "num_classes 3, must have 10"),

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from w2s_train import weak
 from w2s_train.errors import UserError
+from w2s_train.inbuilt import UniformScale
 from w2s_train.interpolant import LinearInterpolant
 from w2s_train.models import DiT, made_of, published_sit
 from w2s_train.models.published import architecture
@@ -132,6 +133,61 @@ def test_what_is_dropped_and_what_learns_alone(tmp_path: Path):
     mine, other = (each.objective.segments[0].weak.network for each in (ours, theirs))
     assert torch.equal(mine.x_embedder.proj.weight, other.x_embedder.proj.weight)
     assert not any(parameter.requires_grad for parameter in mine.parameters())
+
+
+def with_scales(*names: str, first: int = 0) -> DiffusionModule:
+    """A module whose head and null class, or others of such names, draw their scales."""
+    kinds = {"head": weak.IntermediateHead, "class": weak.NullClass, "skip": weak.LayerSkip}
+    segments = [Extrapolation(0.0, 1.0, UniformScale(), kinds[n](), name=n) for n in names]
+    objective = WeakToStrongObjective(LinearInterpolant(), Uniform(), segments)
+    return DiffusionModule(DiT(**SMALL, scales_from=first), objective, Euler(2), ema_decay=0.9)
+
+
+def written(module: DiffusionModule, path: Path) -> DiT:
+    perturbed(perturbed(module).ema.module.requires_grad_(True))
+    torch.save({"state_dict": module.state_dict(), "network": made_of(module.network)}, path)
+    return module.ema.module
+
+
+def test_scales_begin_at_zero(tmp_path: Path):
+    """Whatever they are, the network is bit for bit the plain one; published weights fit, too."""
+    theirs = written(module(weak.NullClass()), tmp_path / "x.ckpt")
+    ours = with_scales("head", "class")
+    said = warm_start(ours, str(tmp_path / "x.ckpt")).partition(".ckpt: ")[2]
+    new = [f"new: scale_embedder.mlps.{k} (2 tensors)" for k in range(2)]
+    assert said.split("; ") == [*new, "new: segments.0 (4 tensors)"]
+    x, t, y = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 3, 4, 5])
+    for network in (ours.network, ours.ema.module):
+        for scales in (None, torch.zeros(4, 2), torch.rand(4, 2)):
+            out = network(x, t, y, scales=scales).velocity
+            assert torch.equal(out, theirs(x, t, y).velocity)
+    torch.save(theirs.state_dict(), tmp_path / "sit.pt")
+    sizes = dict(num_heads=4, num_classes=5, input_size=8, reversed_time=False)
+    public = published_sit(str(tmp_path / "sit.pt"), **sizes)
+    public.add_scales(["head"])
+    assert torch.equal(public(x, t, y, scales=torch.rand(4, 1)).velocity, theirs(x, t, y).velocity)
+
+
+def test_scales_are_taken_over_by_name(tmp_path: Path):
+    theirs = written(with_scales("head", "class"), tmp_path / "x.ckpt")
+    x, t, y = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 3, 4, 5])
+    w = torch.rand(4, 1)
+    none = torch.zeros_like(w)
+
+    plain = module(weak.NullClass())
+    said = warm_start(plain, str(tmp_path / "x.ckpt")).partition(".ckpt: ")[2]
+    assert said.split("; ") == [f"not taken: scale {n}" for n in ("head", "class")]
+    assert torch.equal(plain.network(x, t, y).velocity, theirs(x, t, y).velocity)
+
+    ours = with_scales("class", "skip")
+    said = warm_start(ours, str(tmp_path / "x.ckpt")).partition(".ckpt: ")[2]
+    assert said == "new: scale_embedder.mlps.1 (2 tensors); not taken: scale head"
+    mine = ours.network(x, t, y, scales=torch.cat([w, torch.rand(4, 1)], 1)).velocity
+    other = theirs(x, t, y, scales=torch.cat([none, w], 1)).velocity
+    assert torch.equal(mine, other) and not torch.equal(mine, theirs(x, t, y).velocity)
+
+    with pytest.raises(UserError, match="has scales_from 0, must have 3 as the network"):
+        warm_start(with_scales("head", "class", first=3), str(tmp_path / "x.ckpt"))
 
 
 def test_tables_that_are_no_grid(tmp_path: Path):

@@ -57,6 +57,18 @@ CASES = {
         lambda: weak.Checkpoint(network=small(depth=2), dtype="bfloat16"),
     ),
     "co_trained": ("co_trained", lambda: weak.CoTrained(every=1, lr=0.1)),
+    "unlabelled": (
+        "checkpoint",
+        lambda: weak.Checkpoint(network=small(depth=2, num_classes=9), unlabelled=True),
+    ),
+    "random_blocks": ("random_blocks", lambda: weak.RandomBlocks(share=0.5)),
+    "shifted_time": ("shifted_time", lambda: weak.ShiftedTime(-0.05)),
+    "perturbed_time": ("perturbed_time", lambda: weak.PerturbedTime()),
+    "random_label": ("random_label", lambda: weak.RandomLabel()),
+    "shuffled_tokens": ("shuffled_tokens", lambda: weak.ShuffledTokens()),
+    "late_tokens": ("shuffled_tokens", lambda: weak.ShuffledTokens(first=2, last=3)),
+    "dropped_tokens": ("dropped_tokens", lambda: weak.DroppedTokens()),
+    "first_tokens": ("dropped_tokens", lambda: weak.DroppedTokens(0.4, first=0, last=0)),
 }
 SOURCES = {name: make for name, (file, make) in CASES.items() if file in FILES}
 
@@ -88,7 +100,9 @@ def questions(n: int = 6) -> tuple[NoisySample, torch.Tensor]:
 def predict(source: WeakSource, network: DiT) -> torch.Tensor:
     noisy, y = questions()
     strong = network(noisy.x_t, noisy.t, y, keep_hidden=source.keep_hidden)
-    return source.predict(network, noisy, y, strong)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return source.predict_at(network, noisy, y, strong)
 
 
 @torch.no_grad()

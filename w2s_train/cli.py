@@ -22,6 +22,7 @@ commands:
   test        the same, for a last number
   predict     write generated images to the run folder
   sample      write images of a checkpoint: seeds, classes, and a folder, grid, .npz or shards
+  tune        find the best guidance at sampling:  lightning tune RUN --guidance cfg
   reference   write the statistics of a data set that scores compare with
   export      write weights for programs without Lightning, or for diffusers
   compare     judge runs against a baseline:  lightning compare RUN [RUN ...]
@@ -33,6 +34,8 @@ options:
                         --model.objective.segments.0.scale 0.4
   --allow_imports NAMES let configs name classes of more packages, such as my_package,other
   --ckpt_path last      go on with the run in the run folder, or start it
+  --scale NAME=W:LOW-HIGH of sample, validate, test and predict: guide by W while LOW <= t < HIGH
+                        (without :LOW-HIGH at every t), of a run with configs/weak/drawn.yaml
   --profile             of fit: write a trace of five steps and the ten heaviest operations
   --print_config        show the whole config, defaults included, and stop
   -h, --help            this text; `lightning COMMAND --help` lists every key
@@ -56,7 +59,7 @@ without Lightning, or as a pipeline of diffusers.
 try:  lightning export --ckpt_path runs/digits_w2s --output exported
 """
 EXPORT_CHOICES = {"weights": ("ema", "raw"), "format": ("safetensors", "diffusers")}
-COMMANDS = ("fit", "validate", "test", "predict", "sample", "reference", "export", "compare")
+COMMANDS = "fit validate test predict sample tune reference export compare".split()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -79,15 +82,16 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> None:
-    if args[0] in ("fit", "validate", "test"):
+    if args[0] in ("fit", "validate", "test", "tune"):
         # From now on, and not only when everything is loaded: jobs are preempted at any time.
         REQUESTS.reset()
         REQUESTS.listen(*PREEMPTION)
-    from w2s_train.command.config import check_arguments, with_own_config
+    from w2s_train.command.config import check_arguments, tuning, with_own_config
+    from w2s_train.command.scales import with_scales
 
     try:
         check_arguments(args[1:])
-        args = with_own_config(args)
+        args = with_scales(with_own_config(tuning(args) if args[0] == "tune" else args))
         _check_temporary()
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -42,7 +42,7 @@ class Consistency(Segment):
     def act(self, strong: Strong, rows: Rows, target: Tensor, log: Log) -> Tensor:
         inputs = self.weak_inputs(strong, rows)
         with self.gradients():
-            weak = self.weak.predict(strong.network, *inputs).float()
+            weak = self.weak.predict_at(strong.network, *inputs).float()
         rows = slice(None) if self.weak.trainable else rows
         t, v, velocity = strong.noisy.t, strong.noisy.v[rows].float(), strong.out.velocity[rows]
         inside, penalty = self.contains(t[rows]), velocity.new_zeros(len(t))

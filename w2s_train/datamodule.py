@@ -80,6 +80,7 @@ class ShardDataModule(LightningDataModule):
             classes are not equally frequent: references have their natural frequencies.
         sampling_seeds: Validations are repeated with so many sets of ``num_generated`` seeds, none
             of them twice; each gets a score of its own.
+        first_seed: Of an evaluation's images; another one than 0 makes images that nobody has seen.
         prepare: Name of a script in ``data/`` that makes the shards when they are missing.
         images: Folder of images, in a sub-folder per class or all of one class, of which
             ``data/prepare.py`` makes the shards where they are missing; see `fit_to`.
@@ -111,6 +112,7 @@ class ShardDataModule(LightningDataModule):
         generation_batch_size: int = 250,
         labels_as_in_training: bool = False,
         sampling_seeds: int = 1,
+        first_seed: int = 0,
         prepare: str | None = None,
         images: str | None = None,
         made_by: str | None = None,
@@ -126,7 +128,8 @@ class ShardDataModule(LightningDataModule):
         positive |= dict(generation_batch_size=generation_batch_size, sampling_seeds=sampling_seeds)
         for name, value in positive.items():
             require(name, value, "[1, inf)")
-        for name, value in dict(num_workers=num_workers, shuffle=shuffle, seed=seed).items():
+        least = dict(num_workers=num_workers, shuffle=shuffle, seed=seed, first_seed=first_seed)
+        for name, value in least.items():
             require(name, value, "[0, inf)")
         require("batch_timeout_minutes", batch_timeout_minutes, "(0, inf)")
         require("max_skipped", max_skipped, "[0, 1]")
@@ -149,6 +152,7 @@ class ShardDataModule(LightningDataModule):
         self.in_memory, self.max_skipped, self.seed = in_memory, max_skipped, seed
         self.num_generated, self.generation_batch_size = num_generated, generation_batch_size
         self.sampling_seeds, self.unlabelled = sampling_seeds, unlabelled
+        self.first_seed = first_seed
         self.labels_as_in_training = labels_as_in_training
         self.dataset = dataset or Path(redacted(train_urls)).resolve().parent.name
         self.seeds: Sequence[int] | None = None  # of `lightning sample`
@@ -428,10 +432,11 @@ class ShardDataModule(LightningDataModule):
                 f"{trainer.world_size}"
             )
         n, labels = self.num_generated, self.generated_labels()
+        firsts = [self.first_seed + k * n for k in range(self.sampling_seeds)]
         return [
-            self._generation(GenerationPlan(range(k * n, (k + 1) * n), labels, setting))
+            self._generation(GenerationPlan(range(first, first + n), labels, setting))
             for setting in range(len(trainer.lightning_module.settings))
-            for k in range(self.sampling_seeds)
+            for first in firsts
         ]
 
     test_dataloader = val_dataloader

@@ -91,7 +91,7 @@ def generate(
         generators = [torch.Generator().manual_seed(seed) for seed in padded[0]]
         draw = functools.partial(standard_normal, generators, shape, device)
         y = torch.tensor(padded[1], device=device)
-        velocity = setting.guidance.field(setting.network, y, sampler.times())
+        velocity = setting.guidance.seeded_field(setting.network, y, sampler.times(), padded[0])
         x = autoencoder.decode(sampler(velocity, draw(), draw).float())
         images.append(x[: block - padding])
     return torch.cat(images)

@@ -29,6 +29,7 @@ MOVED = {  # class -> what to do instead
     "w2s_train.callbacks.LeavesScores": LEAVES,
     "w2s_train.callbacks.leaves.LeavesScores": LEAVES,
 }
+Made = TypeVar("Made")
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -148,8 +149,8 @@ def _class_paths(node: Any) -> Iterator[str]:
 
 
 def instantiate(
-    cls: type[Module], settings: dict[str, Any], allow_imports: Iterable[str] = ()
-) -> Module:
+    cls: type[Made], settings: dict[str, Any], allow_imports: Iterable[str] = ()
+) -> Made:
     """The class with its constructor's arguments as a config spells them.
 
     Args:

@@ -84,7 +84,7 @@ class LookOn(Segment):
     def look(self, strong: Strong, rows: Rows) -> Difference:
         """What there is to see at some rows."""
         noisy, y, out = self.weak_inputs(strong, rows)
-        with still(strong.network):
+        with own_draws(strong.network), still(strong.network):
             weak = self.weak.predict(strong.network, noisy, y, out).float()
         difference, residual = out.velocity - weak, noisy.v.float() - out.velocity
         return Difference(self.name, rows, difference, residual, self.contains(noisy.t), None)
@@ -125,7 +125,7 @@ class Apart(WeakSource):
         return self.source.describe()
 
     def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
-        return self.source.predict(network, noisy, y, strong)
+        return self.source.predict_at(network, noisy, y, strong)
 
     def learn(self, strong: Strong) -> None:
         """Take the gradient of |weak - v|^2 at all rows of a training batch."""
@@ -138,8 +138,9 @@ class Apart(WeakSource):
             hidden = {block: tokens.to(kind) for block, tokens in out.hidden.items()}
             out = out._replace(hidden=hidden, cond=out.cond.to(kind))
         device = noisy.t.device.type  # in half precision small gradients would be lost
-        with still(strong.network), torch.autocast(device, enabled=False), self.learner.recording():
-            weak = self.source.predict(strong.network, noisy, strong.y, out).float()
+        whole = torch.autocast(device, enabled=False)
+        with own_draws(strong.network), still(strong.network), whole, self.learner.recording():
+            weak = self.source.predict_at(strong.network, noisy, strong.y, out).float()
             loss = mean_square(weak - noisy.v.float()).mean()
             self.lessons.append(torch.autograd.grad(loss, self.learned))
 

@@ -20,6 +20,7 @@ from w2s_train.guideability.ratio import finish
 from w2s_train.loading import check_optimizer, load_module
 from w2s_train.log import Log
 from w2s_train.models import Network, WeightAverage, check_network, made_of, offered
+from w2s_train.models.saved import check_scales
 from w2s_train.objective import Objective
 from w2s_train.optim import clip, keep_fused, norm_of, step_only_if, unscale
 from w2s_train.sampler import Sampler
@@ -248,6 +249,7 @@ class DiffusionModule(LightningModule):
         checkpoint["network"] = made_of(self.network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_scales(checkpoint.get("network"), self.network)
         self.loaded_step = checkpoint["global_step"]
         self.images_seen = checkpoint["progress"]["images_seen"]
         self.clock.load_state_dict(checkpoint["progress"])

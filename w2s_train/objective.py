@@ -122,7 +122,7 @@ class WeakToStrongObjective(Objective):
             offered(network, "a drawn scale", "add_scales", "scales=")(names)
         for weak in (segment.weak for segment in (*self.segments, *self.lookers)):
             weak.bind(network)
-            if weak.needs_label and label_dropout in (0, 1):
+            if weak.needs_label and label_dropout in ((0, 1) if weak.needs_null else (1,)):
                 rule = "below 1 for {}, which compares with and without the label"
                 if label_dropout == 0:
                     rule = "above 0 for {}: the null class would never be trained"

@@ -185,7 +185,7 @@ def higher_is_better(metric: str) -> bool:
 
 
 def grid_name(step: int, weights: str | None = None, guidance: str = "none") -> str:
-    """The file of a sample grid; that of the main setting has no weights in its name."""
+    """The file of a sample grid; that of averaged weights, unguided, has no setting in its name."""
     setting = ", ".join(text for text in (weights, guidance) if text and text != "none")
     slug = re.sub(r"[^\w.]+", "-", setting).strip("-") if weights else ""
     return f"{'-'.join(filter(None, (f'step-{step:06d}', slug)))}.png"

@@ -246,7 +246,7 @@ class Extrapolation(Segment):
                 network, (x, y, _) = strong.step.average, inputs
                 out = network(x.x_t, x.t, y, keep_hidden=self.weak.keep_hidden)
                 inputs, velocity = (x, y, out), out.velocity.float()
-            weak = self.weak.predict(network, *inputs).float()
+            weak = self.weak.predict_at(network, *inputs).float()
         if self.weak.trainable:
             penalty = self.weak_loss_weight * mean_square(weak - noisy.v)
             weak = weak[rows]

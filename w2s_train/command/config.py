@@ -24,6 +24,7 @@ PARTS = "trainer model data checkpoint guard watch".split()
 KEYS = """
     seed_everything ckpt_path start_from weights_only verbose return_predictions
     output format seeds classes columns scale urls dataset split keep_features statistics images
+    guidance search minutes sets set_images name
     config print_config help allow_imports profile $schema
 """.split()
 # How the parser, or a package of ours, says that a class is missing.
@@ -32,7 +33,7 @@ CHOSEN = [
     f"w2s_train.{name}"
     for name in "models weak segment inbuilt sampler guidance interpolant timesteps".split()
 ]
-SCORING = ("validate", "test", "predict", "sample")
+SCORING = ("validate", "test", "predict", "sample", "tune")
 ALIASES = 20  # of YAML, in one file
 COUNTS = (
     "val_check_interval",
@@ -77,6 +78,17 @@ def check_arguments(args: list[str]) -> None:
         elif option.startswith("--") and len(option) > 2:
             _check_key(name[2:], f"unrecognized arguments: {option}")
             _check_part(Path(value))
+
+
+def tuning(args: list[str]) -> list[str]:
+    """The arguments of ``tune RUN --search A --search B`` as the parser has them.
+
+    A run or checkpoint may come first, without its option; each ``--search`` adds to those before.
+    """
+    command, *given = args
+    if given and not given[0].startswith("-"):
+        given[0] = f"--ckpt_path={given[0]}"
+    return [command, *(re.sub(r"^--search(=|$)", r"--search+\1", each) for each in given)]
 
 
 def with_own_config(args: list[str]) -> list[str]:
@@ -238,6 +250,8 @@ def explain(message: str, parts: dict[str, Any]) -> str:
             "(docs/networks.md)"
         )
     key = ".".join(re.findall(r'"([\w.]+)": ', line))
+    if both := re.search(r"Expected a <class 'float'>.* a dot import path string: (\w+)", line):
+        return f"{key}={both[1]}: must be a number, or a class by its class_path and init_args"
     if named := re.search(r"Expected a dot import path string: (\w+)( |$)", line):
         found = [f"{m}.{n}" for m in CHOSEN for n in _like(named[1], _classes_of(m), 1)]
         if like := difflib.get_close_matches(named[1], found, n=3, cutoff=0.0):

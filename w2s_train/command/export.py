@@ -77,9 +77,12 @@ def _about(content: dict[str, Any], network: Any, weights: str) -> dict[str, Any
     """What has to be known of the weights of a checkpoint's network."""
     settings = redacted(content.get("hyper_parameters") or {})
     objective = (settings.get("objective") or {}).get("init_args") or {}
+    segments = [each.get("init_args") or {} for each in objective.get("segments") or []]
+    drawn = [each for each in segments if each.get("name") in getattr(network, "scales", [])]
     return {
         "network": getattr(network, "arguments", None),
         "class_path": class_path(network),
+        "scales": {s["name"]: {key: s.get(key) for key in ("low", "high", "scale")} for s in drawn},
         "interpolant": objective.get("interpolant"),
         "time": CONVENTION,
         "num_classes": getattr(network, "num_classes", None),

@@ -60,6 +60,8 @@ from w2s_train.secrets import redacted, show_no_secrets
 from w2s_train.shards.workers import lost_worker
 
 PROFILE = "--profile"  # a switch and no key: it belongs to no experiment, and into no config
+CHECKED = ("fit", "validate", "test", "tune")  # by scorers
+WITHOUT_LOGGERS = ("predict", "sample", "reference", "tune")
 QUIET = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "strict"}
 CLASSES = {
     "trainer": DiffusionTrainer,
@@ -86,7 +88,7 @@ class Command(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Methods of the trainer, and which of their arguments are no options."""
-        ours = {name: {"model", "datamodule"} for name in ("sample", "reference")}
+        ours = {name: {"model", "datamodule"} for name in ("sample", "reference", "tune")}
         return {**LightningCLI.subcommands(), **ours}
 
     def _prepare_subcommand_parser(
@@ -175,7 +177,7 @@ class Command(LightningCLI):
         inside = start is not None and Path(start).resolve().parent.parent == folder.resolve()
         resumed = start is not None and (self.goes_on or inside)
         self.record = Record(folder, self._whole_config(), resumed, keeps=self.goes_on)
-        if subcommand in ("predict", "sample", "reference"):
+        if subcommand in WITHOUT_LOGGERS:
             config.trainer.logger = False
         if (logger := config.trainer.logger) not in (None, True, False):
             config.trainer.logger = placed(logger, folder, self.record.run_ids())
@@ -184,7 +186,7 @@ class Command(LightningCLI):
         """The trainer, with loggers and callbacks that every run has."""
         config = self.config_init[self.subcommand]
         folder = config.trainer.default_root_dir
-        if self.subcommand not in ("predict", "sample", "reference"):
+        if self.subcommand not in WITHOUT_LOGGERS:
             given = config.trainer.logger
             if given in (None, True):
                 given = Events(folder, name="", version="")
@@ -284,7 +286,7 @@ class Command(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; a checkpoint of another network is a user's error."""
-        for callback in self._callbacks() if subcommand in ("fit", "validate", "test") else ():
+        for callback in self._callbacks() if subcommand in CHECKED else ():
             if isinstance(callback, Scorer):
                 made_later = self.datamodule.makes_shards
                 if isinstance(callback, FID) and not made_later:

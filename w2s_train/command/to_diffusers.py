@@ -101,6 +101,11 @@ def _check(network: DiT) -> None:
         raise UserError(
             f"network={name}: must be a DiT for format=diffusers; safetensors takes any"
         )
+    if network.scales:
+        raise UserError(
+            f"network.scales={network.scales}: must be none for format=diffusers, whose class has "
+            "no such inputs; format=safetensors takes any"
+        )
     arguments = network.arguments
     must = {"qk_norm": False, "mlp_ratio": 4, "out_channels": network.in_channels}
     for name, value in must.items():

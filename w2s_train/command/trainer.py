@@ -1,7 +1,9 @@
 """Lightning's trainer, with the two commands that it does not have."""
 
+import functools
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +24,15 @@ from w2s_train.evaluation.images import (
     TarWriter,
 )
 from w2s_train.evaluation.reference import ReferenceWriter
+from w2s_train.evaluation.scorer import protocol_of
 from w2s_train.features import KEEP
 from w2s_train.models import offered
 from w2s_train.module import DiffusionModule
 from w2s_train.running.run import Run
+from w2s_train.scores import git_commit
 from w2s_train.secrets import redacted
+from w2s_train.tune.space import Space
+from w2s_train.tune.tuning import Budget, Tuning
 
 Format = Literal["png", "grid", "npz", "shards"]
 SUFFIXES: dict[Format, str] = {"png": "", "grid": ".png", "npz": ".npz", "shards": ""}
@@ -55,11 +61,15 @@ class DiffusionTrainer(Trainer):
         self._signal_connector = NoSignals(self)
         return super()._run(*args, **kwargs)
 
+    tuning: Callable[[], None] | None = None  # what `tune` does instead of validating
+
     def _run_stage(self) -> Any:
         """The same; but a fit first finishes an evaluation that was under way.
 
         After the last step Lightning would train no more, and call nobody.
         """
+        if self.tuning is not None:
+            return self.tuning()
         for callback in self.checkpoint_callbacks:
             if isinstance(callback, Run) and self.state.fn == TrainerFn.FITTING:
                 callback.finish_evaluation(self, self.lightning_module)
@@ -151,7 +161,9 @@ class DiffusionTrainer(Trainer):
             classes: One, or several in turn, such as [3,7]; if not given, all, in turn or as
                 ``data.labels_as_in_training`` says.
             columns: Of a grid.
-            scale: Of a grid: each pixel becomes a square of this side.
+            scale: Of a grid: each pixel becomes a square of this side. NAME=W or NAME=W:LOW-HIGH,
+                any number of times, is guidance: scale W, at t in [LOW, HIGH), of a source whose
+                scale is an input of the network.
         """
         known = offered(model.network, "sample", "num_classes")
         classes = [classes] if isinstance(classes, int) else classes
@@ -178,7 +190,61 @@ class DiffusionTrainer(Trainer):
             return_predictions=False,
         )
         if self.is_global_zero:
+            about = protocol_of(model) | {"seeds": [chosen.start, chosen.stop - 1]}
+            writer.write_record(about | {"classes": classes, "git_commit": git_commit()})
             print(f"written: {len(chosen):,} images to {path}")
+
+    def tune(
+        self,
+        model: DiffusionModule,
+        datamodule: ShardDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        guidance: str = "cfg",
+        search: list[str] | None = None,
+        images: int | None = None,
+        minutes: float | None = None,
+        sets: int = 3,
+        set_images: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Find the guidance at sampling that scores best.
+
+        Args:
+            model: The module.
+            datamodule: The data module.
+            ckpt_path: The checkpoint, or last.
+            weights_only: Set by the command.
+            guidance: An overlay of configs/guidance or configs/inbuilt by its name, a YAML file
+                with a model.guidance, or a class path.
+            search: NAME=LOW:HIGH or NAME=VALUE,VALUE,... for each argument; if not given, what goes
+                with the guidance.
+            images: To generate for all candidates together; 40,000 if neither they nor minutes are
+                given.
+            minutes: For all candidates together, instead of images.
+            sets: Of tuning seeds, and of fresh ones, at least 3.
+            set_images: Images of a set of tuning seeds; a fortieth of the images, within bounds, if
+                not given.
+            name: Of the folder in tune/ of the run folder; that of the guidance if not given.
+        """
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
+        scorer = next((each for each in callbacks if isinstance(each, FID)), None)
+        if scorer is None:
+            raise UserError("trainer.callbacks: must hold a FID, whose distance is the score")
+        run = next(each for each in callbacks if isinstance(each, Run))
+        budget = Budget(images, minutes, sets, set_images)
+        space = Space.of(guidance, search or [], model.objective)
+        name = name or Path(guidance).stem.rpartition(".")[2]
+        after_batch = functools.partial(run.after_tuned_batch, self)
+        tuning = Tuning(name, space, budget, scorer, datamodule, after_batch)
+        self.tuning = functools.partial(tuning, self, model)
+        self.validate(
+            model,
+            datamodule=datamodule,
+            ckpt_path=ckpt_path,
+            weights_only=weights_only,
+            verbose=False,
+        )
 
 
 def check_statistics(

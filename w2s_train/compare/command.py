@@ -24,6 +24,7 @@ options:
   --metric NAME         the score; by default the FID or Fréchet distance that most runs have
   --weights NAME        of the scored network; by default ema
   --guidance TEXT       while sampling; by default none
+  --settings            every guidance that a run was scored with is an arm
   --baseline NAME       an arm; by default the one whose objective has no segments
   --unfinished          take runs that have not reached their last step
   --output DIR          where the files go; by default comparison
@@ -31,7 +32,7 @@ options:
 
 try:  lightning compare runs/digits_baseline runs/digits_w2s
 """
-OPTIONS = ("metric", "weights", "guidance", "baseline", "unfinished", "output")
+OPTIONS = ("metric", "weights", "guidance", "settings", "baseline", "unfinished", "output")
 
 
 def run(args: list[str]) -> None:
@@ -45,8 +46,8 @@ def run(args: list[str]) -> None:
     try:
         parsed = _parse(args)
         findings = read_all(parsed.runs, unfinished=parsed.unfinished)
-        choice = {key: getattr(parsed, key) for key in ("metric", "weights", "guidance")}
-        options = Options(baseline=parsed.baseline, **choice)
+        choice = {key: getattr(parsed, key) for key in OPTIONS[:5]}
+        options = Options(**choice)
         comparison = compare(findings, options)
         write(comparison, Path(parsed.output))
     except UserError as error:
@@ -63,7 +64,8 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("runs", nargs="*")
     parser.add_argument("--metric")
     parser.add_argument("--weights", default="ema")
-    parser.add_argument("--guidance", default="none")
+    parser.add_argument("--guidance")
+    parser.add_argument("--settings", action="store_true")
     parser.add_argument("--baseline")
     parser.add_argument("--unfinished", action="store_true")
     parser.add_argument("--output", default="comparison")
@@ -76,6 +78,10 @@ def _parse(args: list[str]) -> argparse.Namespace:
         raise UserError(f"option={unknown[0]}: must be one of {names}")
     if not parsed.runs:
         raise UserError("run=null: must be at least one run folder, or a glob of some")
+    if parsed.settings and parsed.guidance is not None:
+        raise UserError(
+            f"guidance={parsed.guidance}: must be left out with --settings, which takes all"
+        )
     return parsed
 
 

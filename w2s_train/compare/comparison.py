@@ -8,6 +8,7 @@ from typing import Any
 from w2s_train.compare import numbers
 from w2s_train.compare.numbers import Interval, Judgement
 from w2s_train.compare.protocol import (
+    EACH,
     Arm,
     Range,
     Scores,
@@ -21,6 +22,7 @@ from w2s_train.compare.protocol import (
     with_selection,
 )
 from w2s_train.compare.runs import Findings, Run
+from w2s_train.compare.tuned import Line, tunings
 from w2s_train.errors import UserError
 from w2s_train.scores import higher_is_better
 
@@ -99,6 +101,7 @@ class Comparison:
         notes: Lines about what else is worth knowing.
         differences: Settings that differ, by key and arm.
         grids: A sample grid per arm that has one at that step.
+        tuned: How guidance at sampling was tuned, if any was.
     """
 
     selection: Selection
@@ -112,6 +115,7 @@ class Comparison:
     notes: list[str]
     differences: dict[str, dict[str, Any]]
     grids: list[Grid]
+    tuned: list[Line]
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,9 @@ class Options:
 
     metric: str | None = None
     weights: str = "ema"
-    guidance: str = "none"
+    guidance: str | None = None
     baseline: str | None = None
+    settings: bool = False
 
 
 def compare(findings: Findings, options: Options) -> Comparison:
@@ -130,7 +135,10 @@ def compare(findings: Findings, options: Options) -> Comparison:
     try:
         if not runs:
             raise UserError("runs=null: must be at least two arms; no run can be read")
-        selection = select(runs, options.metric, options.weights, options.guidance)
+        guidance = options.guidance or "none"
+        if options.settings:
+            guidance, runs = EACH, [part for r in runs for part in r.by_guidance(options.weights)]
+        selection = select(runs, options.metric, options.weights, guidance)
         higher = higher_is_better(selection.metric)
         runs = with_selection(runs, selection, refused)
         rules, series = admit(runs, selection, refused, notes)
@@ -164,6 +172,7 @@ def compare(findings: Findings, options: Options) -> Comparison:
         notes,
         differences(arms),
         choose(arms, step, selection, notes),
+        tunings(arms, selection.guidance, notes),
     )
 
 
@@ -179,13 +188,13 @@ def _note_runs(arms: Sequence[Arm], step: int, notes: list[str]) -> None:
     series = [one for arm in arms for one in arm.series]
     for one in series:
         run = one.run
-        notes += [f"{run.folder}: {note}" for note in run.notes]
+        notes += [f"{run.where}: {note}" for note in run.notes]
         if run.faults:
             more = f" (and {len(run.faults) - 1} more)" if len(run.faults) > 1 else ""
-            notes.append(f"{run.folder}: not compared here: {run.faults[0].message}{more}")
+            notes.append(f"{run.where}: not compared here: {run.faults[0].message}{more}")
     last, least = max(one.last for one in series), min(one.last for one in series)
     if last > least:
-        first = ", ".join(str(one.run.folder) for one in series if one.last == least)
+        first = ", ".join(one.run.where for one in series if one.last == least)
         notes.append(
             f"equal steps are step {step}: {first} ends at {least}, others at up to {last}"
         )
@@ -205,7 +214,7 @@ def _note_untimed(arms: Sequence[Arm], seconds: float, notes: list[str]) -> None
     for one in (one for arm in arms for one in arm.series):
         if not one.at_seconds(seconds):
             why = f"no score before {seconds:.4g} s" if one.ends() else "no times"
-            notes.append(f"{one.run.folder}: has {why} and takes no part at equal time")
+            notes.append(f"{one.run.where}: has {why} and takes no part at equal time")
 
 
 def _in_order(rows: Sequence[Row], baseline: str, higher: bool) -> list[Row]:
@@ -287,7 +296,7 @@ def choose(arms: Sequence[Arm], step: int, selection: Selection, notes: list[str
     for arm in arms:
         for run in arm.runs:
             try:
-                png = run.grid(step, selection.weights, selection.guidance)
+                png = run.grid(step, selection.weights, selection.within(run).guidance)
             except (UserError, OSError) as error:
                 notes.append(str(error))
                 without.pop(arm.name, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from w2s_train.compare import guideability, report
+from w2s_train.compare import guideability, report, tuned
 from w2s_train.compare.charts import Curve, chart, is_log, style, swatch
 from w2s_train.compare.comparison import Comparison, Point, Result, Row
 from w2s_train.compare.numbers import percent
@@ -45,6 +45,7 @@ def page(comparison: Comparison) -> str:
         guideability=guideability.charts([[run.folder for run in row.runs] for row in rows]),
         heads=heads,
         settings=settings,
+        tuned_heads=tuned.COLUMNS,
     )
 
 

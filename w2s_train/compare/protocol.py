@@ -5,7 +5,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from w2s_train.compare.numbers import interpolate
@@ -28,6 +28,7 @@ AGREE = (
     "metric_settings",
 )
 NOTED = ("reference.versions", "data.train_urls")  # may differ; a note says so
+EACH = "of each arm"  # in place of one guidance
 SHOWN_IN_NAME = 3  # settings that tell arms of one name apart
 
 
@@ -49,7 +50,12 @@ class Selection:
 
     def of(self, run: Run) -> list[Score]:
         """Those of one run, oldest first."""
-        return [score for score in run.scores if self.holding(score) == self]
+        wanted = self.within(run)
+        return [score for score in run.scores if self.holding(score) == wanted]
+
+    def within(self, run: Run) -> "Selection":
+        """The same; guided as the run that stands for one guidance is."""
+        return replace(self, guidance=run.guidance or self.guidance)
 
 
 def select(runs: Sequence[Run], metric: str | None, weights: str, guidance: str) -> Selection:
@@ -60,7 +66,7 @@ def select(runs: Sequence[Run], metric: str | None, weights: str, guidance: str)
         names = [s.metric for s in fitting]
         metric = _most([n for n in names if n.startswith(("fid", "fd_"))] or names)
     wanted = Selection(metric, weights, guidance)
-    for key in ("metric", "weights", "guidance"):
+    for key in ("metric", "weights", "guidance")[: 2 if guidance == EACH else 3]:
         names = list(dict.fromkeys(getattr(s, key) for s in there))
         if getattr(wanted, key) not in names:
             raise UserError(f"{key}={getattr(wanted, key)}: must be one of {', '.join(names)}")
@@ -71,15 +77,16 @@ def select(runs: Sequence[Run], metric: str | None, weights: str, guidance: str)
 def with_selection(runs: Sequence[Run], selection: Selection, refused: list[str]) -> list[Run]:
     """The runs with such scores, none of which is unusable; ``refused`` gets a line for others."""
     kept = []
-    wanted = f"weights={selection.weights}, guidance={selection.guidance}"
     for run in runs:
-        hit = [f.message for f in run.faults if f.may_be_of(*astuple(selection))]
+        own = selection.within(run)
+        wanted = f"weights={own.weights}, guidance={own.guidance}"
+        hit = [f.message for f in run.faults if f.may_be_of(*astuple(own))]
         has = sorted({f"{s.metric} ({s.weights}, {s.guidance})" for s in run.scores})
         if not hit and selection.of(run):
             kept.append(run)
             continue
         lacking = f"metric={selection.metric}: no score with {wanted}; it has {', '.join(has)}"
-        refused.append(f"{run.folder}: {hit[0] if hit else lacking}")
+        refused.append(f"{run.where}: {hit[0] if hit else lacking}")
     return kept
 
 
@@ -92,6 +99,7 @@ class Series:
         values: Score by range of sampling seeds and by step.
         seconds: Training time by step; None where it was not recorded.
         images: Images seen by step.
+        clock: As ``seconds``, at all steps that tell what training took.
         commits: Of the code that scored.
     """
 
@@ -99,6 +107,7 @@ class Series:
     values: dict[Range, dict[int, float]]
     seconds: dict[int, float | None]
     images: dict[int, int]
+    clock: dict[int, float | None]
     commits: frozenset[str]
 
     @classmethod
@@ -108,11 +117,14 @@ class Series:
         for score in scores:
             values.setdefault(score.protocol.seeds, {})[score.step] = score.value
         # Later entries of a step score its checkpoint again, after the fit.
-        first = {score.step: score.protocol for score in reversed(scores)}
-        seconds = {step: first[step].training_seconds for step in sorted(first)}
-        images = {step: first[step].images_seen for step in sorted(first)}
+        timed = scores if run.guidance is None else run.scores
+        first = {score.step: score.protocol for score in reversed(timed)}
+        clock = {step: first[step].training_seconds for step in sorted(first)}
+        steps = sorted({score.step for score in scores})
+        seconds = {step: clock[step] for step in steps}
+        images = {step: first[step].images_seen for step in steps}
         commits = frozenset(score.protocol.git_commit or "unknown" for score in scores)
-        return cls(run, dict(sorted(values.items())), seconds, images, commits)
+        return cls(run, dict(sorted(values.items())), seconds, images, clock, commits)
 
     @property
     def last(self) -> int:
@@ -149,7 +161,7 @@ class Series:
 
     def seconds_per_step(self) -> float | None:
         """Median over consecutive scores; from the start where there is only one."""
-        points = [(step, x) for step, x in self.seconds.items() if x is not None and step > 0]
+        points = [(step, x) for step, x in self.clock.items() if x is not None and step > 0]
         points = [(0, 0.0), *points] if len(points) == 1 else points
         pairs = itertools.pairwise(points)
         paces = [(x - before) / (step - last) for (last, before), (step, x) in pairs]
@@ -228,9 +240,9 @@ class Rules:
         if missing:
             raise UserError(f"sampling seeds: must include {_ranges(missing)}, as the others do")
         for reason, steps in left.items():
-            notes.append(f"{run.folder}: scores at step {_steps(steps)} are left out; {reason}")
+            notes.append(f"{run.where}: scores at step {_steps(steps)} are left out; {reason}")
         if harmless:
-            notes.append(f"{run.folder}: {'; '.join(harmless)}")
+            notes.append(f"{run.where}: {'; '.join(harmless)}")
         return Series.of(run, kept)
 
 
@@ -246,7 +258,7 @@ def admit(
         try:
             series.append(rules.admit(run, selection, notes))
         except UserError as error:
-            refused.append(f"{run.folder}: {error}")
+            refused.append(f"{run.where}: {error}")
     plain = Counter(key for one in series if one.run.is_plain for key in one.keys)
     every = Counter(key for one in series for key in one.keys)
     shared = max(every, key=lambda key: (every[key], plain[key], key))
@@ -255,7 +267,7 @@ def admit(
     for one in series:
         if shared not in one.keys:
             refused.append(
-                f"{one.run.folder}: steps={_steps(one.seconds)}: must include one of "
+                f"{one.run.where}: steps={_steps(one.seconds)}: must include one of "
                 f"{_steps(steps)}, which the others have"
             )
     return rules, kept
@@ -303,8 +315,8 @@ def group(series: Sequence[Series], refused: list[str]) -> list[Arm]:
         same = groups.setdefault(json.dumps(run.recipe, sort_keys=True), {})
         if same.setdefault(run.seed, one) is not one:
             refused.append(
-                f"{run.folder}: seed_everything={run.seed}: must differ from that of "
-                f"{same[run.seed].run.folder}, which has the same config"
+                f"{run.where}: seed_everything={run.seed}: must differ from that of "
+                f"{same[run.seed].run.where}, which has the same config"
             )
     together = [[same[seed] for seed in sorted(same)] for same in groups.values()]
     names = _names([some[0].run for some in together])
@@ -372,7 +384,10 @@ def commit_name(name: str) -> str:
 
 
 def find_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
-    """The arm of that name; without one, the arm whose objective has no segments."""
+    """The arm of that name; without one, the arm whose objective has no segments.
+
+    Where guidances are arms, the unguided one; of runs with segments, if there are no others.
+    """
     names = ", ".join(arm.name for arm in arms)
     if name is not None:
         named = [arm for arm in arms if arm.name == name]
@@ -380,7 +395,9 @@ def find_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
             raise UserError(f"baseline={name}: must be one of {names}")
         return named[0]
     plain = [arm for arm in arms if arm.runs[0].is_plain]
-    if len(plain) != 1:
-        kind = "several arms have" if plain else "no arm has"
+    plain = plain or [arm for arm in arms if arm.runs[0].guidance is not None]
+    found = [arm for arm in plain if arm.runs[0].guidance in (None, "none")]
+    if len(found) != 1:
+        kind = "several arms have" if found else "no arm has"
         raise UserError(f"baseline=null: {kind} no segments; must be one of {names}")
-    return plain[0]
+    return found[0]

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from w2s_train.compare import tuned
 from w2s_train.compare.comparison import Comparison, Point, Result, Row
 from w2s_train.compare.numbers import CONFIDENCE, FLOOR, percent
 from w2s_train.compare.protocol import short
@@ -120,6 +121,8 @@ def markdown(comparison: Comparison) -> str:
     names = [row.name for row in comparison.rows]
     text += ["", "## Settings that differ", ""]
     text += _table(["setting", *names], difference_rows(comparison))
+    if comparison.tuned:
+        text += ["", "## Guidance, tuned", "", *_table(tuned.COLUMNS, tuned_rows(comparison))]
     for title, entries in (("Left out", comparison.refused), ("Notes", comparison.notes)):
         if entries:
             text += ["", f"## {title}", "", *(f"- {entry}" for entry in entries)]
@@ -132,6 +135,11 @@ def difference_rows(comparison: Comparison) -> list[list[str]]:
         [key, *(short(by_arm[row.name]) if row.name in by_arm else "–" for row in comparison.rows)]
         for key, by_arm in comparison.differences.items()
     ]
+
+
+def tuned_rows(comparison: Comparison) -> list[list[str]]:
+    """One line per tuning, or per run without one; none where nothing is to be tuned."""
+    return [line.cells(score) for line in comparison.tuned]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -154,6 +162,7 @@ def to_json(comparison: Comparison) -> str:
         "refused": comparison.refused,
         "notes": comparison.notes,
         "differences": comparison.differences,
+        "tuned": tuned.as_json(comparison.tuned),
     }
     return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 

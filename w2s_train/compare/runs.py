@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ SEEDS_AND_PLACES = frozenset(
 )
 # So may this: it changes no training, and what it changes in scores is checked by their protocols.
 EVALUATION = re.compile(
-    r"data\.(generation_batch_size|num_generated|sampling_seeds|num_workers|dataset|train_urls"
-    r"|images|made_by|labels_as_in_training|batch_timeout_minutes|held_out_urls)$"
+    r"data\.(generation_batch_size|num_generated|sampling_seeds|first_seed|num_workers|dataset"
+    r"|train_urls|images|made_by|labels_as_in_training|batch_timeout_minutes|held_out_urls)$"
     r"|trainer\.(callbacks|logger|log_every_n_steps|enable_|val_check_interval)|checkpoint\."
     r"|model\.(scored_weights|generation_block|guidance|sampler|objective\.segments\.\d+\.name$)"
 )
@@ -42,6 +42,8 @@ class Run:
         faults: Entries of ``scores.json`` that cannot be used.
         machine: Where it ran, as far as times are concerned; None if not recorded.
         notes: What else could not be read.
+        guidance: While sampling, of the scores that it stands for, where each guidance of a run is
+            an arm; None is what the comparison is about.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class Run:
     faults: list[Fault]
     machine: str | None
     notes: list[str]
+    guidance: str | None = None
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -84,9 +87,29 @@ class Run:
 
     @property
     def stem(self) -> str:
-        """The folder's name without its seed: none-10 and none_seed10 are both "none"."""
+        """The folder's name without its seed: none-10 and none_seed10 are both "none".
+
+        Where it stands for one guidance of several, that comes behind it.
+        """
         name = self.folder.resolve().name
-        return re.sub(rf"([-_]|[-_.+]?seed[-_=]?){self.seed}$", "", name) or name
+        name = re.sub(rf"([-_]|[-_.+]?seed[-_=]?){self.seed}$", "", name) or name
+        if self.guidance is None or len({score.guidance for score in self.scores}) == 1:
+            return name
+        how = re.sub(r"^inbuilt\((.*)\)$", r"\1", self.guidance)
+        return f"{name}: {'unguided' if how == 'none' else how}"
+
+    @property
+    def where(self) -> str:
+        """The folder, and the guidance that it stands for."""
+        return f"{self.folder}" + (f" ({self.guidance})" if self.guidance else "")
+
+    def by_guidance(self, weights: str) -> list["Run"]:
+        """One for each guidance that such weights were scored with, the first scored first."""
+        found = dict.fromkeys(score.guidance for score in self.scores if score.weights == weights)
+        return [
+            replace(self, guidance=each, settings=self.settings | {"guidance": each})
+            for each in found
+        ]
 
     def grid(self, step: int, weights: str, guidance: str) -> bytes | None:
         """The sample grid of a step, a PNG file; None if there is none of these weights, so guided.

@@ -186,7 +186,7 @@ class FID(Scorer):
     def score(self, trainer: Trainer, module: Any) -> None:
         entries = []
         for group in range(len(self.plans)):
-            scores, n = self._scores(group, trainer)
+            scores, n = self.found(group, trainer)
             about = {
                 "extractor": self.extractor.describe(),
                 "reference": self._loaded.fingerprint,
@@ -201,7 +201,7 @@ class FID(Scorer):
         if trainer.is_global_zero:
             append_scores(Path(trainer.default_root_dir), entries)
 
-    def _scores(self, group: int, trainer: Trainer) -> tuple[dict[str, float], int]:
+    def found(self, group: int, trainer: Trainer) -> tuple[dict[str, float], int]:
         """The scores of a group by name, and the number of images behind them."""
         sums = summed(self.sums[group], trainer)
         n = sums.count

@@ -53,6 +53,8 @@ def _blocks(folder: Path) -> Iterator[Tensor]:
     """Images (N, C, H, W) uint8, N at most the block of extractors."""
     waiting = list[Tensor]()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.name == "sampling.json":  # of `lightning sample`
+            continue
         try:
             image = decode_image(path.read_bytes())
         except BrokenImage as error:

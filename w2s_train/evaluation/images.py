@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import io
+import json
 import os
 import re
 import zipfile
@@ -22,7 +23,10 @@ from torchvision.utils import make_grid, save_image
 from w2s_train.errors import UserError, one_line, require
 from w2s_train.evaluation.scorer import Scorer, gather
 from w2s_train.scores import grid_name
+from w2s_train.secrets import redacted
 from w2s_train.shards import ShardWriter
+
+PLAIN = ("ema", "none")  # weights and guidance that a grid's name does not state
 
 
 def image_grid(images: Tensor, columns: int, scale: int) -> Tensor:
@@ -54,10 +58,11 @@ def log_image(logger: Logger, name: str, image: Tensor, step: int) -> None:
 class SampleGrid(Scorer):
     """Writes the first images of the generation plan as ``grids/step-XXXXXX.png``.
 
-    Of several settings (weights, guidances) each gets a grid, from the same seeds.
+    Of several settings (weights, guidances) each gets a grid, from the same seeds; the file's name
+    has the setting in it, but for averaged weights without guidance.
 
     Args:
-        num_images: How many; seeds 0 ... num_images - 1.
+        num_images: How many; of the first seeds.
         columns: Images per row; the number of classes gives one column per class.
         scale: Each pixel becomes a square of this side, for small images.
 
@@ -79,7 +84,7 @@ class SampleGrid(Scorer):
 
     def take(self, group: int, images: Tensor, batch: dict[str, Tensor]) -> None:
         for seed, image in zip(batch["seed"].tolist(), images, strict=True):
-            if seed < self.num_images:
+            if seed < self.plans[0].seeds[0] + self.num_images:
                 self.images.setdefault(self.plans[group].setting, {})[seed] = image.cpu()
 
     def state(self) -> Any:
@@ -99,8 +104,9 @@ class SampleGrid(Scorer):
             found = {k: v for share in shares for k, v in share.get(number, {}).items()}
             images = torch.stack([found[seed] for seed in sorted(found)])
             grid = image_grid(images, self.columns, self.scale)
-            kind = (setting.weights, setting.guidance.describe()) if number else ()
-            save_image(grid, folder / grid_name(module.steps_taken, *kind))
+            kind = (setting.weights, setting.guidance.describe())
+            name = grid_name(module.steps_taken, *(() if kind == PLAIN else kind))
+            save_image(grid, folder / name)
             tag = f"samples {setting.name}" if number else "samples"
             for logger in trainer.loggers:
                 try:
@@ -133,6 +139,11 @@ class SampleWriter(Callback, abc.ABC):
         if self.output.is_dir() and any(self.output.iterdir()) or self.output.is_file():
             raise UserError(f"output={self.output}: must be new, or an empty folder")
         self.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def write_record(self, about: dict[str, Any]) -> None:
+        """Say how the images came about: ``sampling.json`` in a folder, ``FILE.json`` of a file."""
+        path = Path(f"{self.output}.json") if self.suffix else self.output / "sampling.json"
+        path.write_text(json.dumps(redacted(about), indent=1) + "\n")
 
     @abc.abstractmethod
     def write(self, trainer: Trainer, images: Tensor, batch: dict[str, list[int]]) -> None:

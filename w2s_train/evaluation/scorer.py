@@ -7,7 +7,7 @@ import operator
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +101,16 @@ class Scorer(Callback, abc.ABC):
         """Log the scores of a group of ``n`` images, and return their elements of ``scores.json``.
 
         Args:
-            group: Of the plans; the first one's names are plain.
+            group: Of the plans; the first one's names are plain, of a fit or unguided averages.
             scores: By name.
             n: Number of images behind them.
             module: What generated them.
             about: What the protocol holds beside how images were generated.
         """
         plan = self.plans[group]
-        tag = "" if group == 0 else f" ({module.settings[plan.setting].name}, {plan.seeds[0]})"
+        setting, fits = module.settings[plan.setting].name, module.trainer.state.fn == "fit"
+        main = group == 0 and (fits or setting == "ema")  # others are not what the run has scored
+        tag = "" if main else f" ({setting}, {plan.seeds[0]})"
         module.record({f"val/{name}{tag}": value for name, value in scores.items()})
         made: dict[str, Any] = {"n": n, "seeds": [plan.seeds[0], plan.seeds[n - 1]]}
         made["git_commit"] = git_commit()
@@ -262,13 +264,19 @@ class ResumableEvaluation(Callback):
         return Path(trainer.default_root_dir) / "evaluation" / str(key)
 
 
-def evaluation_key(trainer: Trainer, module: Any, scorers: Sequence[Scorer]) -> str:
-    """A digest of everything that the images and their scores depend on."""
+def weights_digest(parts: Iterable[nn.Module]) -> Any:
+    """Of all tensors of some modules, as hashlib has it."""
     digest = hashlib.sha256()
-    for part in [module, *_parts(module.guidances)]:
+    for part in parts:
         for tensor in part.state_dict().values():
             if isinstance(tensor, Tensor):
                 digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+    return digest
+
+
+def evaluation_key(trainer: Trainer, module: Any, scorers: Sequence[Scorer]) -> str:
+    """A digest of everything that the images and their scores depend on."""
+    digest = weights_digest([module, *_parts(module.guidances)])
     loaders = validation_loaders(trainer)
     about = {
         "config": str(module.hparams),

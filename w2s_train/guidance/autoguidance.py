@@ -16,6 +16,7 @@ from w2s_train.interpolant import NoisySample
 from w2s_train.models import Network
 from w2s_train.objective import Objective
 from w2s_train.weak.base import WeakSource
+from w2s_train.weak.randomness import Seeded
 
 
 class Autoguidance(Guidance):
@@ -56,6 +57,11 @@ class Autoguidance(Guidance):
         """Whether a source compares with the null class."""
         return any(weak.needs_label for _, _, weak in self.ranges)
 
+    @property
+    def needs_seeds(self) -> bool:  # type: ignore[override]
+        """Whether a source is random."""
+        return any(weak.random for _, _, weak in self.ranges)
+
     def bind(self, network: Network, objective: Objective) -> None:
         if self.weak is not None:
             self.weak.bind(network)
@@ -73,7 +79,12 @@ class Autoguidance(Guidance):
         source = next(inside, None)
         return source if source is not None and source.ready else None
 
-    def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
+    def field(
+        self, network: Network, y: Tensor, times: list[float], seeds: list[int] | None = None
+    ) -> VelocityField:
+        if self.needs_seeds and seeds is None:
+            raise UserError(f"seeds={seeds}: must be one per row for {self.describe()}")
+        seeded = Seeded(seeds or [], y.device)
         for _, _, weak in self.ranges:
             weak.to(y.device)
 
@@ -84,7 +95,8 @@ class Autoguidance(Guidance):
             strong = run_network(network, x_t, t, y, keep_hidden=weak.keep_hidden)
             seen, time = network_inputs(network, x_t, t)
             noisy = NoisySample(seen, time, torch.full_like(seen, torch.nan))
-            v_weak = weak.predict(network, noisy, y, strong).to(x_t.dtype)
+            v_weak = weak.predict_at(network, noisy, y, strong, seeded.at(t))
+            v_weak = v_weak.to(x_t.dtype)
             return v_weak + self.scale * (strong.velocity.to(x_t.dtype) - v_weak)
 
         return velocity

@@ -8,6 +8,7 @@ integrates one smooth field, and a second-order step keeps its order at the ends
 
 import abc
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class Guidance(abc.ABC):
     """How a network and labels become a velocity field."""
 
     needs_label: bool = True  # compares with and without label: meaningless if there is none
+    needs_seeds: bool = False  # `field` takes ``seeds=``, too: one per row, for random draws
 
     def bind(self, network: Network, objective: Objective) -> None:  # noqa: B027
         """Meet the network and what it is trained with; once, before sampling.
@@ -60,6 +62,13 @@ class Guidance(abc.ABC):
     @abc.abstractmethod
     def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
         """The velocity field for labels ``y`` (B,) on a solver's grid of times, from 1 to 0."""
+
+    def seeded_field(
+        self, network: Network, y: Tensor, times: list[float], seeds: list[int] | None
+    ) -> VelocityField:
+        """`field`, with ``seeds`` (one per row) if it needs them."""
+        more: dict[str, Any] = {"seeds": seeds} if self.needs_seeds else {}
+        return self.field(network, y, times, **more)
 
     @abc.abstractmethod
     def describe(self) -> str:

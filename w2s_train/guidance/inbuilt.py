@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError, require
-from w2s_train.guidance.base import Guidance, VelocityField, check_scale, network_inputs
+from w2s_train.guidance.base import (
+    Guidance,
+    VelocityField,
+    check_scale,
+    network_inputs,
+)
 from w2s_train.models import Network, as_output
 from w2s_train.objective import Objective
 
@@ -57,10 +62,11 @@ class Inbuilt(Guidance):
 
     def bind(self, network: Network, objective: Objective) -> None:
         self.order = list(getattr(network, "scales", []))
-        for name in self.scales:
-            if name not in self.order:
-                known = ", ".join(self.order) or "none: no segment of this run draws its scale"
-                raise UserError(f"scales={name}: must be an input of the network; it has {known}")
+        known = ", ".join(self.order) or "none, as without configs/weak/drawn.yaml"
+        unknown = [name for name in self.scales if name not in self.order]
+        if unknown or not self.order:
+            name = ", ".join(unknown) or "all 0"
+            raise UserError(f"scales={name}: must be inputs of the network; it has {known}")
         ends = {s.name: s.drawn.high for s in objective.segments if s.drawn}
         ranges = {s.name: (s.low, s.high) for s in objective.segments}
         for name, choice in self.scales.items():
@@ -91,15 +97,18 @@ class Inbuilt(Guidance):
                 )
 
     def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
+        choices = [self.scales.get(name, Choice(0.0)) for name in self.order]
+        told = torch.tensor([[each.at(start) for each in choices] for start in times]).to(y.device)
+        rows = dict(zip(times, told, strict=True))
+
         def velocity(x_t: Tensor, t: float, start: float) -> Tensor:
-            choices = [self.scales.get(name) for name in self.order]
-            told = [choice.at(start) if choice else 0.0 for choice in choices]
             seen, time = network_inputs(network, x_t, t)
-            scales = torch.stack([torch.full_like(time, scale) for scale in told], 1)
+            scales = rows[start].expand(len(x_t), -1)
             return as_output(network(seen, time, y, scales=scales), x_t).velocity.to(x_t.dtype)
 
         return velocity
 
     def describe(self) -> str:
-        parts = [f"{n} {c.scale:g} [{c.low:g}, {c.high:g})" for n, c in self.scales.items()]
-        return f"inbuilt({', '.join(parts)})"
+        acting = [(name, c) for name, c in self.scales.items() if c.scale > 0 and c.low < c.high]
+        parts = [f"{name} {c.scale:g} [{c.low:g}, {c.high:g})" for name, c in acting]
+        return f"inbuilt({', '.join(parts) or 'all 0'})"

@@ -33,13 +33,20 @@ class Segmented(Guidance):
         """Whether either half does."""
         return self.low_noise.needs_label or self.high_noise.needs_label
 
+    @property
+    def needs_seeds(self) -> bool:  # type: ignore[override]
+        """Whether either half does."""
+        return self.low_noise.needs_seeds or self.high_noise.needs_seeds
+
     def bind(self, network: Network, objective: Objective) -> None:
         self.low_noise.bind(network, objective)
         self.high_noise.bind(network, objective)
 
-    def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
-        low = self.low_noise.field(network, y, times)
-        high = self.high_noise.field(network, y, times)
+    def field(
+        self, network: Network, y: Tensor, times: list[float], seeds: list[int] | None = None
+    ) -> VelocityField:
+        low = self.low_noise.seeded_field(network, y, times, seeds)
+        high = self.high_noise.seeded_field(network, y, times, seeds)
         return lambda x_t, t, start: (high if start >= self.border else low)(x_t, t, start)
 
     def describe(self) -> str:

@@ -5,12 +5,14 @@ from w2s_train.models.dit import DiT, DiTOutput, FinalLayer
 from w2s_train.models.network import Network, as_output, check_network, offered, plain_tokens
 from w2s_train.models.published import published_dit, published_sit
 from w2s_train.models.saved import made_of, saved_network
+from w2s_train.models.scale_embedder import ScaleInputs
 
 __all__ = [
     "DiT",
     "DiTOutput",
     "FinalLayer",
     "Network",
+    "ScaleInputs",
     "WeightAverage",
     "as_output",
     "check_network",

@@ -99,19 +99,20 @@ class WeightAverage(nn.Module):
             mine.copy_(theirs)
 
 
-def check_partner(weak: Network, network: Network, where: str) -> None:
+def check_partner(weak: Network, network: Network, where: str, labels: bool = True) -> None:
     """Refuse a weak network that does not see the data of ``network``, or is larger.
 
     Args:
         weak: The weak network.
         network: The network being trained.
         where: ``name=value`` of the config, for the message.
+        labels: Whether both see the same labels.
 
     Raises:
         UserError: Another input, other classes, or more parameters.
     """
     check_network(weak)
-    for name in ("shape", "num_classes", "null_class"):
+    for name in ("shape", *(("num_classes", "null_class") if labels else ())):
         theirs, ours = getattr(weak, name, None), getattr(network, name, None)
         if theirs != ours and None not in (theirs, ours):
             raise UserError(f"{where}: has {name} {theirs}, must have {ours} as the network")

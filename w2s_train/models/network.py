@@ -16,8 +16,17 @@ optional, and what needs one that is not there says so in one line:
     forward(keep_hidden=BLOCKS)         `weak.IntermediateHead`, `weak.LayerSkip`: as `DiT.forward`
       -> output.hidden, output.cond     has it, with what `DiTOutput` says
     make_head() -> nn.Module            `weak.IntermediateHead`: (tokens, cond) -> velocity
-    forward(skip_blocks=, resume=)      `weak.LayerSkip`
+    forward(skip_blocks=, resume=)      `weak.LayerSkip`, `weak.RandomBlocks`; with `resume=` alone
+                                        `weak.ShuffledTokens`; `weak.DroppedTokens`, which goes on
+                                        from fewer tokens than there are, a square number of them
     blocks: nn.ModuleList               `compile: blocks`
+    add_scales(names)                   scales that segments draw, and `guidance.Inbuilt`: from then
+    scales: list[str]                   on the K names are inputs, in this order, in ``arguments``,
+    forward(scales=)                    too; scales (B, K), None and 0 alike, and before training
+                                        any, compute what the network without them does
+    scales_from: int                    with `weak.LayerSkip`: the first block that sees scales
+
+`ScaleInputs` brings the last four to a network with ``hidden_size``, ``depth`` and ``arguments``.
 """
 
 import inspect
@@ -27,6 +36,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError
+from w2s_train.interpolant import NoisySample
 from w2s_train.models.dit import DiTOutput
 
 PLAIN = (str, int, float, bool, type(None))
@@ -99,22 +109,21 @@ def offered(network: Network | nn.Module, part: str, *names: str) -> Any:
 
 
 def plain_tokens(
-    network: Any, block: int, strong: DiTOutput, x_t: Tensor, t: Tensor, y: Tensor
+    network: Any, block: int, strong: DiTOutput, noisy: NoisySample, y: Tensor
 ) -> Tensor:
     """Tokens (B, N, D) behind a block, without scales: those of the strong pass, where it is so.
 
     Args:
         network: The one of the strong pass.
-        block: Among those that the pass has kept.
+        block: One that the pass has kept.
         strong: The pass, which may have been told scales.
-        x_t: Where it was, (B, C, H, W).
-        t: (B,).
-        y: (B,).
+        noisy: Where it was.
+        y: With what labels (B,).
     """
     if not getattr(network, "scales", []) or block < network.scales_from:
         return strong.hidden[block]
-    behind = range(block + 1, network.depth)
-    return network(x_t, t, y, keep_hidden=(block,), skip_blocks=behind).hidden[block]
+    options: Any = dict(keep_hidden=(block,), skip_blocks=range(block + 1, network.depth))
+    return network(noisy.x_t, noisy.t, y, **options).hidden[block]
 
 
 def as_output(output: Any, x_t: Tensor) -> DiTOutput:

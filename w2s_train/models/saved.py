@@ -20,6 +20,27 @@ def made_of(network: Network) -> dict[str, Any] | None:
     return {"class_path": class_path(network), "init_args": dict(arguments)}
 
 
+def check_scales(made: dict[str, Any] | None, network: Network) -> None:
+    """Refuse weights whose scales have other names, or another order, than those of a network.
+
+    Args:
+        made: `made_of` the network that had the weights.
+        network: What takes them.
+
+    Raises:
+        UserError: They have.
+    """
+    ours, theirs = (
+        getattr(network, "scales", []),
+        ((made or {}).get("init_args") or {}).get("scales"),
+    )
+    if ours and theirs and ours != theirs:
+        raise UserError(
+            f"network.scales={ours}: must be {theirs}, as in the checkpoint: name and order the "
+            "segments alike"
+        )
+
+
 def class_path(network: Any) -> str:
     """Where its class is defined."""
     return f"{type(network).__module__}.{type(network).__qualname__}"

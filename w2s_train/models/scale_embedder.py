@@ -46,8 +46,8 @@ class ScaleEmbedder(nn.Module):
 class ScaleInputs(nn.Module):
     """A network that can take scales as inputs; one with blocks and a width, for the rest of it.
 
-    Blocks before ``scales_from`` do not see them, nor do heads on their tokens: such a head is the
-    same weak prediction whatever the scale is.
+    Blocks before ``scales_from`` do not see them, and the condition that heads get is without them:
+    a head on those blocks is the same weak prediction whatever the scale is.
     """
 
     hidden_size: int

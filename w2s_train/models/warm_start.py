@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from w2s_train.checkpoint_file import read_checkpoint
 from w2s_train.errors import UserError
 
+SCALES = "scale_embedder.mlps."  # of ScaleInputs
 POSITIONS, LABELS = "pos_embed", "y_embedder.embedding_table.weight"  # of DiT and its relatives
 # Arguments that shapes do not tell, or tell badly; with others the weights mean something else.
-UNSEEN = ("hidden_size", "num_heads", "time_scale", "time_shift")
+UNSEEN = ("hidden_size", "num_heads", "time_scale", "time_shift", "scales_from")
 LEAST = 0.1  # share of a network's numbers below which it has not been warmed up
 AVERAGE, OBJECTIVE = "ema.module.", "objective."
 
@@ -62,6 +63,21 @@ def fitted(given: dict[str, Any], own: dict[str, Any]) -> Fit:
     )
 
 
+def by_name(state: dict[str, Any], theirs: list[str], ours: list[str]) -> dict[str, Any]:
+    """A state with the embedding of each scale in the place that the scale has among ``ours``.
+
+    One that is not there is kept under its name, which nothing takes.
+    """
+    moved = {}
+    for key, value in state.items():
+        if key.startswith(SCALES):
+            number, _, rest = key.removeprefix(SCALES).partition(".")
+            name = dict(enumerate(theirs)).get(int(number), number)
+            key = f"{SCALES}{ours.index(name)}.{rest}" if name in ours else f"scale {name}"
+        moved[key] = value
+    return moved
+
+
 def _is_grid(one: Tensor, other: Tensor) -> bool:
     """Whether two tables of positions (1, N, D) are of square grids, and of one width."""
     squares = (math.isqrt(table.shape[1]) ** 2 == table.shape[1] for table in (one, other))
@@ -103,7 +119,9 @@ def warm_start(module: Any, path: str) -> str:
     """
     content = _read(path, module.network)
     given = content["state_dict"]
-    fit = fitted(_within(AVERAGE, given), module.network.state_dict())
+    names = ((content["network"] or {}).get("init_args") or {}).get("scales") or []
+    averaged = by_name(_within(AVERAGE, given), names, getattr(module.network, "scales", []))
+    fit = fitted(averaged, module.network.state_dict())
     if fit.share < LEAST:
         raise UserError(
             f"start_from={path}: {fit.share:.1%} of the network's weights fit, must be {LEAST:.0%} "

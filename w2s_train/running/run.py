@@ -195,18 +195,35 @@ class Run(Checkpoint):
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
 
+    def after_tuned_batch(self, trainer: Trainer, last: bool) -> None:
+        """The same for images of `lightning tune`, which keeps scores itself, and no part of one.
+
+        Raises:
+            Stopped: It is to stop, on all processes alike.
+        """
+        self.watch.at(Stage.VALIDATING)
+        self.stop.take_time()
+        if last or self.stop.status or any(self._asked.values()):
+            self._agree(trainer)
+            if self.stop.status:
+                raise Stopped("the same command goes on after the last score", self.stop.status)
+
     def _leave_together(self, trainer: Trainer) -> None:
+        """Leave an evaluation, if anybody was asked to."""
+        self._agree(trainer)
+        if self.stop.status:
+            self.evaluation.save()
+            self.checkpoints.finish(trainer)
+            message = "in the middle of an evaluation; the next start goes on with it"
+            raise Stopped(message, self.stop.status)
+
+    def _agree(self, trainer: Trainer) -> None:
         """The first collective after the batches, for those that leave and those that do not."""
         self.agreement.wish(**self._asked)
         nothing = torch.zeros(0, device=trainer.strategy.root_device)
         self.agreement.decide(self.agreement.settle(nothing).tolist())
         if self.agreement.stop:
             self.stop.decide(preempt=self.agreement.decided["preempt"])
-        if self.stop.status:
-            self.evaluation.save()
-            self.checkpoints.finish(trainer)
-            message = "in the middle of an evaluation; the next start goes on with it"
-            raise Stopped(message, self.stop.status)
 
     @property
     def _asked(self) -> dict[str, bool]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiTOutput, Network
+from w2s_train.weak.randomness import Drawn, Randomness
 
 Fresh = Callable[[], tuple[NoisySample, Tensor]]
 
@@ -39,6 +40,8 @@ class WeakSource(nn.Module, abc.ABC):
     trainable: bool = False
     keep_hidden: tuple[int, ...] = ()  # blocks whose tokens the strong pass must keep; see `DiT`
     needs_label: bool = False  # weak for want of the label: meaningless in unconditional training
+    needs_null: bool = True  # of those: it compares with the null class, which must be trained
+    random: bool = False  # `predict` has one more parameter, ``random``; see `weak.randomness`
     from_training: bool = False  # its state is made by training: none in a fresh process
     scale_limit: float = 0.9  # scales from here on are refused, see `Extrapolation`
 
@@ -81,6 +84,13 @@ class WeakSource(nn.Module, abc.ABC):
             y: Labels (B,) as the strong pass saw them, dropped ones replaced by the null class.
             strong: The strong pass at the same rows.
         """
+
+    def predict_at(
+        self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput, *drawn: Randomness
+    ) -> Tensor:
+        """`predict`; a random source draws from ``drawn``, or without it as in training."""
+        random = (drawn or (Drawn(len(y), y.device),)) if self.random else ()
+        return self.predict(network, noisy, y, strong, *random)
 
     def after_step(self, network: Network, step: Step, fresh: Fresh) -> None:  # noqa: B027
         """Follow the network, or learn; called after each optimizer step.

@@ -6,6 +6,7 @@ trained for 1/16 of the steps, of the same size or smaller, the best one at samp
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError
@@ -27,6 +28,8 @@ class Checkpoint(WeakSource):
         weights: Which of its weights: the running average ("ema") or the live ones ("raw").
         network: Instead of a path, any network, such as `w2s_train.models.published_sit`.
         dtype: Of the copy's matrices; "bfloat16" takes half the memory, see `frozen_copy`.
+        unlabelled: Give it the null class in place of the label: domain guidance (arXiv
+            2504.01521), if it is what a fine-tuned network began with. It may have other classes.
 
     Raises:
         UserError: Both or neither given; a file that is missing or cannot be read; in `bind`,
@@ -39,6 +42,7 @@ class Checkpoint(WeakSource):
         weights: Literal["ema", "raw"] = "ema",
         network: Network | None = None,
         dtype: Dtype = "float32",
+        unlabelled: bool = False,
     ) -> None:
         super().__init__()
         if (path is None) == (network is None):
@@ -47,15 +51,17 @@ class Checkpoint(WeakSource):
         self.weights = weights if path else "given"
         loaded = saved_network(path, weights) if path is not None else network
         assert loaded is not None
-        self.network = frozen_copy(loaded, dtype)
+        self.network, self.unlabelled = frozen_copy(loaded, dtype), unlabelled
 
     def bind(self, network: Network) -> None:
-        check_partner(self.network, network, self.where)
+        check_partner(self.network, network, self.where, labels=not self.unlabelled)
 
     def describe(self) -> str:
-        return f"Checkpoint({self.where}, {self.weights})"
+        label = ", unlabelled" if self.unlabelled else ""
+        return f"Checkpoint({self.where}, {self.weights}{label})"
 
     def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
+        y = torch.full_like(y, self.network.null_class) if self.unlabelled else y
         with as_kept(self.network):
             return self.network(noisy.x_t, noisy.t, y).velocity
 

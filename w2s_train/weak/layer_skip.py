@@ -42,5 +42,5 @@ class LayerSkip(WeakSource):
 
     def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         before = self.keep_hidden[0]
-        resume = (before, plain_tokens(network, before, strong, noisy.x_t, noisy.t, y))
+        resume = (before, plain_tokens(network, before, strong, noisy, y))
         return network(noisy.x_t, noisy.t, y, skip_blocks=self.skipped, resume=resume).velocity

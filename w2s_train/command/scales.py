@@ -1,0 +1,49 @@
+"""``--scale NAME=W`` and ``--scale NAME=W:LOW-HIGH``: guidance that is an input of the network."""
+
+import json
+import re
+
+from w2s_train.command.config import SCORING
+from w2s_train.errors import UserError
+
+NUMBER = r"(\d*\.?\d+)"
+CHOICE = re.compile(rf"([A-Za-z][\w-]*)={NUMBER}(?::{NUMBER}-{NUMBER})?", re.ASCII)
+
+
+def with_scales(args: list[str]) -> list[str]:
+    """The arguments with these options, however many, as one ``--model.guidance`` at the end.
+
+    A whole number is the other option of that name, which ``sample`` has for the pixels of a grid.
+
+    Args:
+        args: The command line; the command first.
+
+    Raises:
+        UserError: Text that is no choice, or a name that stands twice.
+    """
+    command, *given = args
+    if command not in SCORING:
+        return args
+    kept, scales, words = [command], dict[str, dict[str, float]](), iter(given)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--scale":
+            kept.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if command == "sample" and re.fullmatch(r"-?\d+", value):
+            kept.append(f"--scale={value}")
+        elif not (choice := CHOICE.fullmatch(value)):
+            raise UserError(
+                f"scale={value}: must be NAME=SCALE or NAME=SCALE:LOW-HIGH, such as head=0.6:0.2-1"
+            )
+        elif choice[1] in scales:
+            raise UserError(f"scale={value}: {choice[1]} stands twice, must stand once")
+        else:
+            # All three: the parser would fill in those of a config before.
+            numbers = dict(scale=choice[2], low=choice[3] or 0, high=choice[4] or 1)
+            scales[choice[1]] = {key: float(number) for key, number in numbers.items()}
+    if not scales:
+        return args
+    inbuilt = {"class_path": "w2s_train.guidance.Inbuilt", "init_args": {"scales": scales}}
+    return [*kept, f"--model.guidance={json.dumps(inbuilt)}"]

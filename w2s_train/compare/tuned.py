@@ -1,0 +1,137 @@
+"""What ``lightning tune`` has left in run folders: which guidance was tuned, and how hard."""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w2s_train.compare.protocol import Arm
+from w2s_train.errors import UserError
+
+RESULT = "result.json"
+SCHEMA = 1
+COLUMNS = ["arm", "run", "guidance", "candidates", "images", "fresh seeds", "unguided", "verdict"]
+NOT_TUNED = "not tuned"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One tuning of a run.
+
+    Args:
+        guidance: The winner, as scores name it.
+        candidates: How many were tried.
+        images: Generated for that.
+        metric: Of the next two.
+        fresh: Mean on fresh seeds, guided.
+        unguided: On the same seeds.
+        verdict: Of the difference.
+    """
+
+    guidance: str
+    candidates: int
+    images: int
+    metric: str
+    fresh: float
+    unguided: float
+    verdict: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Tuned":
+        """Of a ``result.json``.
+
+        Raises:
+            UserError: It cannot be read.
+        """
+        try:
+            found = json.loads(path.read_text("utf-8"), parse_constant=str)
+            if found["schema"] != SCHEMA:
+                raise UserError(f"{path}: schema={found['schema']}: must be {SCHEMA}")
+            fresh = found["fresh"]
+            return cls(
+                str(found["guidance"]),
+                len(found["candidates"]),
+                int(found["images"]["used"]),
+                str(fresh["metric"]),
+                statistics.fmean(fresh["winner"]),
+                statistics.fmean(fresh["unguided"]),
+                str(fresh["verdict"]),
+            )
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path}: cannot be read; {error!r}") from error
+
+
+@dataclass(frozen=True)
+class Line:
+    """A tuning of a run of an arm; of an arm that has none, a line without."""
+
+    arm: str
+    run: str
+    guidance: str  # what was tuned, or with which it is compared
+    tuned: Tuned | None
+
+    def cells(self, number: Callable[[float], str]) -> list[str]:
+        """In the columns of `COLUMNS`."""
+        found = self.tuned
+        if found is None:
+            return [self.arm, self.run, self.guidance, *[NOT_TUNED] * 2, "–", "–", "–"]
+        scores = [f"{found.metric} {number(found.fresh)}", number(found.unguided)]
+        numbers = [str(found.candidates), f"{found.images:,}"]
+        return [self.arm, self.run, found.guidance, *numbers, *scores, found.verdict]
+
+
+def tunings(arms: Sequence[Arm], guidance: str, notes: list[str]) -> list[Line]:
+    """Lines per arm, where any run was tuned or the comparison is of guided samples.
+
+    ``notes`` gets what cannot be read, and that arms were not tuned alike.
+
+    Args:
+        arms: Of the comparison.
+        guidance: That it is about; one that was tuned says so in its line.
+        notes: Lines about what else is worth knowing.
+    """
+    lines, effort = list[Line](), dict[str, tuple[tuple[int, int], ...]]()
+    for arm in arms:
+        known = list[Line]()
+        for run in arm.runs:
+            found = _read(run.folder, notes)
+            if guidance != "none":  # the others are of other scores
+                found = [each for each in found if each.guidance == guidance]
+            known += [Line(arm.name, str(run.folder), each.guidance, each) for each in found]
+            if not found:
+                known.append(Line(arm.name, str(run.folder), guidance, None))
+        lines += known
+        effort[arm.name] = tuple(
+            sorted({(t.candidates, t.images) if (t := each.tuned) else (0, 0) for each in known})
+        )
+    if guidance == "none" and not any(line.tuned for line in lines):
+        return []
+    if len(set(effort.values())) > 1:
+        plain = [name for name, tried in effort.items() if (0, 0) in tried]
+        which = f"; {NOT_TUNED}: {', '.join(plain)}" if plain else ""
+        notes.append(f"tuning: guidance of the arms was not tuned equally hard{which}")
+    return lines
+
+
+def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """For ``comparison.json``."""
+    return [
+        {"arm": each.arm, "run": each.run, "guidance": each.guidance}
+        | {key: getattr(each.tuned, key, None) for key in ("candidates", "images", "metric")}
+        | {key: getattr(each.tuned, key, None) for key in ("fresh", "unguided", "verdict")}
+        for each in lines
+    ]
+
+
+def _read(folder: Path, notes: list[str]) -> list[Tuned]:
+    found = []
+    for path in sorted(folder.glob(f"tune/*/{RESULT}")):
+        try:
+            found.append(Tuned.read(path))
+        except UserError as error:
+            notes.append(str(error))
+    return found

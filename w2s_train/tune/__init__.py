@@ -1,0 +1,1 @@
+"""``lightning tune``: which guidance at sampling, how strong and where, for one checkpoint."""
