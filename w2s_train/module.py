@@ -236,7 +236,7 @@ class DiffusionModule(LightningModule):
 
     def on_fit_start(self) -> None:
         self.clock.start()
-        for segment in self.objective.segments:
+        for segment in (*self.objective.segments, *self.objective.lookers):
             rank_zero_info(segment.describe())
 
     @property
