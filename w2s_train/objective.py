@@ -80,8 +80,7 @@ class WeakToStrongObjective(Objective):
     Args:
         interpolant: How data and noise are mixed.
         timesteps: Where training timesteps are drawn from.
-        segments: Ranges of timesteps with their weak sources; None or empty is flow matching. Those
-            whose scales are drawn may overlap.
+        segments: Ranges of timesteps with their weak sources; None or empty is flow matching.
         total_steps: Optimizer steps of the plan that schedules given as shares refer to; None for
             ``trainer.max_steps``. Stated, a run may be cut short or extended without moving them.
 
@@ -118,8 +117,8 @@ class WeakToStrongObjective(Objective):
     def bind(self, network: Network, label_dropout: float | None = None) -> None:
         self.label_dropout = label_dropout or 0.0
         if self.drawn:
-            names = [segment.name for segment in self.drawn]
-            offered(network, "a drawn scale", "add_scales", "scales=")(names)
+            add_scales = offered(network, "a drawn scale", "add_scales", "scales=")
+            add_scales([segment.name for segment in self.drawn])
         for weak in (segment.weak for segment in (*self.segments, *self.lookers)):
             weak.bind(network)
             if weak.needs_label and label_dropout in ((0, 1) if weak.needs_null else (1,)):
@@ -164,10 +163,8 @@ class WeakToStrongObjective(Objective):
         n = rows.stop - rows.start
         dropped = at_least(n, self.label_dropout) if segment.only_labelled else 0
         if segment.drawn and not segment.weak.trainable:
-            labelled, dropped = (
-                scales[segment.name] > 0,
-                max(dropped, at_least(n, segment.drawn.plain)),
-            )
+            labelled = scales[segment.name] > 0
+            dropped = max(dropped, at_least(n, segment.drawn.plain))
         return rows.start + chosen_first(labelled[rows], n - dropped) if dropped else rows
 
     def forward(self, network: Network, x: Tensor, y: Tensor, step: Step, log: Log) -> Tensor:
