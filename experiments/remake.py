@@ -241,15 +241,15 @@ def settings_table(study: str) -> str:
     commits = {commit_name(score.protocol.git_commit or "unknown") for score in scores}
     text = (
         f"`{metric}` of {count:,} images at the end of training, lower is better: mean and 95 % t "
-        f"interval over training seeds, or the value of one seed. Commit "
+        f"interval over training seeds, or the values of one or two. Commit "
         f"{', '.join(sorted(commits))}."
     )
     return "\n".join([*lines, "", text]) + "\n"
 
 
 def _interval_of(values: Sequence[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.2f}" if values else "–"
+    if len(values) < 3:
+        return ", ".join(f"{value:.2f}" for value in values) or "–"
     return interval(statistics.fmean(values), statistics.stdev(values), len(values))
 
 

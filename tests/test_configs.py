@@ -91,7 +91,8 @@ def test_overlays_instantiate(config: str, overlay: str, latents: str):
     command = instantiate([f"{config}.yaml", f"weak/{overlay}.yaml"], latents, *thin)
     stated = yaml.safe_load((ROOT / "configs" / "weak" / f"{overlay}.yaml").read_text())
     expected = stated["model"]["objective"]["init_args"]["segments"] or []
-    built = command.model.objective.segments
+    objective = command.model.objective
+    built = [*objective.segments, *objective.lookers]
     assert [type(s).__name__ for s in built] == [s["class_path"].split(".")[-1] for s in expected]
     ranges = [(s["init_args"]["low"], s["init_args"]["high"]) for s in expected]
     assert [(s.low, s.high) for s in built] == ranges

@@ -248,7 +248,7 @@ def pairs(scale: Any) -> list[Extrapolation]:
     ]
 
 
-@pytest.mark.parametrize("steps", [1, 50])
+@pytest.mark.parametrize("steps", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_degenerate_laws_are_the_fixed_objective(steps: int):
     """At the start, and after 50 steps with the embedding frozen at zero: losses and gradients."""
     fixed = fit(objective(*pairs(0.6)), network(), steps, frozen=True)

@@ -17,7 +17,7 @@ TEXT = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"# (\S+\.(?:py|yaml))\n")  # the first line of a block that is a file
 SETUP = ["bash launch/local.sh", "bash launch/test.sh"]
-SUBCOMMANDS = {"fit", "validate", "sample", "compare", "export", "reference"}
+SUBCOMMANDS = {"fit", "validate", "sample", "compare", "export", "reference", "tune"}
 
 # Stands where `lightning` does and adds what makes a run short; what needs GPUs is parsed only.
 CUT = """#!{python}
@@ -57,7 +57,7 @@ def shortened(command: str) -> str:
         return f"{command} -q tests/test_interpolant.py"
     if command.startswith("launch/submit") and "--dry-run" not in command:
         return f"{command} --dry-run"
-    return command
+    return command.replace("--images 20000", "--images 600 --set_images 40")
 
 
 def test_the_two_commands_of_a_clone_come_first():
@@ -70,7 +70,7 @@ def test_every_command_is_found_and_names_what_is_there():
     """Every block of a shell is read to its end; files that no command makes are in the clone."""
     found = commands()
     assert len(found) == len([w for line in found for w in [shlex.split(line)] if w])  # all parse
-    assert TEXT.count("\n```bash\n") == 6 and "..." not in "".join(found)
+    assert TEXT.count("\n```bash\n") == 7 and "..." not in "".join(found)
     run = [words for line in found if "lightning" in (words := shlex.split(line))]
     assert len(run) >= 12
     assert {words[words.index("lightning") + 1] for words in run} <= SUBCOMMANDS
@@ -168,13 +168,15 @@ def test_every_command_runs_as_it_is_printed(clone: Path):
     assert done.returncode == 0, done.stdout[-5000:]
     assert done.stdout.count("\n== ") == len(commands()) + 1
     runs = {path.parent.name for path in (clone / "runs").glob("*/scores.json")}
-    overlays = {"branch", "head_above", "blurred"}
+    overlays = {"branch", "drawn", "head_above", "blurred"}
     assert runs >= {"digits_baseline", "digits_w2s", *(f"digits_w2s+{name}" for name in overlays)}
     weak = yaml.safe_load((clone / "runs/digits_w2s+blurred/config.yaml").read_text())
     (segment,) = weak["model"]["objective"]["init_args"]["segments"]
     assert segment["init_args"]["weak"]["class_path"] == "blurred.Blurred"
     assert (clone / "comparison" / "comparison.html").is_file()
     assert len(list((clone / "images").glob("*.png"))) == 64
+    assert len(list((clone / "chosen").glob("*.png"))) == 64
+    assert (clone / "runs/digits_w2s+drawn/tune/inbuilt/winner.yaml").is_file()
     assert (clone / "data/images/classes.txt").read_text().split() == ["eight", "three"]
     assert (clone / "runs/images_w2s/checkpoints/last.ckpt").exists()
     assert (clone / "exported" / "model.safetensors").is_file()

@@ -1,5 +1,6 @@
 """Stopping and going on changes nothing: faults rows 1 and 6, as far as one machine shows them."""
 
+import csv
 import json
 import os
 import shutil
@@ -100,7 +101,8 @@ def test_the_record_survives_a_resume(resumed):
     """metrics.csv and scores.json go on; nothing logged before is lost."""
     _, part, before = resumed
     after = (part / "metrics.csv").read_text().splitlines()
-    assert after[: len(before)] == before
+    for old, new in zip(csv.DictReader(before), csv.DictReader(after), strict=False):
+        assert old.items() <= new.items()  # in a table that may have more columns by now
     assert {line.split(",")[0] for line in before[1:]} == set("12345")
     assert {line.split(",")[0] for line in after[1:]} == set("12345678")
     assert [s["step"] for s in json.loads((part / "scores.json").read_text())] == [3, 6]

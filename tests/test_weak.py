@@ -445,13 +445,13 @@ def test_the_rate_is_that_of_the_run_or_its_own(network: DiT):
         source = weak.CoTrained(lr=lr)
         source.bind(network)
         source.after_step(network, Step(4, lr=0.3), questions)
-        assert source.optimizer.param_groups[0]["lr"] == expected
+        assert source.learner.optimizer.param_groups[0]["lr"] == expected
         again = weak.CoTrained(lr=0.5)
         again.bind(network)
         again.load_state_dict(source.state_dict())
         again.after_step(network, Step(8, lr=0.3), questions)
-        assert again.optimizer.param_groups[0]["lr"] == 0.5
-        assert again.optimizer.state_dict()["state"][0]["step"] == 2
+        assert again.learner.optimizer.param_groups[0]["lr"] == 0.5
+        assert again.learner.optimizer.state_dict()["state"][0]["step"] == 2
 
 
 @needs("co_trained")

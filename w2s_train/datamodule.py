@@ -44,6 +44,8 @@ class ShardDataModule(LightningDataModule):
     Args:
         train_urls: Path, glob or brace pattern of the training shards, or such a URL
             (``s3://``, ``gs://``, ``hf://``, ``https://``, ...).
+        held_out_urls: The same for shards that are not trained on, where segments that only look on
+            do so, too; read only for them.
         num_classes: Labels are 0 ... num_classes - 1; must equal the network's. None is as many as
             ``classes.txt`` or ``index.json`` beside the shards tell of, or as ``images`` has; the
             command gives the network as many.
@@ -116,6 +118,7 @@ class ShardDataModule(LightningDataModule):
         made_by: str | None = None,
         dataset: str | None = None,
         seed: int = 0,
+        held_out_urls: str | None = None,
     ) -> None:
         super().__init__()
         if num_classes is None:
@@ -143,6 +146,7 @@ class ShardDataModule(LightningDataModule):
         self.divided_for: Any = None  # the trainer that accumulates for the global batch
         if not self.makes_shards:
             self.expand(train_urls)
+        self.held_out_urls = held_out_urls
         self.num_workers, self.batch_timeout_minutes = num_workers, batch_timeout_minutes
         self.shuffle, self.flip = shuffle, flip
         self.in_memory, self.max_skipped, self.seed = in_memory, max_skipped, seed
@@ -281,6 +285,30 @@ class ShardDataModule(LightningDataModule):
             minutes=self.batch_timeout_minutes,
             pin=torch.cuda.is_available(),
         )
+
+    def held_out(self) -> ShardBatches | None:
+        """Batches that are not trained on, by positions in an order of their own; None without.
+
+        Raises:
+            UserError: Shards that are missing, not whole or trained on; labels that are no class.
+        """
+        if self.held_out_urls is None:
+            return None
+        urls = self.expand(self.held_out_urls, "held_out_urls")
+        if shared := {*urls} & {*self.expand(self.train_urls)}:
+            raise UserError(f"held_out_urls={min(shared)}: must not be trained on")
+        shards = find_shards(urls, self.storage, unlabelled=self.unlabelled)
+        check_labels(shards, self.num_classes, self.storage)
+        for shard in shards:
+            if shard.damage or not shard.samples:
+                problem = shard.loss() if shard.damage else "no samples"
+                raise UserError(f"held_out_urls={shard.url}: must be whole ({problem})")
+        files, remote = ShardFiles(shards, self.storage), any(is_remote(s.url) for s in shards)
+        order = StreamOrder([s.samples for s in shards], seed=self.seed, window=self.shuffle)
+        size = 0 if remote else bytes_of_one(files, range(min(TRIED, files.samples)))
+        small = 0 < size * files.samples < SMALL
+        in_memory = small if self.in_memory is None else self.in_memory
+        return ShardBatches(files, order, in_memory=in_memory, prefetch=remote)
 
     def images_per_step(self, trainer: Any) -> int:
         """Of an optimizer step, over all processes and accumulated parts."""

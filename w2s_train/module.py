@@ -198,8 +198,7 @@ class DiffusionModule(LightningModule):
         self.learning_rate = optimizer.param_groups[0]["lr"]
         step = Step(self.global_step + 1, self.ema.module, self.learning_rate, good)
         # Small networks that learn there do not scale their loss, as float16 would need.
-        scaled = self.trainer.precision == "16-mixed"
-        plugin = self.trainer.precision_plugin
+        plugin, scaled = self.trainer.precision_plugin, self.trainer.precision == "16-mixed"
         with contextlib.nullcontext() if scaled else plugin.forward_context():
             self.objective.after_step(self.network, step)
 
@@ -236,7 +235,7 @@ class DiffusionModule(LightningModule):
 
     def on_fit_start(self) -> None:
         self.clock.start()
-        for segment in self.objective.segments:
+        for segment in (*self.objective.segments, *self.objective.lookers):
             rank_zero_info(segment.describe())
 
     @property

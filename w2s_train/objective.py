@@ -46,6 +46,7 @@ class Objective(nn.Module, abc.ABC):
         super().__init__()
         self.interpolant, self.timesteps = interpolant, timesteps
         self.segments: Sequence[Segment] = ()
+        self.lookers: Sequence[Segment] = ()  # segments that only look on, see `look_on`
 
     def bind(self, network: Network, label_dropout: float | None = None) -> None:  # noqa: B027
         """Introduce what has weights of its own to the network; before training.
@@ -79,8 +80,7 @@ class WeakToStrongObjective(Objective):
     Args:
         interpolant: How data and noise are mixed.
         timesteps: Where training timesteps are drawn from.
-        segments: Ranges of timesteps with their weak sources; None or empty is flow matching. Those
-            whose scales are drawn may overlap.
+        segments: Ranges of timesteps with their weak sources; None or empty is flow matching.
         total_steps: Optimizer steps of the plan that schedules given as shares refer to; None for
             ``trainer.max_steps``. Stated, a run may be cut short or extended without moving them.
 
@@ -99,35 +99,37 @@ class WeakToStrongObjective(Objective):
         if total_steps is not None:
             require("total_steps", total_steps, "[1, inf)")
         self.total_steps, self.label_dropout = total_steps, 0.0
-        ordered = sorted(segments or [], key=lambda segment: segment.low)
+        everyone = sorted(segments or [], key=lambda segment: segment.low)
+        ordered = [segment for segment in everyone if not segment.watch_only]
         for one, other in itertools.combinations(ordered, 2):
             if other.low < one.high and not (one.drawn and other.drawn):
                 raise UserError(
                     f"segments=[{one.low}, {one.high}) and [{other.low}, {other.high}): "
                     "must not overlap, unless both draw their scales"
                 )
-        names = [segment.name for segment in ordered]
+        names = [segment.name for segment in everyone]
         if len({*names}) < len(names):
             raise UserError(f"segments={names}: must have names of their own")
         self.segments = nn.ModuleList(ordered)  # type: ignore[assignment]
+        self.lookers = nn.ModuleList(s for s in everyone if s.watch_only)  # type: ignore[assignment]
         self.drawn = [segment for segment in ordered if segment.drawn]
 
     def bind(self, network: Network, label_dropout: float | None = None) -> None:
         self.label_dropout = label_dropout or 0.0
         if self.drawn:
-            names = [segment.name for segment in self.drawn]
-            offered(network, "a drawn scale", "add_scales", "scales=")(names)
-        for weak in (segment.weak for segment in self.segments):
+            add_scales = offered(network, "a drawn scale", "add_scales", "scales=")
+            add_scales([segment.name for segment in self.drawn])
+        for weak in (segment.weak for segment in (*self.segments, *self.lookers)):
             weak.bind(network)
             if weak.needs_label and label_dropout in ((0, 1) if weak.needs_null else (1,)):
                 rule = "below 1 for {}, which compares with and without the label"
                 if label_dropout == 0:
                     rule = "above 0 for {}: the null class would never be trained"
-                rule = rule.format(type(weak).__name__)
+                rule = rule.format(weak.describe())
                 raise UserError(f"label_dropout={label_dropout}: must be {rule}")
 
     def plan(self, max_steps: int | None) -> None:
-        for segment in self.segments:
+        for segment in (*self.segments, *self.lookers):
             segment.plan(self.total_steps or max_steps, max_steps)
         if self.segments and self.total_steps and max_steps and max_steps > self.total_steps:
             warnings.warn(
@@ -141,7 +143,7 @@ class WeakToStrongObjective(Objective):
             x, y = self.last_batch
             return self.draw(x), y
 
-        for segment in self.segments:
+        for segment in (*self.segments, *self.lookers):
             segment.weak.after_step(network, step, fresh)
 
     def draw(self, x: Tensor) -> NoisySample:
@@ -161,23 +163,22 @@ class WeakToStrongObjective(Objective):
         n = rows.stop - rows.start
         dropped = at_least(n, self.label_dropout) if segment.only_labelled else 0
         if segment.drawn and not segment.weak.trainable:
-            labelled, dropped = (
-                scales[segment.name] > 0,
-                max(dropped, at_least(n, segment.drawn.plain)),
-            )
+            labelled = scales[segment.name] > 0
+            dropped = max(dropped, at_least(n, segment.drawn.plain))
         return rows.start + chosen_first(labelled[rows], n - dropped) if dropped else rows
 
     def forward(self, network: Network, x: Tensor, y: Tensor, step: Step, log: Log) -> Tensor:
         self.last_batch = (x, y)
         noisy, labelled = self.draw(x), y != network.null_class
-        keep = {block for segment in self.segments for block in segment.weak.keep_hidden}
+        everyone = (*self.segments, *self.lookers)
+        keep = {block for segment in everyone for block in segment.weak.keep_hidden}
         options: dict[str, Any] = {"keep_hidden": keep} if keep else {}
         if scales := scales_of(self.drawn, noisy.t, labelled, step):
             options["scales"] = torch.stack([*scales.values()], 1)
         out = as_output(network(noisy.x_t, noisy.t, y, **options), noisy.x_t)
         strong = Strong(network, noisy, y, out, step, scales, [])
         target, penalties = noisy.v.float().clone(), list[Tensor]()
-        for segment in self.segments:
+        for segment in everyone:
             rows = self.rows(segment, labelled, scales)
             acts = len(noisy.t[rows]) > 0 and segment.factor(step) > 0
             if acts or segment.weak.trainable:  # what the loss trains is evaluated at every step

@@ -73,6 +73,8 @@ class Segment(nn.Module, abc.ABC):
         UserError: The range is empty, inverted or not inside [0, 1]; a name that is no word.
     """
 
+    watch_only = False  # whether it has no influence, see `look_on`
+
     def __init__(
         self,
         low: float,

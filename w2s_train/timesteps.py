@@ -16,7 +16,7 @@ import math
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from w2s_train.errors import require
 from w2s_train.interpolant import Interpolant
@@ -115,9 +115,7 @@ def at_least(n: int, share: float) -> int:
     return int(n * _fraction(share))
 
 
-def spread(
-    n: int, share: float, device: torch.device, generator: torch.Generator | None = None
-) -> Tensor:
+def spread(n: int, share: float, device: torch.device, own: Generator | None = None) -> Tensor:
     """Choose each of ``n`` rows with probability ``share`` in [0, 1] (to six digits): (n,) bool.
 
     Plain coin flips have a number of heads that nobody knows before, so that shapes change from
@@ -127,7 +125,7 @@ def spread(
     so that these cover all timesteps. All is integer arithmetic; nothing is read by the host.
     """
     ratio = _fraction(share)
-    offset = torch.randint(ratio.denominator, (), device=device, generator=generator)
+    offset = torch.randint(ratio.denominator, (), device=device, generator=own)
     marks = torch.arange(n + 1, device=device) * ratio.numerator + offset
     counts = marks.div(ratio.denominator, rounding_mode="floor")
     return counts[1:] > counts[:-1]

@@ -8,6 +8,7 @@ training images at uniform times, with the averaged weights.
 
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,8 +31,9 @@ def shifts(folder: str) -> list[float]:
     rows = ShardFiles(shards, Storage(None, None, False)).read(Places.of(range(512)))
     x, y = module.autoencoder.encode(rows.image), rows.label
     torch.manual_seed(0)
-    noisy, network = module.objective.draw(x), module.ema.module
-    source = next(s.weak for s in module.objective.segments if s.name == "head")
+    objective: Any = module.objective
+    noisy, network = objective.draw(x), cast(Any, module.ema.module)
+    source = next(s.weak for s in objective.segments if s.name == "head")
     column = network.scales.index("head")
 
     def both(w: float) -> tuple[Tensor, Tensor]:

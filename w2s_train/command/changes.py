@@ -24,8 +24,7 @@ FREE = """
     data.train_urls data.dataset data.prepare data.images data.made_by data.num_workers
     data.in_memory data.cache data.cache_gigabytes data.allow_pipe data.num_generated
     data.generation_batch_size data.sampling_seeds data.first_seed
-    data.labels_as_in_training
-    data.batch_timeout_minutes
+    data.labels_as_in_training data.batch_timeout_minutes data.held_out_urls
     model.network.init_args.gradient_checkpointing model.network.init_args.path
     model.autoencoder.init_args.path model.autoencoder.init_args.decode_batch model.sampler
     model.guidance model.scored_weights model.generation_block model.compile

@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from w2s_train.compare import report, tuned
+from w2s_train.compare import guideability, report, tuned
 from w2s_train.compare.charts import Curve, chart, is_log, style, swatch
 from w2s_train.compare.comparison import Comparison, Point, Result, Row
 from w2s_train.compare.numbers import percent
@@ -42,6 +42,7 @@ def page(comparison: Comparison) -> str:
         cells=[[_cells(row, r) for r in some] for row, some in zip(rows, results, strict=True)],
         charts=_charts(rows, log),
         log=log,
+        guideability=guideability.charts([[run.folder for run in row.runs] for row in rows]),
         heads=heads,
         settings=settings,
         tuned_heads=tuned.COLUMNS,

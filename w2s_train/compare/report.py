@@ -162,8 +162,9 @@ def to_json(comparison: Comparison) -> str:
         "refused": comparison.refused,
         "notes": comparison.notes,
         "differences": comparison.differences,
-        "tuned": tuned.as_json(comparison.tuned),
     }
+    if comparison.tuned:
+        content["tuned"] = tuned.as_json(comparison.tuned)
     return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 

@@ -22,10 +22,11 @@ SEEDS_AND_PLACES = frozenset(
 # So may this: it changes no training, and what it changes in scores is checked by their protocols.
 EVALUATION = re.compile(
     r"data\.(generation_batch_size|num_generated|sampling_seeds|first_seed|num_workers|dataset"
-    r"|train_urls|images|made_by|labels_as_in_training|batch_timeout_minutes)$"
+    r"|train_urls|images|made_by|labels_as_in_training|batch_timeout_minutes|held_out_urls)$"
     r"|trainer\.(callbacks|logger|log_every_n_steps|enable_|val_check_interval)|checkpoint\."
     r"|model\.(scored_weights|generation_block|guidance|sampler|objective\.segments\.\d+\.name$)"
 )
+LOOK_ON = "w2s_train.look_on.LookOn"
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -59,14 +60,24 @@ class Run:
         """The settings of the training; absent, null and false are the same."""
         return {
             key: value
-            for key, value in self.settings.items()
+            for key, value in self.acting.items()
             if value is not None and value is not False and not EVALUATION.match(key)
         }
 
     @property
+    def acting(self) -> dict[str, Any]:
+        """The settings without those of segments that only look on, which change no training."""
+        looks = [f"{key}." for key, value in self.settings.items() if value == LOOK_ON]
+        return {
+            key: value
+            for key, value in self.settings.items()
+            if not f"{key}.".startswith(tuple(looks))
+        }
+
+    @property
     def is_plain(self) -> bool:
-        """The objective has no segments."""
-        return not any(key.startswith("model.objective.segments.") for key in self.settings)
+        """The objective has no segments, but such as only look on."""
+        return not any(key.startswith("model.objective.segments.") for key in self.acting)
 
     @property
     def dataset(self) -> str | None:

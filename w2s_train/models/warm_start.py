@@ -132,7 +132,8 @@ def warm_start(module: Any, path: str) -> str:
     module.objective.bind(module.network, module.label_dropout)
     for guidance in module.guidances:
         guidance.bind(module.network, module.objective)
-    alone = {id(p) for each in module.objective.segments for p in getattr(each.weak, "learned", ())}
+    everyone = (*module.objective.segments, *module.objective.lookers)
+    alone = {id(p) for each in everyone for p in getattr(each.weak, "learned", ())}
     parameters = module.objective.named_parameters()
     own = {name: p for name, p in parameters if p.requires_grad or id(p) in alone}
     heads = fitted(_within(OBJECTIVE, given), own)

@@ -6,11 +6,11 @@ an optimizer step, the module measures loss and norm, the guard judges them, and
 collective all processes agree whether to stop and whether to save; the module is told whether the
 step is good, and clips and takes it or not.
 
-After it: skipped samples are compared, a stop that was agreed upon is prepared, too many bad steps
-lead back to a checkpoint, and last a checkpoint that is due is written, before an evaluation that
-may follow. Lightning calls callbacks before the module, which logs its numbers after all this. The
-end, also that of a stop, writes a checkpoint if the last step has none. On an accelerator the host
-hears of each agreement one step later: see `Guard`.
+After it: what only looks on does so at held-out data, skipped samples are compared, a stop that was
+agreed upon is prepared, too many bad steps lead back to a checkpoint, and last a checkpoint that is
+due is written, before an evaluation that may follow. Lightning calls callbacks before the module,
+which logs its numbers after all this. The end, also that of a stop, writes a checkpoint if the last
+step has none. On an accelerator the host hears of each agreement one step later: see `Guard`.
 
 After a batch of an evaluation: what the scorers have taken in is kept, and who was asked to stops.
 """
@@ -30,6 +30,7 @@ from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer
 from w2s_train.running.blow_up import BlowUp
 from w2s_train.running.checkpoints import Checkpoints, validation_follows
 from w2s_train.running.guard import Guard
+from w2s_train.running.held_out import HeldOut
 from w2s_train.running.record import Record
 from w2s_train.running.samples import SkippedSamples, reseed
 from w2s_train.running.settings import Settings
@@ -53,7 +54,7 @@ class Run(Checkpoint):
 
     def __post_init__(self) -> None:
         self.samples, self.blow_up, self.settings = SkippedSamples(), BlowUp(), Settings()
-        self.agreement = self.guard.agreement
+        self.agreement, self.held_out = self.guard.agreement, HeldOut()
         self.steps = 0  # of the optimizer, before the batch at hand
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,6 +86,7 @@ class Run(Checkpoint):
             if not self.record.resumed:
                 self.record.write_start(trainer)
         self.guard.start(trainer)
+        self.held_out.start(trainer, pl_module)
 
     def finish_evaluation(self, trainer: Trainer, module: Any) -> None:
         """Finish the evaluation that a stop has left, before training goes on."""
@@ -137,6 +139,7 @@ class Run(Checkpoint):
         self.samples.note(batch["skipped"])
         if trainer.global_step == self.steps:
             return  # the gradients of half a step would be lost
+        self.held_out.look(trainer, pl_module, self.seed, len(batch["label"]))
         if self.samples.too_many(trainer, pl_module):
             self.stop.end_training(trainer)
         follows = validation_follows(trainer, batch_idx)
@@ -183,6 +186,8 @@ class Run(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.evaluation.end(trainer)
+        if trainer.training:
+            self.held_out.draw(trainer, pl_module)
         self.checkpoints.changed()  # the next one holds what the evaluation has cost
 
     on_test_start = on_validation_start
@@ -243,6 +248,7 @@ class Run(Checkpoint):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             self.record.ended()
+        self.held_out.draw(trainer, pl_module)
         self.samples.check()
         if self.stop.status:
             rank_zero_info(f"stopped at step {trainer.global_step}; continue with --ckpt_path last")

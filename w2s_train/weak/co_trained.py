@@ -1,7 +1,5 @@
 """A small network trained alongside: "separate", and "AG" in the SGG paper."""
 
-import copy
-import warnings
 from typing import Any
 
 import torch
@@ -11,8 +9,10 @@ from w2s_train.errors import require
 from w2s_train.interpolant import NoisySample
 from w2s_train.models import DiTOutput, Network, offered
 from w2s_train.models.average import check_partner
-from w2s_train.optim import Readback, keep_fused, step_only_if
+from w2s_train.models.learner import Learner
 from w2s_train.weak.base import Fresh, Step, WeakSource
+
+NAME = "the co-trained network"
 
 
 class CoTrained(WeakSource):
@@ -47,9 +47,7 @@ class CoTrained(WeakSource):
         self.network: Any = network
         self.lr, self.every = lr, require("every", every, "[1, inf)")
         self.learned: list[nn.Parameter] = []  # of the network, from `bind`
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.restored: dict[str, Any] = {}
-        self.judged: list[tuple[int, Readback]] = []  # steps, and whether their gradient is finite
+        self.learner = Learner([], NAME)
 
     def bind(self, network: Network) -> None:
         if self.network is None:
@@ -65,6 +63,7 @@ class CoTrained(WeakSource):
         # Whole networks that learn outside the trainer: nobody else may wait for their gradients.
         self.learned = self.learned or [p for p in self.network.parameters() if p.requires_grad]
         self.network.requires_grad_(False)
+        self.learner = Learner(self.learned, NAME)
 
     def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
         return self.network(noisy.x_t, noisy.t, y).velocity
@@ -73,54 +72,17 @@ class CoTrained(WeakSource):
         if step.number % self.every:
             return
         noisy, y = fresh()
-        self._report()
-        if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(self.learned, weight_decay=0.0, fused=True)
-            if self.restored:
-                keep_fused(self.optimizer, self.restored)  # it may be of a run without
-                self.optimizer.load_state_dict(self.restored)
-        self.optimizer.param_groups[0]["lr"] = step.lr if self.lr is None else self.lr
-        for parameter in self.learned:
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
+        with self.learner.recording():
             velocity = self.network(noisy.x_t, noisy.t, y).velocity.float()
             loss = (velocity - noisy.v).square().mean()
-            gradients = _average(torch.autograd.grad(loss, self.learned))
-        for parameter, gradient in zip(self.learned, gradients, strict=True):
-            parameter.requires_grad_(False)
-            parameter.grad = gradient
-        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
-        self.judged.append((step.number, Readback(finite)))
-        self._report()
-        step_only_if(finite & step.good, self.optimizer)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def _report(self) -> None:
-        """Warn of steps that were skipped, once the host can know without waiting."""
-        while self.judged and self.judged[0][1].there:
-            number, finite = self.judged.pop(0)
-            if finite.take() == [0]:
-                warnings.warn(
-                    f"step {number}: the gradient of the co-trained network is not finite; its "
-                    "step is skipped",
-                    stacklevel=3,
-                )
+            gradients = torch.autograd.grad(loss, self.learned)
+        lr = step.lr if self.lr is None else self.lr
+        self.learner.step(gradients, lr, step.number, step.good)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The optimizer's state, saved with the weights."""
-        return self.optimizer.state_dict() if self.optimizer is not None else self.restored
+        return self.learner.state()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Keep it until the first step, when the weights are on their device."""
-        self.restored, self.optimizer = copy.deepcopy(state), None
-
-
-def _average(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The mean over all processes."""
-    if not torch.distributed.is_initialized():
-        return gradients
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
-    parts = (flat / torch.distributed.get_world_size()).split([g.numel() for g in gradients])
-    return tuple(part.view_as(g) for part, g in zip(parts, gradients, strict=True))
+        self.learner.restore(state)
