@@ -84,7 +84,7 @@ BAD = {
     ),
     "misspelt law": (
         [segments("low: 0.0, high: 1.0, scale: {class_path: w2s_train.inbuilt.Omega}")],
-        ["w2s_train.inbuilt has OmegaPower, UniformScale, IMeanFlow"],
+        ["w2s_train.inbuilt has OmegaPower, IMeanFlow, UniformScale"],
     ),
     "misspelt optimizer": (["--model.optimizer=torch.optim.Adamm"], ["torch.optim has Adam"]),
     "nan": (["--model.ema_decay=.nan"], ["model.ema_decay", "nan", "must be a number"]),
