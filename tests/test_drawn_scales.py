@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from w2s_train.inbuilt import Drawn, IMeanFlow, OmegaPower, UniformScale
 from w2s_train.inbuilt.rows import draw_scales, own_generator
 from w2s_train.interpolant import LinearInterpolant, NoisySample
 from w2s_train.log import Log
-from w2s_train.models import DiT, DiTOutput, WeightAverage
+from w2s_train.models import DiT, DiTOutput, WeightAverage, made_of, saved_network
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.schedule import Schedule
 from w2s_train.segment import Extrapolation
@@ -461,3 +462,25 @@ def test_a_co_trained_network_needs_no_scales():
     before = [p.clone() for p in source.learned]
     made.after_step(net, Step(1))
     assert any(not torch.equal(a, b) for a, b in zip(before, source.learned, strict=True))
+
+
+def test_inputs_for_scales_do_not_count_as_size():
+    """A run that had them may guide a plain one of its size."""
+    told = network()
+    objective(drawn(ONE, weak.NullClass(), "class")).bind(told, 0.1)
+    objective(Extrapolation(0.0, 1.0, 0.3, weak.Checkpoint(network=told))).bind(network(), 0.1)
+    with pytest.raises(UserError, match="parameters, must have at most the network's"):
+        plain = DiT(**SIZES | {"depth": 2}, num_classes=4)
+        objective(Extrapolation(0.0, 1.0, 0.3, weak.Checkpoint(network=told))).bind(plain, 0.1)
+
+
+def test_saved_scales_go_to_those_of_the_same_name(tmp_path: Path):
+    """A network that is given must have them in the order of the file."""
+    one, other = network(), network()
+    for net, names in ((one, ["a", "b"]), (other, ["b", "a"])):
+        objective(*(drawn(ONE, weak.NullClass(), name) for name in names)).bind(net, 0.1)
+    state = {f"ema.module.{name}": value for name, value in one.state_dict().items()}
+    torch.save({"state_dict": state, "network": made_of(one)}, path := tmp_path / "x.ckpt")
+    assert saved_network(str(path), network=one).scales == ["a", "b"]
+    with pytest.raises(UserError, match=r"network.scales=\['b', 'a'\]: must be \['a', 'b'\]"):
+        saved_network(str(path), network=other)
