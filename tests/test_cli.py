@@ -82,6 +82,10 @@ BAD = {
         [segments("low: 0.0, high: 1.0, scale: 0.1").replace("Extrapolation", "Extrapolatoin")],
         ["class_path=w2s_train.segment.Extrapolatoin: there is no", "has Extrapolation"],
     ),
+    "misspelt law": (
+        [segments("low: 0.0, high: 1.0, scale: {class_path: w2s_train.inbuilt.Omega}")],
+        ["w2s_train.inbuilt has OmegaPower, UniformScale, IMeanFlow"],
+    ),
     "misspelt optimizer": (["--model.optimizer=torch.optim.Adamm"], ["torch.optim has Adam"]),
     "nan": (["--model.ema_decay=.nan"], ["model.ema_decay", "nan", "must be a number"]),
     "negative rate": (

@@ -1,5 +1,6 @@
 """A head for somebody else's network: trained, resumed, and guiding; the network stays as it is."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,16 @@ def test_the_head_learns_plain_velocities_and_the_network_nothing(network: DiT):
     expected = torch.autograd.grad(error, [*head.parameters()])
     for parameter, gradient in zip(head.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_statistics_of_a_frozen_network_stay(network: DiT):
+    """Those of a batch normalization, also where the module around it trains."""
+    network.x_embedder = torch.nn.Sequential(network.x_embedder, torch.nn.BatchNorm1d(16))
+    objective, before = frozen(network), copy.deepcopy(network.state_dict())
+    torch.nn.ModuleList([network, objective]).train()
+    objective(network, torch.randn(8, 3, 8, 8), torch.arange(8) % 6, Step(1), Log())
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_published_weights_get_a_head(tmp_path: Path):

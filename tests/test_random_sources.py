@@ -187,16 +187,11 @@ def test_shuffled_tokens(network: DiT, blocks: tuple[int, int]):
     assert not torch.allclose(backwards, strong.velocity, atol=1e-3)
 
 
+@pytest.mark.parametrize("share, left", [(0.75, 4), (0.4, 9), (0.05, 9), (0.99, 1)])
 @pytest.mark.parametrize("blocks", [(0, 3), (1, 2), (2, 3), (0, 0)])
-def test_dropped_tokens(network: DiT, blocks: tuple[int, int]):
-    """None dropped is the strong pass; with few, they attend to each other alone and the others
-    pass by.
-    """
-    source = sources.DroppedTokens(0.0, *blocks)
-    source.bind(network)
-    found, strong = ask(source, network)
-    close(found, strong.velocity)
-    few = sources.DroppedTokens(0.75, *blocks)
+def test_dropped_tokens(network: DiT, blocks: tuple[int, int], share: float, left: int):
+    """Those left attend to each other alone, and the others pass by; some always do."""
+    few = sources.DroppedTokens(share, *blocks)
     few.bind(network)
     numbers = torch.rand(6, 16)
     found, strong = ask(few, network, Given(numbers))
@@ -204,7 +199,7 @@ def test_dropped_tokens(network: DiT, blocks: tuple[int, int]):
     with torch.no_grad():
         tokens = strong.hidden[blocks[0] - 1].clone()
         for row in range(6):
-            kept = numbers[row].argsort()[:4]
+            kept = numbers[row].argsort()[:left]
             h = tokens[row : row + 1, kept]
             for block in network.blocks[blocks[0] : blocks[1] + 1]:
                 h = block(h, strong.cond[row : row + 1])
@@ -244,6 +239,7 @@ def test_the_null_prediction_of_a_checkpoint(network: DiT):
         (lambda: sources.ShuffledTokens(first=3, last=2), "first=3, last=2: must be 0 <= first"),
         (lambda: sources.ShuffledTokens(last=4), "first=1, last=4: must be 0 <= first"),
         (lambda: sources.DroppedTokens(1.0), "share=1.0: must be in"),
+        (lambda: sources.DroppedTokens(0.0), r"share=0.0: must be in \(0, 1\)"),
         (lambda: sources.DroppedTokens(first=-1), "first=-1, last=2: must be 0 <= first"),
     ],
 )

@@ -1,5 +1,6 @@
 """`lightning sample` and `lightning reference`."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,12 +183,15 @@ def test_reference_on_two_processes(command, tmp_path: Path):
 
 @pytest.mark.slow
 def test_samples_of_two_processes(run: Path, tmp_path: Path):
-    """One file, the same bytes; fewer images than processes are refused."""
+    """One file, the same bytes and record; fewer images than processes are refused."""
     several = ("--trainer.devices=2", "--trainer.strategy=ddp_fork", "--format=npz")
     sample(run, "--seeds=3:20", "--format=npz", f"--output={tmp_path}/one.npz")
     sample(run, "--seeds=3:20", f"--output={tmp_path}/two.npz", *several)
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert all(np.array_equal(one[name], two[name]) for name in ("arr_0", "arr_1"))
+    records = [json.loads((tmp_path / f"{name}.npz.json").read_text()) for name in ("one", "two")]
+    assert records[0] == records[1]
+    assert (records[1]["step"], records[1]["seeds"]) == (6, [3, 19])
     with pytest.raises(SystemExit, match="seeds=0:1: must be at least as many as processes, 2"):
         sample(run, "--seeds=0:1", f"--output={tmp_path}/few.npz", *several)
 

@@ -313,7 +313,7 @@ def _classes_of(module: str) -> list[str]:
         each.__name__
         for each in classes
         if each.__module__.startswith(module)
-        and not inspect.isabstract(each)
+        and not (inspect.isabstract(each) or getattr(each, "_is_protocol", False))
         and not (issubclass(each, tuple) or each.__module__ == "w2s_train.weak.base")
     )
 

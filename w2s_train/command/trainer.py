@@ -24,12 +24,10 @@ from w2s_train.evaluation.images import (
     TarWriter,
 )
 from w2s_train.evaluation.reference import ReferenceWriter
-from w2s_train.evaluation.scorer import protocol_of
 from w2s_train.features import KEEP
 from w2s_train.models import offered
 from w2s_train.module import DiffusionModule
 from w2s_train.running.run import Run
-from w2s_train.scores import git_commit
 from w2s_train.secrets import redacted
 from w2s_train.tune.space import Space
 from w2s_train.tune.tuning import Budget, Tuning
@@ -181,6 +179,7 @@ class DiffusionTrainer(Trainer):
         else:
             writer = {"png": ImageWriter, "npz": NpzWriter, "shards": TarWriter}[format](path)
         writer.check()
+        writer.about = {"seeds": [chosen.start, chosen.stop - 1], "classes": classes}
         self.callbacks.append(writer)  # type: ignore[attr-defined]
         self.predict(
             model,
@@ -190,8 +189,6 @@ class DiffusionTrainer(Trainer):
             return_predictions=False,
         )
         if self.is_global_zero:
-            about = protocol_of(model) | {"seeds": [chosen.start, chosen.stop - 1]}
-            writer.write_record(about | {"classes": classes, "git_commit": git_commit()})
             print(f"written: {len(chosen):,} images to {path}")
 
     def tune(

@@ -21,8 +21,8 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
 from w2s_train.errors import UserError, one_line, require
-from w2s_train.evaluation.scorer import Scorer, gather
-from w2s_train.scores import grid_name
+from w2s_train.evaluation.scorer import Scorer, gather, protocol_of
+from w2s_train.scores import git_commit, grid_name
 from w2s_train.secrets import redacted
 from w2s_train.shards import ShardWriter
 
@@ -124,6 +124,7 @@ class SampleWriter(Callback, abc.ABC):
     """
 
     suffix: str = ""  # of the file; none for a folder
+    about: dict[str, Any] | None = None  # of the record, beside the protocol; None leaves none
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -166,6 +167,8 @@ class SampleWriter(Callback, abc.ABC):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.strategy.barrier("all images are there")
         self.finish(trainer)
+        if self.about is not None and trainer.is_global_zero:  # a forked parent loads no weights
+            self.write_record(protocol_of(pl_module) | self.about | {"git_commit": git_commit()})
 
 
 def planned(trainer: Trainer) -> int:

@@ -3,6 +3,7 @@
 from w2s_train.errors import UserError
 from w2s_train.interpolant import Interpolant
 from w2s_train.models import Network
+from w2s_train.models.average import freeze
 from w2s_train.objective import WeakToStrongObjective
 from w2s_train.segment import Extrapolation
 from w2s_train.timesteps import TimestepDistribution
@@ -13,7 +14,7 @@ class FrozenHeadObjective(WeakToStrongObjective):
     """Trains a weak source, such as a head, on a frozen network (SSG, arXiv 2607.29122).
 
     The source learns plain velocities at all timesteps, from the data or from images that the
-    network has made; no weight of the network changes. `Autoguidance` with ``weak: null`` then
+    network has made; nothing of the network changes. `Autoguidance` with ``weak: null`` then
     guides the network by it, for no further evaluation of the network.
 
     Args:
@@ -37,5 +38,5 @@ class FrozenHeadObjective(WeakToStrongObjective):
         super().__init__(interpolant, timesteps, [learned])
 
     def bind(self, network: Network, label_dropout: float | None = None) -> None:
-        network.requires_grad_(False)
+        freeze(network)
         super().bind(network, label_dropout)

@@ -28,15 +28,20 @@ def frozen_copy(network: Network, dtype: Dtype = "float32") -> Network:
     copy then predicts the same, bit for bit. Embeddings and norms, which it leaves alone, stay.
     """
     frozen: Any = copy.deepcopy(network)
-    for module in frozen.float().requires_grad_(False).eval().modules():
+    freeze(frozen.float())
+    for module in frozen.modules():
         if dtype == "bfloat16" and isinstance(module, nn.Linear | nn.Conv2d):
             module.bfloat16()
-    frozen.train = types.MethodType(_stays, frozen)
     return frozen
 
 
+def freeze(network: Any) -> None:
+    """No optimizer reaches it, and no training mode, whatever module it is a part of."""
+    network.requires_grad_(False).eval()
+    network.train = types.MethodType(_stays, network)
+
+
 def _stays(frozen: nn.Module, mode: bool = True) -> nn.Module:
-    """A frozen copy is never in training mode, whatever module it is a part of."""
     return frozen
 
 
@@ -109,15 +114,20 @@ def check_partner(weak: Network, network: Network, where: str, labels: bool = Tr
         labels: Whether both see the same labels.
 
     Raises:
-        UserError: Another input, other classes, or more parameters.
+        UserError: Another input, other classes, or more parameters; those of scales do not count.
     """
     check_network(weak)
     for name in ("shape", *(("num_classes", "null_class") if labels else ())):
         theirs, ours = getattr(weak, name, None), getattr(network, name, None)
         if theirs != ours and None not in (theirs, ours):
             raise UserError(f"{where}: has {name} {theirs}, must have {ours} as the network")
-    theirs, ours = (sum(p.numel() for p in n.parameters()) for n in (weak, network))
+    theirs, ours = map(_size, (weak, network))
     if theirs > 1.02 * ours:  # a little more is another last layer or normalization
         raise UserError(
             f"{where}: has {theirs:,} parameters, must have at most the network's {ours:,}"
         )
+
+
+def _size(network: Network) -> int:
+    named = network.named_parameters()
+    return sum(p.numel() for name, p in named if "scale_embedder" not in name.split("."))

@@ -62,7 +62,7 @@ def saved_network(
 
     Raises:
         UserError: A file that is missing, truncated, or no checkpoint of ours; a network that is
-            not given and cannot be built.
+            not given and cannot be built, or one given whose scales are others.
     """
     content, prefix = read_checkpoint(path), PREFIX[weights]
     state = {
@@ -72,6 +72,7 @@ def saved_network(
     }
     try:
         network = network or _rebuilt(content["network"], path, allow_imports)
+        check_scales(content.get("network"), network)
         network.load_state_dict(state)
     except (TypeError, RuntimeError) as error:
         raise UserError(

@@ -16,11 +16,11 @@ class DroppedTokens(WeakSource):
     drawn anew per row and pass, and the others pass them by unchanged.
 
     After guidance by token-sparse passes (arXiv 2601.01608, SPRINT). As many tokens are kept as
-    make a square, which the last layer wants. The blocks before ``first`` are those of the strong
+    make a square, which the last layer wants, and never all of several. The blocks before ``first`` are those of the strong
     pass and not evaluated again, the last layer is evaluated twice.
 
     Args:
-        share: Of the tokens, dropped, in [0, 1); rounded so that a square is left.
+        share: Of the tokens, dropped, in (0, 1); rounded so that a smaller square is left.
         first: First block, counted from 0; None for the first one of the middle third.
         last: Last block; None for the last one of the middle third.
 
@@ -35,7 +35,7 @@ class DroppedTokens(WeakSource):
         self, share: float = 0.75, first: int | None = None, last: int | None = None
     ) -> None:
         super().__init__()
-        self.share, self.first, self.last = require("share", share, "[0, 1)"), first, last
+        self.share, self.first, self.last = require("share", share, "(0, 1)"), first, last
 
     def bind(self, network: Network) -> None:
         needed = ("depth", "keep_hidden=", "skip_blocks=", "resume=")
@@ -55,7 +55,8 @@ class DroppedTokens(WeakSource):
     ) -> Tensor:
         tokens, last = plain_tokens(network, self.before, strong, noisy, y), self.last_block
         count, width = tokens.shape[1:]
-        kept = max(round(math.sqrt((1 - self.share) * count)), 1) ** 2
+        side = min(round(math.sqrt((1 - self.share) * count)), math.isqrt(count - 1))
+        kept = max(side, 1) ** 2
         chosen = random.numbers(count).argsort(1)[:, :kept].sort(1).values
         chosen = chosen.unsqueeze(2).expand(-1, -1, width)
         few: dict[str, object] = dict(skip_blocks=self.behind, keep_hidden=(last,))
