@@ -128,6 +128,6 @@ def check_partner(weak: Network, network: Network, where: str, labels: bool = Tr
         )
 
 
-def _size(network: Network) -> int:
+def _size(network: Any) -> int:
     named = network.named_parameters()
     return sum(p.numel() for name, p in named if "scale_embedder" not in name.split("."))
