@@ -16,7 +16,7 @@ from refusals import parsers_built_once, refusal
 from w2s_train.cli import main
 from w2s_train.command.scales import with_scales
 from w2s_train.errors import UserError
-from w2s_train.guidance import Choice, Guidance, Inbuilt, Unguided
+from w2s_train.guidance import Autoguidance, Choice, Guidance, Inbuilt, Unguided
 from w2s_train.inbuilt import UniformScale
 from w2s_train.interpolant import LinearInterpolant
 from w2s_train.models import DiT, made_of
@@ -106,7 +106,11 @@ def test_what_the_network_is_told(network: DiT):
         ({"head": (0.3,)}, "scales=head: must be inputs of the network; it has class, slow"),
         ({"slow": (0.8, 0.1)}, r"scales.slow.scale=0.8: must be in \[0, 0.75\]"),
         ({"slow": (0.3,)}, r"scales.slow.low=0.0, high=1.0: must be in \[0.1, 1\]"),
-        ({"slow": (0.3, 0.2), "class": (0.3,)}, r"scales=slow\+class: sum to 0.6 at t=0.2, must"),
+        (
+            {"slow": (0.3, 0.2), "class": (0.3,)},
+            "scales.slow.scale=0.3, scales.class.scale=0.3: must sum to what is in "
+            r"\[0, 0.5\], as it was trained; it is 0.6 at t=0.2",
+        ),
         ({"slow": (1.0,)}, r"scale=1.0: must be in \[0, 1\)"),
         ({"slow": (-0.1,)}, r"scale=-0.1: must be in \[0, 1\)"),
         ({"slow": (float("nan"),)}, r"scale=nan: must be in \[0, 1\)"),
@@ -125,8 +129,32 @@ def test_a_sum_counts_where_both_act(network: DiT):
     Inbuilt({"slow": Choice(0.3, 0.1), "class": Choice(0.2)}).bind(network, TRAINED)
     unknown = objective()  # of an exported network, nobody knows what was drawn
     Inbuilt({"slow": Choice(0.6), "class": Choice(0.3)}).bind(network, unknown)
-    with pytest.raises(UserError, match="sum to 1 at t=0, must be at most 1"):
+    with pytest.raises(UserError, match=r"must sum to what is in \[0, 1\); it is 1 at t=0"):
         Inbuilt({"slow": Choice(0.6), "class": Choice(0.4)}).bind(network, unknown)
+
+
+def test_a_scale_below_what_was_drawn(network: DiT):
+    """A lone one; others may have taken the rest of the total."""
+    law = Extrapolation(0, 1, UniformScale(0.3, 0.6, plain=0), NullClass(), name="class")
+    run = objective(law, drawn("slow", 0.75))
+    with pytest.raises(UserError, match=r"scales.class.scale=0.1: must be in \[0.3, 0.6\]"):
+        Inbuilt({"class": Choice(0.1)}).bind(network, run)
+    Inbuilt({"class": Choice(0.1), "slow": Choice(0.3)}).bind(network, objective(law))
+
+
+def test_one_setting_has_one_name(network: DiT):
+    """Whatever the order of the options; and a range without length does not act."""
+    pairs = [("slow", Choice(0.3, 0.1)), ("class", Choice(0.2))]
+    one, other = (Inbuilt(dict(order)) for order in (pairs, pairs[::-1]))
+    for each in (one, other):
+        each.bind(network, TRAINED)
+    assert one.describe() == other.describe() == "inbuilt(class 0.2 [0, 1), slow 0.3 [0.1, 1))"
+    assert Choice(0.5, 1.0, 1.0).at(1.0) == 0.0 and Choice(0.5, 0.9, 1.0).at(1.0) == 0.5
+
+
+def test_autoguidance_takes_no_overlapping_segments(network: DiT):
+    with pytest.raises(UserError, match="weak=None: must be given, since the objective's segments"):
+        Autoguidance(1.5).bind(network, objective(drawn("class", 0.5), drawn("slow", 0.75)))
 
 
 def test_weights_of_scales_in_another_order(network: DiT):
@@ -169,6 +197,8 @@ def test_text_that_is_no_choice(text: str):
         assert str(error.value) == message
     with pytest.raises(UserError, match="scale=4: must be NAME=SCALE or"):
         with_scales(["validate", "--scale", "4"])
+    with pytest.raises(UserError, match="--model.guidance: must be left out with --scale"):
+        with_scales(["sample", "--scale", "a=0.1", "--model.guidance", "x"])
     with pytest.raises(UserError, match="scale=a=0.2: a stands twice, must stand once"):
         with_scales(["sample", "--scale", "a=0.1", "--scale", "a=0.2"])
 

@@ -112,7 +112,7 @@ class WeakToStrongObjective(Objective):
             raise UserError(f"segments={names}: must have names of their own")
         self.segments = nn.ModuleList(ordered)  # type: ignore[assignment]
         self.lookers = nn.ModuleList(s for s in everyone if s.watch_only)  # type: ignore[assignment]
-        self.drawn = [segment for segment in ordered if segment.drawn]
+        self.drawn = [segment for segment in segments or [] if segment.drawn]
 
     def bind(self, network: Network, label_dropout: float | None = None) -> None:
         self.label_dropout = label_dropout or 0.0

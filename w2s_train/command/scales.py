@@ -45,5 +45,8 @@ def with_scales(args: list[str]) -> list[str]:
             scales[choice[1]] = {key: float(number) for key, number in numbers.items()}
     if not scales:
         return args
+    if other := next((word for word in kept if word.startswith("--model.guidance")), None):
+        key = other.partition("=")[0]
+        raise UserError(f"{key}: must be left out with --scale, which is another guidance")
     inbuilt = {"class_path": "w2s_train.guidance.Inbuilt", "init_args": {"scales": scales}}
     return [*kept, f"--model.guidance={json.dumps(inbuilt)}"]

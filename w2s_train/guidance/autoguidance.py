@@ -1,5 +1,7 @@
 """Guidance away from a weaker prediction with the same label."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,12 @@ class Autoguidance(Guidance):
             self.ranges = [(0.0, 1.0, self.weak)]
         else:
             self.ranges = [(s.low, s.high, s.weak) for s in objective.segments]
+        ends = sorted((low, high) for low, high, _ in self.ranges)
+        if any(after[0] < before[1] for before, after in itertools.pairwise(ends)):
+            raise UserError(
+                "weak=None: must be given, since the objective's segments overlap; a scale that is "
+                "drawn is chosen by --scale"
+            )
         if not self.ranges:
             raise UserError("weak=None: must be given, since the objective has no weak source")
 

@@ -12,6 +12,7 @@ from w2s_train.guidance.base import (
     check_scale,
     network_inputs,
 )
+from w2s_train.inbuilt.laws import Drawn
 from w2s_train.models import Network, as_output
 from w2s_train.objective import Objective
 
@@ -39,7 +40,8 @@ class Choice:
 
     def at(self, t: float) -> float:
         """The scale at a time in [0, 1]."""
-        return self.scale if self.low <= t < self.high or t == self.high == 1 else 0.0
+        inside = self.low <= t < self.high or self.low < t == self.high == 1
+        return self.scale if inside else 0.0
 
 
 class Inbuilt(Guidance):
@@ -59,6 +61,7 @@ class Inbuilt(Guidance):
     def __init__(self, scales: dict[str, Choice]) -> None:
         self.scales = scales
         self.order: list[str] = []  # of the network's inputs, from `bind`
+        self.laws: dict[str, Drawn] = {}
 
     def bind(self, network: Network, objective: Objective) -> None:
         self.order = list(getattr(network, "scales", []))
@@ -67,34 +70,32 @@ class Inbuilt(Guidance):
         if unknown or not self.order:
             name = ", ".join(unknown) or "all 0"
             raise UserError(f"scales={name}: must be inputs of the network; it has {known}")
-        ends = {s.name: s.drawn.high for s in objective.segments if s.drawn}
+        self.laws = {s.name: s.drawn for s in objective.segments if s.drawn}
         ranges = {s.name: (s.low, s.high) for s in objective.segments}
         for name, choice in self.scales.items():
-            if name in ends and choice.scale > 0:
-                self._check(name, choice, *ranges[name], ends[name])
-        self._check_sums(ends)
-
-    def _check(self, name: str, choice: Choice, low: float, high: float, end: float) -> None:
-        if choice.scale > end + 1e-9:
-            raise UserError(
-                f"scales.{name}.scale={choice.scale}: must be in [0, {end:g}], as it was trained"
-            )
-        if choice.low < low or choice.high > high:
-            raise UserError(
-                f"scales.{name}.low={choice.low}, high={choice.high}: must be in [{low:g}, "
-                f"{high:g}], as it was trained"
-            )
-
-    def _check_sums(self, ends: dict[str, float]) -> None:
-        """Refuse a sum, at any time, of which the network was told none so large."""
-        for start in [0.0, *(choice.low for choice in self.scales.values())]:
-            acting = {name: c.at(start) for name, c in self.scales.items() if c.at(start) > 0}
-            end = min((ends[name] for name in acting if name in ends), default=1.0)
-            if sum(acting.values()) > end + 1e-9 or sum(acting.values()) >= 1:
+            low, high = ranges.get(name, (0.0, 1.0))
+            if choice.scale > 0 and not low <= choice.low <= choice.high <= high:
                 raise UserError(
-                    f"scales={'+'.join(acting)}: sum to {sum(acting.values()):g} at t={start:g}, "
-                    f"must be at most {end:g}, as they were trained"
+                    f"scales.{name}.low={choice.low}, high={choice.high}: must be in [{low:g}, "
+                    f"{high:g}], as it was trained"
                 )
+        for start in [0.0, *(choice.low for choice in self.scales.values())]:
+            self._check_sum(start)
+
+    def _check_sum(self, t: float) -> None:
+        """Refuse a sum of scales, at a time, that the network was never told there.
+
+        Of scales that no segment of the run draws (of a network from elsewhere), only sums of 1.
+        """
+        acting = {name: c.at(t) for name, c in self.scales.items() if c.at(t) > 0}
+        total, laws = sum(acting.values()), [self.laws[n] for n in acting if n in self.laws]
+        law = min(laws, key=lambda each: each.high) if laws else None
+        low, high = (law.low, law.high) if law and len(laws) == len(acting) else (0.0, 1.0)
+        if acting and (total >= 1 or not low - 1e-9 <= total <= high + 1e-9):
+            what = ", ".join(f"scales.{name}.scale={scale:g}" for name, scale in acting.items())
+            most = f"[{low:g}, {high:g}" + ("], as it was trained" if high < 1 else ")")
+            rule = "be in" if len(acting) == 1 else "sum to what is in"
+            raise UserError(f"{what}: must {rule} {most}; it is {total:g} at t={t:g}")
 
     def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
         choices = [self.scales.get(name, Choice(0.0)) for name in self.order]
@@ -109,6 +110,7 @@ class Inbuilt(Guidance):
         return velocity
 
     def describe(self) -> str:
-        acting = [(name, c) for name, c in self.scales.items() if c.scale > 0 and c.low < c.high]
+        known = sorted(self.scales.items(), key=lambda each: [*self.order, each[0]].index(each[0]))
+        acting = [(name, c) for name, c in known if c.scale > 0 and c.low < c.high]
         parts = [f"{name} {c.scale:g} [{c.low:g}, {c.high:g})" for name, c in acting]
         return f"inbuilt({', '.join(parts) or 'all 0'})"

@@ -5,6 +5,7 @@ w = 1 - 1 / omega. Where several sources act on a row, what is drawn is their to
 """
 
 import abc
+import math
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ class Drawn(abc.ABC):
     """A scale that is drawn for each row, in place of a number.
 
     Args:
+        low: Lower end of w.
         high: Upper end of w, in (0, 1).
         plain: Share of rows on which the source does not act, in [0, 1).
 
@@ -22,8 +24,8 @@ class Drawn(abc.ABC):
         UserError: A number out of its range.
     """
 
-    def __init__(self, high: float, plain: float) -> None:
-        self.high, self.plain = high, require("plain", plain, "[0, 1)")
+    def __init__(self, low: float, high: float, plain: float) -> None:
+        self.low, self.high, self.plain = low, high, require("plain", plain, "[0, 1)")
 
     @abc.abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
@@ -47,10 +49,9 @@ class UniformScale(Drawn):
     """
 
     def __init__(self, low: float = 0.0, high: float = 0.75, plain: float = 0.1) -> None:
-        super().__init__(require("high", high, "(0, 1)"), plain)
+        super().__init__(low, require("high", high, "(0, 1)"), plain)
         if not 0 <= low <= high:
             raise UserError(f"low={low}: must be in [0, high={high}]")
-        self.low = low
 
     def quantile(self, u: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * u
@@ -63,7 +64,7 @@ class OmegaPower(Drawn):
     """The guidance omega has a density proportional to omega^-power on [1, omega_max].
 
     Args:
-        omega_max: Strongest guidance, above 1; w stays below 1 - 1 / omega_max.
+        omega_max: Strongest guidance, in (1, 1000]; w is at most 1 - 1 / omega_max.
         power: 0 is uniform in omega, 1 uniform in its logarithm, 2 uniform in w.
         plain: Share of rows on which the source does not act, in [0, 1).
 
@@ -72,19 +73,19 @@ class OmegaPower(Drawn):
     """
 
     def __init__(self, omega_max: float = 4.0, power: float = 1.0, plain: float = 0.1) -> None:
-        require("omega_max", omega_max, "(1, inf)")
-        super().__init__(1 - 1 / omega_max, plain)
+        require("omega_max", omega_max, "(1, 1000]")
+        super().__init__(0.0, 1 - 1 / omega_max, plain)
         self.omega_max, self.power = omega_max, require("power", power, "[0, inf)")
 
     def omega(self, u: Tensor) -> Tensor:
         """The guidance at ``u`` in [0, 1]; same shape."""
-        if self.power == 1:
-            return self.omega_max**u
-        rest = 1 - self.power
-        return (1 + u * (self.omega_max**rest - 1)) ** (1 / rest)
+        rest, largest = 1 - self.power, math.log(self.omega_max)
+        if rest == 0:
+            return (u * largest).exp()
+        return ((u * math.expm1(rest * largest)).log1p() / rest).exp()
 
     def quantile(self, u: Tensor) -> Tensor:
-        return 1 - 1 / self.omega(u)
+        return (1 - 1 / self.omega(u)).clamp(0, self.high)
 
     def describe(self) -> str:
         return f"omega^-{self.power:g} in [1, {self.omega_max:g}]"
@@ -106,7 +107,7 @@ class IMeanFlow(OmegaPower):
     """
 
     def __init__(self, s_max: float = 7.0, cfg_beta: float = 1.0, plain: float = 0.0) -> None:
-        require("s_max", s_max, "(0, inf)")
+        require("s_max", s_max, "(0, 999]")
         super().__init__(1 + s_max, require("cfg_beta", cfg_beta, "[0, inf)"), plain)
 
 

@@ -6,10 +6,10 @@ and split in proportion to independent exponential numbers, that is uniformly. S
 scales of a row, whose guidance is 1 / (1 - sum), never exceeds that end.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,18 +17,18 @@ from w2s_train.inbuilt.laws import Drawn
 from w2s_train.timesteps import spread
 
 
-def own_generator(step: int, device: torch.device) -> torch.Generator:
+def own_generator(device: torch.device) -> torch.Generator:
     """A generator for scales: others draw the same whether or not there is one.
 
-    It depends on the optimizer step and on what the global generator was seeded with, which tells
-    runs, processes and batches apart (`running.samples.reseed`).
-
-    Args:
-        step: Number of optimizer steps behind the weights.
-        device: Where it draws.
+    It depends on where the global generator of the device stands, which it leaves there: so on
+    seed, process and batch (`running.samples.reseed`), and on all that was drawn before.
     """
-    sequence = np.random.SeedSequence((torch.initial_seed(), step, 0x5CA1E))
-    return torch.Generator(device).manual_seed(int(sequence.generate_state(1)[0]))
+    on_host = device.type == "cpu"
+    state = (
+        torch.get_rng_state() if on_host else torch.get_device_module(device).get_rng_state(device)
+    )
+    digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
 
 
 class Acting(Protocol):
@@ -56,9 +56,11 @@ def scales_of(
     if not segments:
         return {}
     laws = [segment.drawn for segment in segments if segment.drawn]
+    factors = [segment.factor(step) for segment in segments]
     allowed = [s.contains(t) & (labelled | (not s.only_labelled)) for s in segments]
-    scales = draw_scales(laws, torch.stack(allowed, 1), own_generator(step.number, t.device))
-    return {s.name: scales[:, k] * s.factor(step) for k, s in enumerate(segments)}
+    acts = [mask & (factor > 0) for mask, factor in zip(allowed, factors, strict=True)]
+    scales = draw_scales(laws, torch.stack(acts, 1), own_generator(t.device))
+    return {s.name: scales[:, k] * factors[k] for k, s in enumerate(segments)}
 
 
 def draw_scales(laws: Sequence[Drawn], allowed: Tensor, generator: torch.Generator) -> Tensor:

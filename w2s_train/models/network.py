@@ -120,7 +120,7 @@ def plain_tokens(
         noisy: Where it was.
         y: With what labels (B,).
     """
-    if not getattr(network, "scales", []) or block < network.scales_from:
+    if not getattr(network, "scales", []) or block < getattr(network, "scales_from", 0):
         return strong.hidden[block]
     options: Any = dict(keep_hidden=(block,), skip_blocks=range(block + 1, network.depth))
     return network(noisy.x_t, noisy.t, y, **options).hidden[block]

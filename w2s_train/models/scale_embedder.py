@@ -87,6 +87,9 @@ class ScaleInputs(nn.Module):
         """
         if scales is None:
             return cond
-        if self.scale_embedder is None:
-            raise UserError("network.scales=[]: must name what is an input of the network")
+        if self.scale_embedder is None or scales.shape[1:] != (len(self.scales),):
+            raise UserError(
+                f"network.scales={self.scales}: must name the inputs that are told, "
+                f"{tuple(scales.shape)}"
+            )
         return cond + self.scale_embedder(scales)

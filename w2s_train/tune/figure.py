@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from w2s_train.files import atomic_write
 from w2s_train.tune.outcome import Outcome
@@ -15,6 +16,7 @@ from w2s_train.tune.search import Trial
 BEST, REST, LINE = "#d55e00", "#0072b2", "#59636e"
 WIDTH, HEIGHT = 4.2, 3.4  # inches of a panel
 COLUMNS = 3
+PLAIN = StrMethodFormatter("{x:.3g}")
 
 
 def draw(outcome: Outcome, path: Path) -> None:
@@ -38,7 +40,8 @@ def _map(outcome: Outcome, names: Sequence[str]) -> Figure:
     norm = LogNorm() if min(means) > 0 else None
     drawn = axes.scatter(x, y, c=means, s=_sizes(outcome), norm=norm, cmap="viridis_r")
     axes.scatter(x[:1], y[:1], s=140, facecolors="none", edgecolors=BEST, linewidths=2)
-    figure.colorbar(drawn, label=outcome.metric)
+    bar = figure.colorbar(drawn, label=outcome.metric)
+    bar.ax.yaxis.set(major_formatter=PLAIN, minor_formatter=PLAIN)
     axes.set(xlabel=names[0], ylabel=names[1])
     return figure
 
@@ -59,6 +62,7 @@ def _panels(outcome: Outcome, names: Sequence[str]) -> Figure:
         axes.set(xlabel=name, ylabel=outcome.metric)
         if min(means) > 0:
             axes.set_yscale("log")
+            axes.yaxis.set(major_formatter=PLAIN, minor_formatter=PLAIN)
     return figure
 
 

@@ -16,9 +16,8 @@ class DroppedTokens(WeakSource):
     drawn anew per row and pass, and the others pass them by unchanged.
 
     After guidance by token-sparse passes (arXiv 2601.01608, SPRINT). As many tokens are kept as
-    make a square, which the last layer wants, and never all of several. The blocks
-    before ``first`` are those of the strong pass and not evaluated again, the last layer is
-    evaluated twice.
+    make a square, which the last layer wants, and never all of several. The blocks before ``first``
+    are those of the strong pass and not evaluated again, the last layer is evaluated twice.
 
     Args:
         share: Of the tokens, dropped, in (0, 1); rounded so that a smaller square is left.
