@@ -83,7 +83,7 @@ BAD = {
         ["class_path=w2s_train.segment.Extrapolatoin: there is no", "has Extrapolation"],
     ),
     "misspelt law": (
-        [segments("low: 0.0, high: 1.0, scale: {class_path: w2s_train.inbuilt.Omega}")],
+        [segments("low: 0.0, high: 1.0, scale: {class_path: w2s_train.inbuilt.OmegaPowering}")],
         ["w2s_train.inbuilt has OmegaPower, IMeanFlow, UniformScale"],
     ),
     "misspelt optimizer": (["--model.optimizer=torch.optim.Adamm"], ["torch.optim has Adam"]),
