@@ -263,6 +263,7 @@ def test_seeds_and_images(course: Course, capsys):
     assert f"{count} candidates on {images['used']:,} of 1,010 images of tuning seeds" in printed
 
 
+@pytest.mark.slow
 def test_a_killed_tuning_goes_on(course: Course):
     """To the same result, and generates nothing twice."""
     whole = course(images=600, set_images=20)
@@ -288,6 +289,7 @@ def test_minutes_become_images(course: Course):
     assert images["budget"] == 600 and 500 < images["used"] <= 600
 
 
+@pytest.mark.slow
 def test_another_search_has_another_name(course: Course):
     course(images=600, set_images=20)
     for change in (dict(images=800, set_images=20), dict(images=600, set_images=25)):
@@ -346,6 +348,7 @@ def test_a_broken_ledger(tmp_path: Path):
         Ledger(path, {"a": 1}, writes=True)
 
 
+@pytest.mark.slow
 def test_compare_says_who_was_tuned(arms, compare, course: Course, tmp_path: Path):
     """One run of four: its line has candidates and images, those of the others say so."""
     compare(*arms)
@@ -367,6 +370,7 @@ def test_compare_says_who_was_tuned(arms, compare, course: Course, tmp_path: Pat
     assert any("result.json: cannot be read" in note for note in compare(*arms)[0]["notes"])
 
 
+@pytest.mark.slow
 def test_a_tuned_guidance_is_that_of_its_arm(arms, compare, course: Course, tmp_path: Path):
     """Of three arms of a run and two of another: the one with the winner's guidance."""
     course.folder = arms[2]
