@@ -152,8 +152,9 @@ REFUSED = {
     f"{S}.0.name=high": "segments=['high', 'high']: must have names of their own",
     f"{S}.0.weak=w2s_train.weak.NulClass": "segments.0.weak=w2s_train.weak.NulClass: there is no "
     "such class; w2s_train.weak has NullClass, ",
-    f"{S}.0.weak=w2s_train.weak.Emaa": "w2s_train.weak has IntermediateHead, EMA, Snapshot, "
-    "NullClass, LayerSkip, CoTrained, Checkpoint",
+    f"{S}.0.weak=w2s_train.weak.Emaa": "w2s_train.weak has IntermediateHead, EMA, "
+    "RandomLabel, Snapshot, NullClass, LayerSkip, CoTrained, ShiftedTime, RandomBlocks, "
+    "PerturbedTime, ShuffledTokens, DroppedTokens, Checkpoint",
     f"{S}.0.scale=null": "error: model.objective.segments.0.scale=null: must have a value; there",
     f"{S}.1=null": "model.objective.segments.1=null: must be a Segment, by its class_path and",
     f"{S}.٠.scale=0.3": "٠ must be one of 0, 1, high, as in",
