@@ -216,11 +216,10 @@ def guidance_table(study: str) -> str:
         lines.append(f"| `{guidance}` | {evaluations(guidance, steps)} | {' | '.join(cells)} |")
     (metric,), (count,) = {score.metric for score in scores}, {s.protocol.n for s in scores}
     trained = sorted({score.step for score in scores})
-    commits = {commit_name(score.protocol.git_commit or "unknown") for score in scores}
     text = (
         f"`{metric}` of {count:,} images of the baseline at step "
         f"{' and '.join(f'{step:,}' for step in trained)}, lower is better: mean and 95 % t "
-        f"interval over training seeds. Commit {', '.join(sorted(commits))}."
+        f"interval over training seeds. {_commits(scores)}"
     )
     return "\n".join([*lines, "", text]) + "\n"
 
@@ -238,13 +237,16 @@ def settings_table(study: str) -> str:
         cells.append(_interval_of(_final(separate["study"], arm)) + f" (`{arm}`)" if arm else "–")
         lines.append(f"| `{guidance}` | {' | '.join(cells)} |")
     (metric,), (count,) = {score.metric for score in scores}, {s.protocol.n for s in scores}
-    commits = {commit_name(score.protocol.git_commit or "unknown") for score in scores}
     text = (
         f"`{metric}` of {count:,} images at the end of training, lower is better: mean and 95 % t "
-        f"interval over training seeds, or the values of one or two. Commit "
-        f"{', '.join(sorted(commits))}."
+        f"interval over training seeds, or the values of one or two. {_commits(scores)}"
     )
     return "\n".join([*lines, "", text]) + "\n"
+
+
+def _commits(scores: Sequence[Score]) -> str:
+    names = {commit_name(score.protocol.git_commit or "unknown") for score in scores}
+    return f"Commit {', '.join(sorted(names))}."
 
 
 def _interval_of(values: Sequence[float]) -> str:

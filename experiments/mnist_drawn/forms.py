@@ -11,8 +11,8 @@ from torch import Tensor
 from w2s_train.models import DiT, DiTOutput
 
 
-class HeadTold(DiT):
-    """Form (a), with ``scales_from: 0``: tokens and condition of the head carry the scales."""
+class Form(DiT):
+    """A `DiT` whose pass is varied in one place."""
 
     def forward(
         self,
@@ -27,32 +27,35 @@ class HeadTold(DiT):
     ) -> DiTOutput:
         """As `DiT.forward`."""
         options: Any = dict(skip_blocks=skip_blocks, keep_hidden=keep_hidden, resume=resume)
-        out = super().forward(x_t, t, y, scales=scales, **options)
+        scales = self.heard(x_t, y, scales)
+        return self.told_out(super().forward(x_t, t, y, scales=scales, **options), scales)
+
+    def heard(self, x_t: Tensor, y: Tensor, scales: Tensor | None) -> Tensor | None:
+        """The scales that the pass is told."""
+        return scales
+
+    def told_out(self, out: DiTOutput, scales: Tensor | None) -> DiTOutput:
+        """What it returns."""
+        return out
+
+
+class HeadTold(Form):
+    """Form (a), with ``scales_from: 0``: tokens and condition of the head carry the scales."""
+
+    def told_out(self, out: DiTOutput, scales: Tensor | None) -> DiTOutput:
         return out._replace(cond=self.told(out.cond, scales))
 
 
-class OwnScale(DiT):
-    """The null class is evaluated at the row's own scales instead of 0."""
+class OwnScale(Form):
+    """The null class is evaluated at its rows' own scales, those of the pass before, not at 0."""
 
     last: tuple[Tensor, Tensor]
 
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        y: Tensor,
-        *,
-        skip_blocks: Any = (),
-        keep_hidden: Any = (),
-        resume: Any = None,
-        scales: Tensor | None = None,
-    ) -> DiTOutput:
-        """As `DiT.forward`; a pass without scales takes those of its rows in the pass before."""
+    def heard(self, x_t: Tensor, y: Tensor, scales: Tensor | None) -> Tensor | None:
         if scales is not None:
             self.last = (x_t, scales)
         elif self.training and bool((y == self.null_class).all()):
             seen, told = self.last
             same = (x_t.flatten(1)[:, None] == seen.flatten(1)).all(2)
-            scales = told[same.byte().argmax(1)]
-        options: Any = dict(skip_blocks=skip_blocks, keep_hidden=keep_hidden, resume=resume)
-        return super().forward(x_t, t, y, scales=scales, **options)
+            return told[same.byte().argmax(1)]
+        return scales

@@ -2,7 +2,14 @@
 
 from w2s_train.models.average import WeightAverage
 from w2s_train.models.dit import DiT, DiTOutput, FinalLayer
-from w2s_train.models.network import Network, as_output, check_network, offered, plain_tokens
+from w2s_train.models.network import (
+    Network,
+    as_output,
+    check_network,
+    middle_blocks,
+    offered,
+    plain_tokens,
+)
 from w2s_train.models.published import published_dit, published_sit
 from w2s_train.models.saved import made_of, saved_network
 from w2s_train.models.scale_embedder import ScaleInputs
@@ -17,6 +24,7 @@ __all__ = [
     "as_output",
     "check_network",
     "made_of",
+    "middle_blocks",
     "offered",
     "plain_tokens",
     "published_dit",

@@ -108,6 +108,19 @@ def offered(network: Network | nn.Module, part: str, *names: str) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def middle_blocks(depth: int, first: int | None, last: int | None) -> tuple[int, int]:
+    """First and last block, counted from 0; None are those of the middle third.
+
+    Raises:
+        UserError: Blocks that the network does not have, or in the wrong order.
+    """
+    first = depth // 3 if first is None else first
+    last = depth - 1 - depth // 3 if last is None else last
+    if not 0 <= first <= last < depth:
+        raise UserError(f"first={first}, last={last}: must be 0 <= first <= last < {depth}")
+    return first, last
+
+
 def plain_tokens(
     network: Any, block: int, strong: DiTOutput, noisy: NoisySample, y: Tensor
 ) -> Tensor:

@@ -4,9 +4,9 @@ import math
 
 from torch import Tensor
 
-from w2s_train.errors import UserError, require
+from w2s_train.errors import require
 from w2s_train.interpolant import NoisySample
-from w2s_train.models import DiTOutput, Network, offered, plain_tokens
+from w2s_train.models import DiTOutput, Network, middle_blocks, offered, plain_tokens
 from w2s_train.weak.base import WeakSource
 from w2s_train.weak.randomness import Randomness
 
@@ -40,10 +40,7 @@ class DroppedTokens(WeakSource):
     def bind(self, network: Network) -> None:
         needed = ("depth", "keep_hidden=", "skip_blocks=", "resume=")
         depth = offered(network, "DroppedTokens", *needed)
-        first = depth // 3 if self.first is None else self.first
-        last = depth - 1 - depth // 3 if self.last is None else self.last
-        if not 0 <= first <= last < depth:
-            raise UserError(f"first={first}, last={last}: must be 0 <= first <= last < {depth}")
+        first, last = middle_blocks(depth, self.first, self.last)
         self.before, self.last_block, self.behind = first - 1, last, range(last + 1, depth)
         self.keep_hidden = (self.before,)
 

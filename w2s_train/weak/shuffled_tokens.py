@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
-from w2s_train.models import DiTOutput, Network, offered, plain_tokens
+from w2s_train.models import DiTOutput, Network, middle_blocks, offered, plain_tokens
 from w2s_train.weak.base import WeakSource
 from w2s_train.weak.randomness import Randomness
 
@@ -38,10 +37,7 @@ class ShuffledTokens(WeakSource):
 
     def bind(self, network: Network) -> None:
         depth = offered(network, "ShuffledTokens", "depth", "keep_hidden=", "resume=")
-        first = depth // 3 if self.first is None else self.first
-        last = depth - 1 - depth // 3 if self.last is None else self.last
-        if not 0 <= first <= last < depth:
-            raise UserError(f"first={first}, last={last}: must be 0 <= first <= last < {depth}")
+        first, last = middle_blocks(depth, self.first, self.last)
         self.keep_hidden = (first - 1, last)
 
     def describe(self) -> str:
