@@ -1,12 +1,13 @@
-r"""Encode shards of images with a diffusers AutoencoderKL, once, before training on its latents.
+r"""Encode shards of images with a diffusers autoencoder, once, before training on its latents.
 
     python data/encode_latents.py "data/imagenet256/train-*.tar" \
         --autoencoder stabilityai/sd-vae-ft-mse --output data/imagenet256_latents
 
 Needs ``pip install -e ".[latents]"``. Each shard becomes one of the same name, keys and labels,
 with the moments of the posterior, mean and log-variance (2C, h, w), of each image (``.npy``) and of
-its mirror image (``.flip.npy``); with ``--dtype bfloat16`` their bits (``.bf16.npy`` and
-``.flip.bf16.npy``). Training samples the posterior anew each time. Beside them:
+its mirror image (``.flip.npy``), or with latents (C, h, w) where there is no posterior; with
+``--dtype bfloat16`` their bits (``.bf16.npy`` and ``.flip.bf16.npy``). Training samples the
+posterior anew each time. Beside them:
 
     latents.json  what made them, and mean and std of the latents per channel
     index.json    samples, bytes and sha256 of each shard
@@ -55,7 +56,7 @@ SECONDS = 60  # more than writing the files that describe the whole takes
 def arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(
-        description="Encode shards of images with a diffusers AutoencoderKL.",
+        description="Encode shards of images with a diffusers AutoencoderKL or AutoencoderDC.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

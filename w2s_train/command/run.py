@@ -31,6 +31,7 @@ from w2s_train.command.config import (
     locate,
 )
 from w2s_train.command.flags import check_callbacks, check_flags, check_precision, seed_of
+from w2s_train.command.latents import fill_in
 from w2s_train.command.processes import check_processes, cluster_environments
 from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
 from w2s_train.datamodule import ShardDataModule, classes_of
@@ -162,6 +163,7 @@ class Command(LightningCLI):
             data = config.data
             data.num_classes = classes_of(data.train_urls, data.images, data.made_by)
             config.model.network.init_args.num_classes = data.num_classes
+        fill_in(config.model, config.data)
         self.goes_on = False
         if subcommand != "reference":
             self.goes_on = config.ckpt_path == "last"

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from w2s_train.autoencoder import LATENTS, load_autoencoder, split_moments, weights_digest
+from w2s_train.autoencoder import LATENTS, load_autoencoder, weights_digest
+from w2s_train.autoencoder.of_diffusers import encode_images, posterior, shrinks_by
 from w2s_train.errors import UserError
 from w2s_train.prepare.engine import Task, Work, changed, write_json
 from w2s_train.shards.decode import decode_image
@@ -174,7 +175,7 @@ class Encoder(Work):
         self.dtype = getattr(torch, settings.dtype)
         vae = load_autoencoder(settings.autoencoder, "autoencoder", settings.revision)
         config, (height, width) = vae.config, settings.size
-        factor = 2 ** (len(config.block_out_channels) - 1)
+        factor = shrinks_by(vae)
         if height % factor or width % factor:
             raise UserError(
                 f"source: must hold images whose height and width are multiples of {factor}, the "
@@ -203,7 +204,7 @@ class Encoder(Work):
             fields[FLIPPED + kind] = self.moments(x.flip(-1))
         for moments in fields.values():
             self._check_finite(moments, batch, source)
-            for name, value in sums(moments).items():
+            for name, value in sums(moments, self.facts.latent_shape[0]).items():
                 writer.add(name, value)
         for row, image in enumerate(batch):
             contents = {name: array_bytes(moments[row]) for name, moments in fields.items()}
@@ -211,11 +212,11 @@ class Encoder(Work):
 
     @torch.no_grad()
     def moments(self, x: Tensor) -> Tensor:
-        """Of the posterior (B, 2C, h, w), as they are stored, for images (B, C, H, W) float32."""
+        """What is stored, (B, 2C, h, w) or latents (B, C, h, w), of images (B, 3, H, W) float32."""
         lower = self.settings.precision == "bfloat16"
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
-                moments = self.vae.encode(x).latent_dist.parameters
+                moments = encode_images(self.vae, x)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"batch_size={self.settings.batch_size}: must be smaller, {self.device} has not "
@@ -233,17 +234,17 @@ class Encoder(Work):
             )
 
 
-def sums(moments: Tensor) -> dict[str, np.ndarray]:
-    """What mean and variance of latents z need, for moments (B, 2C, h, w).
+def sums(moments: Tensor, channels: int) -> dict[str, np.ndarray]:
+    """What mean and variance of latents z need, for moments (B, 2C, h, w) or latents (B, C, h, w).
 
     Over images, height and width: of E[z] = mean and of E[z^2] = mean^2 + std^2, each (C,)
     float64, and how many numbers of each channel these are.
     """
-    mean, std = split_moments(moments.double())
-    over = (0, 2, 3)
+    mean, std = posterior(moments.double(), channels)
+    over, square = (0, 2, 3), mean.square()
     return {
         "first": mean.sum(over).numpy(),
-        "second": (mean.square() + std.square()).sum(over).numpy(),
+        "second": (square if std is None else square + std.square()).sum(over).numpy(),
         "count": np.array(mean.numel() // mean.shape[1]),
     }
 
