@@ -123,6 +123,23 @@ def test_choices_that_cannot_be(network: DiT, scales: dict, message: str):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_left_where_another_range_ends_was_trained(network: DiT):
+    """Together 0.25 is inside both laws; from 0.4 on the second is alone, below its own."""
+    law = UniformScale(0.1, 0.6, plain=0.2)
+    trained = objective(drawn("class", 0.75), Extrapolation(0.0, 0.9, law, EMA(), name="slow"))
+    with pytest.raises(
+        UserError, match=r"^scales.slow.scale=0.05: must be in \[0.1, 0.6\].*t=0.4$"
+    ):
+        both = {"class": Choice(0.2, 0.15, 0.4), "slow": Choice(0.05, 0.2, 0.55)}
+        Inbuilt(both).bind(network, trained)
+    Inbuilt({"class": 0.2, "slow": Choice(0.1, 0.2, 0.55)}).bind(network, trained)  # a number, too
+
+
+def test_a_law_that_never_trains_scale_0_is_warned_about():
+    with pytest.warns(UserWarning, match="low=0.1, plain=0.0: scale 0 is never trained so"):
+        UniformScale(0.1, 0.6, plain=0.0)
+
+
 def test_a_sum_counts_where_both_act(network: DiT):
     """Each alone may be as strong as it was trained."""
     Inbuilt({"slow": Choice(0.75, 0.5), "class": Choice(0.5, 0.0, 0.5)}).bind(network, TRAINED)

@@ -161,11 +161,24 @@ def test_two_correlated_sources_need_the_joint_regression():
         assert found[f"{name}/progress"] == pytest.approx(1, abs=1e-4)
 
 
-def test_equal_sources_have_no_joint_regression():
+def test_the_guidance_reached_by_each_of_three_sources():
+    """1 + w_k / (1 - W), though their differences are alike."""
+    v, common, one, other = torch.randn(4, 60, *SHAPE)
+    weak = [0.5 * v + common, 0.4 * v + common + 0.5 * one, 0.6 * v + common + 0.4 * other]
+    w, t = [0.15, 0.30, 0.22], torch.linspace(0, 1, 60)
+    found = numbers(of(differences(weak, w, v), t))
+    for k, scale in enumerate(w):
+        assert found[f"s{k}/guideability_joint"] == pytest.approx(-scale, abs=1e-4)
+        assert found[f"s{k}/scale_reached"] == pytest.approx(1 + scale / (1 - sum(w)), rel=1e-3)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_sources_that_are_alike_have_no_joint_numbers(noise):
     v, weak = torch.randn(2, 30, *SHAPE)
-    found = numbers(of(differences([weak, weak], [0.2, 0.3], v), torch.linspace(0, 1, 30)))
-    assert not [key for key in found if key.endswith("joint")]
-    assert found["s0/guideability"] == pytest.approx(-0.5, abs=1e-4)
+    weak = [weak, weak + noise * torch.randn_like(weak)]
+    found = numbers(of(differences(weak, [0.2, 0.3], v), torch.linspace(0, 1, 30)))
+    assert not [key for key in found if key.endswith(("joint", "progress", "scale_reached"))]
+    assert found["s0/guideability"] == pytest.approx(-0.5, abs=1e-3)
 
 
 def test_no_value_without_a_difference():

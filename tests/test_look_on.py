@@ -355,6 +355,8 @@ def test_bad_settings_are_refused():
     pair = [LookOn(0.0, 1.0, sources.NullClass()) for _ in range(2)]
     with pytest.raises(UserError, match="must have names of their own"):
         small(*pair)
+    label = LookOn(0.0, 1.0, sources.RandomLabel())  # needs labels, but no null class
+    WeakToStrongObjective(LinearInterpolant(), Uniform(), [label]).bind(small()[1], 0)
     objective = WeakToStrongObjective(LinearInterpolant(), Uniform(), pair[:1])
     with (
         warnings.catch_warnings(),

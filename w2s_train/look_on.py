@@ -99,7 +99,8 @@ class Apart(WeakSource):
 
     def __init__(self, source: WeakSource) -> None:
         super().__init__()
-        self.source, self.needs_label = source, source.needs_label
+        self.source = source
+        self.needs_label, self.needs_null = source.needs_label, source.needs_null
         self.learner, self.lessons = Learner([], ""), list[Sequence[Tensor]]()
 
     @property

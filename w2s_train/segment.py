@@ -210,11 +210,11 @@ class Extrapolation(Segment):
                 "itself, must be a weak source without parameters of its own"
             )
         self.max_difference, self.from_average = max_difference, from_average
-        limit, guides = weak.scale_limit, self.effective_scale()
+        limit, guides, law = weak.scale_limit, self.effective_scale(), self.drawn
         if scale >= limit and not allow_unstable:
             raise UserError(
-                f"scale={scale}: must be in [0, {limit}) for {type(weak).__name__}; it guides by "
-                f"{guides:.3g}, and larger ones diverge (allow_unstable: true accepts it)"
+                f"scale={law or scale}: must be in [0, {limit}) for {type(weak).__name__}; "
+                f"it guides by {guides:.3g}, and larger ones diverge (allow_unstable: true accepts)"
             )
         if guides > 1 / (1 - WARN_ABOVE) + 1e-9 and not self.drawn:
             warnings.warn(

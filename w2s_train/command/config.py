@@ -226,10 +226,9 @@ def locate(message: str, config: Any) -> str:
     if not found:
         return " ".join(message.split())
     line, name, value = found.groups()
-    for key, leaf in walk(config):
-        if key.split(".")[-1] == name and str(leaf) == value:
-            return key.removesuffix(name) + line
-    return line
+    keys = [key for key, leaf in walk(config) if key.split(".")[-1] == name and str(leaf) == value]
+    # What lies deeper is made first, and refused first.
+    return max(keys, key=lambda key: key.count(".")).removesuffix(name) + line if keys else line
 
 
 def explain(message: str, parts: dict[str, Any]) -> str:

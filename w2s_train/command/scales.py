@@ -31,6 +31,8 @@ def with_scales(args: list[str]) -> list[str]:
             kept.append(word)
             continue
         value = value if equals else next(words, "")
+        if value.startswith("--"):
+            raise UserError("scale: must have a value, such as head=0.6:0.2-1")
         if command == "sample" and re.fullmatch(r"-?\d+", value):
             kept.append(f"--scale={value}")
         elif not (choice := CHOICE.fullmatch(value)):

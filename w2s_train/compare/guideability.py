@@ -111,7 +111,7 @@ def figure(found: Found) -> Figure:
         axes.set_xlabel("t (0 is data, 1 is noise)", color=SOFT)
     for axes in grid[:, 0]:
         axes.set_ylabel("γ", color=SOFT)
-    grid[0, 0].legend(frameon=False, fontsize=7)
+    next(axes for axes in grid.flat if axes.lines[1:]).legend(frameon=False, fontsize=7)
     return made
 
 

@@ -48,8 +48,8 @@ class Inbuilt(Guidance):
     """The scales that a network takes as inputs, at one evaluation per call, as unguided.
 
     Args:
-        scales: By the name of the segment that drew the scale in training; sources that are not
-            named have scale 0.
+        scales: By the name of the segment that drew the scale in training; a number is one at all
+            times, and sources that are not named have scale 0.
 
     Raises:
         UserError: A number out of its range; in `bind`, a name that is no input of the network, a
@@ -58,8 +58,8 @@ class Inbuilt(Guidance):
 
     needs_label = False
 
-    def __init__(self, scales: dict[str, Choice]) -> None:
-        self.scales = scales
+    def __init__(self, scales: dict[str, Choice | float]) -> None:
+        self.scales = {k: c if isinstance(c, Choice) else Choice(c) for k, c in scales.items()}
         self.order: list[str] = []  # of the network's inputs, from `bind`
         self.laws: dict[str, Drawn] = {}
 
@@ -79,7 +79,8 @@ class Inbuilt(Guidance):
                     f"scales.{name}.low={choice.low}, high={choice.high}: must be in [{low:g}, "
                     f"{high:g}], as it was trained"
                 )
-        for start in [0.0, *(choice.low for choice in self.scales.values())]:
+        ends = {end for choice in self.scales.values() for end in (choice.low, choice.high)}
+        for start in sorted({0.0, *ends}):
             self._check_sum(start)
 
     def _check_sum(self, t: float) -> None:

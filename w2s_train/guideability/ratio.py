@@ -12,7 +12,9 @@ a mean of ratios, whose deviation is several times larger.) The progress is
     -sum <d, v - strong> / sum w |d|^2,        1 at the fixed point, whatever scales were drawn.
 
 Where several sources act on a row their differences are correlated; then the joint regression of
-v - strong on all d_k is solved, and for the progress that on all w_k d_k.
+v - strong on all d_k is solved, and for the progress that on all w_k d_k. With the joint gamma_k of
+a fixed point, -w_k, the guidance reached by each is 1 + w_k / (1 - W), W their sum. Differences
+that are alike but for one part in ``ALIKE`` say nothing about each: then there is no number.
 """
 
 import itertools
@@ -26,6 +28,7 @@ from w2s_train.log import Log
 
 PARTS = ["", *(f"tenth_{k / 10:g}-{(k + 1) / 10:g}/" for k in range(10))]  # of time
 MARK = "|"  # in names of sums that become numbers here
+ALIKE = 1000  # condition of their correlations
 
 
 class Difference(NamedTuple):
@@ -103,7 +106,11 @@ def finish(numbers: dict[str, float]) -> dict[str, float]:
     for name, part in single:
         result |= _ratio(f"{name}/{part}", **parts[name, part])
     for name, part in parts.keys() - {*single}:
-        result |= _joint(name.split("+"), part, parts[name, part])
+        names, sums = name.split("+"), parts[name, part]
+        for each in names:  # what takes one source for all does not hold
+            for kind in ("progress" * ("h0,0" in sums), "scale_reached" * ("g0,0" in sums)):
+                result.pop(f"{each}/{part}{kind}", None)
+        result |= _joint(names, part, sums)
     return result
 
 
@@ -128,13 +135,19 @@ def _joint(names: list[str], part: str, sums: dict[str, float]) -> dict[str, flo
         ("guideability_joint", "g", "b", 1),
         ("progress", "h", "c", -1),
     ):
-        several = range(len(names))
-        if f"{gram}0,0" not in sums:
+        several = [k for k in range(len(names)) if sums.get(f"{gram}{k},{k}", 0.0) > 0]
+        if not several:
             continue
         rows = [[sums[f"{gram}{k},{j}"] for j in several] for k in several]
         matrix = torch.tensor(rows, dtype=torch.float64)
         right = torch.tensor([sums[f"{along}{k}"] for k in several], dtype=torch.float64)
-        if torch.linalg.matrix_rank(matrix, hermitian=True) == len(names):
-            for name, value in zip(names, torch.linalg.solve(matrix, right).tolist(), strict=True):
-                result[f"{name}/{part}{kind}"] = sign * value
+        size = matrix.diagonal().sqrt()
+        if torch.linalg.cond(matrix / size.outer(size)) > ALIKE:
+            continue
+        keys = [f"{names[k]}/{part}" for k in several]
+        values = sign * torch.linalg.solve(matrix, right)
+        result |= {f"{key}{kind}": x for key, x in zip(keys, values.tolist(), strict=True)}
+        if sign > 0 and (left := 1 + values.sum().item()) > 0:
+            reached = (1 - values / left).tolist()
+            result |= {f"{key}scale_reached": x for key, x in zip(keys, reached, strict=True)}
     return result

@@ -6,6 +6,7 @@ w = 1 - 1 / omega. Where several sources act on a row, what is drawn is their to
 
 import abc
 import math
+import warnings
 
 from torch import Tensor
 
@@ -35,6 +36,9 @@ class Drawn(abc.ABC):
     def describe(self) -> str:
         """One or two words and the range."""
 
+    def __str__(self) -> str:
+        return self.describe()
+
 
 class UniformScale(Drawn):
     """W is uniform in [low, high].
@@ -52,6 +56,12 @@ class UniformScale(Drawn):
         super().__init__(low, require("high", high, "(0, 1)"), plain)
         if not 0 <= low <= high:
             raise UserError(f"low={low}: must be in [0, high={high}]")
+        if low > 0 and plain == 0:
+            warnings.warn(
+                f"low={low}, plain={plain}: scale 0 is never trained so, and unguided sampling, "
+                "frozen copies and weak passes see it",
+                stacklevel=2,
+            )
 
     def quantile(self, u: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * u

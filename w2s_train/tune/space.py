@@ -105,8 +105,17 @@ class Space:
         spec = read_guidance(guidance)
         kind = spec["class_path"].rpartition(".")[2]
         texts = list(search) or list(DEFAULTS.get(kind, ()))
-        if kind == "Inbuilt" and not texts:
-            texts = inputs(objective)
+        if kind == "Inbuilt" and objective is not None:
+            known = inputs(objective)
+            if not known:
+                raise UserError(
+                    f"guidance={guidance}: must be of a run whose segments draw their scales "
+                    "(configs/weak/drawn.yaml); this one has none"
+                )
+            texts = texts or known
+            keys = sorted({text.partition("=")[0] for text in known})
+            if wrong := [t for t in texts if t.partition("=")[0] not in keys]:
+                raise UserError(f"search={wrong[0]}: must be of {', '.join(keys)}")
         if not texts:
             names = ", ".join(_arguments(spec)) or "none"
             raise UserError(
