@@ -1,0 +1,169 @@
+"""Averages that are made after training: the reference's numbers, and those of runs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from faulty import bad_loss
+from safetensors.torch import load_file
+from test_compile import waits
+from test_resume import assert_same, checkpoint, equal
+from torch import nn
+
+from w2s_train.callbacks import PowerAverages
+from w2s_train.errors import UserError
+from w2s_train.posthoc.power import WIDEST, exponent_of, mix, products, share, std_of
+from w2s_train.posthoc.snapshots import combined
+
+CALLBACK = "{class_path: w2s_train.callbacks.PowerAverages, init_args: {every: 2}}"
+OPTIONS = [f"--trainer.callbacks+={CALLBACK}", "--trainer.val_check_interval=1000"]
+
+
+@pytest.fixture(scope="module")
+def golden(pytestconfig: pytest.Config) -> Any:
+    """`phema.npz`: Karras et al.'s own code on a toy sequence; see its README.md."""
+    return np.load(pytestconfig.getoption("--golden") / "phema.npz")
+
+
+class Toy(nn.Module):
+    """Weights (D,), as a network has them."""
+
+    def __init__(self, weights: Any) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor(weights))
+
+
+def test_exponents(golden: Any):
+    found = [exponent_of(std) for std in golden["std_to_exp/std"]]
+    np.testing.assert_allclose(found, golden["std_to_exp/exp"], rtol=1e-12)
+    np.testing.assert_allclose(std_of(golden["exp_to_std/exp"]), golden["exp_to_std/std"])
+    assert exponent_of(WIDEST) == pytest.approx(0, abs=1e-9)
+    for std in (0.0, 0.3, math.nan):
+        with pytest.raises(UserError, match=r"std=\S+: must be above 0 and at most 0.2887"):
+            exponent_of(std)
+
+
+def test_shares_and_products(golden: Any):
+    pairs = zip(*(golden[f"beta/{name}"] for name in ("std", "t_delta", "t_next")), strict=True)
+    found = [1 - share(exponent_of(std), delta, seen) for std, delta, seen in pairs]
+    np.testing.assert_allclose(found, golden["beta/beta"], rtol=1e-12, atol=1e-15)
+    a, b = ([exponent_of(std) for std in golden[f"correlation/{x}_std"]] for x in "ab")
+    times = (golden[f"correlation/{x}_ofs"] for x in "ab")
+    found = [products(*each) for each in zip(a, next(times), b, next(times), strict=True)]
+    np.testing.assert_allclose(found, golden["correlation/value"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("run", ["even", "uneven"])
+def test_averages_and_what_is_made_of_them(golden: Any, run: str):
+    """Followed in float32, as runs do; put together in float64, as files are."""
+    about = json.loads(str(golden["runs_json"]))[run]
+    callback, network = PowerAverages(about["tracked_std"]), Toy(golden["init"])
+    callback.averages = [[network.weights.data.float()] for _ in about["tracked_std"]]
+    kept = []
+    for step, (w, images) in enumerate(
+        zip(golden["walk"], golden[f"run/{run}/batch"], strict=True), 1
+    ):
+        network.weights.data = torch.tensor(w)
+        callback.update(network, int(images))
+        if step in about["snapshot_step"]:
+            kept.append([each[0].numpy().copy() for each in callback.averages])
+    np.testing.assert_allclose(kept, golden[f"run/{run}/ema"], rtol=1e-4, atol=1e-5)
+    for end, number in (("end", len(kept)), ("earlier", about["earlier"])):
+        names = ("in_nimg", "in_std", "coefficients", "reconstructed")
+        images, stds, expected, result = (golden[f"run/{run}/{end}/{name}"] for name in names)
+        inputs = golden[f"run/{run}/ema"][:number].reshape(2 * number, -1)
+        for i, std in enumerate(about["target_std"]):
+            made = mix(stds, images, std, images[-1])
+            np.testing.assert_allclose(made.coefficients, expected[:, i], rtol=1e-9, atol=1e-12)
+            reads = [lambda name, x=x: torch.tensor(x) for x in inputs]
+            parts = list(zip(made.coefficients, reads, strict=True))
+            np.testing.assert_allclose(combined(parts, ["w"])["w"], result[i], rtol=1e-6)
+
+
+def test_a_tracked_average_is_itself():
+    """And more snapshots miss less."""
+    misses = []
+    for n in (2, 8, 32):
+        stds, times = [0.05, 0.1] * n, np.repeat(np.arange(1, n + 1), 2)
+        assert mix(stds, times, 0.1, n).miss < 1e-6
+        misses.append(mix(stds, times, 0.2, n).miss)
+    assert misses[0] > 0.4 and misses[2] < 0.01 and misses == sorted(misses, reverse=True)
+
+
+def test_a_step_that_is_passed_over_changes_nothing():
+    """Also if it is the first, and whoever knows of it: host or device."""
+    results = []
+    for bad in ([], [False], [torch.tensor(False)]):
+        network, callback = Toy([1.0, 2.0]), PowerAverages()
+        callback.averages = [[network.weights.detach().clone()] for _ in callback.stds]
+        for good in (*bad, torch.tensor(True), True, *bad, True):
+            if good is not False and bool(good):
+                network.weights.data = network.weights.data + 1
+            callback.update(network, 16, good)
+        results.append(callback.state_dict())
+    assert equal(results[0], results[1]) and equal(results[0], results[2])
+    assert results[0]["time"] == 48
+
+
+def test_what_is_refused():
+    for bad in (dict(every=0), dict(stds=[0.1]), dict(stds=[0.1, 0.1]), dict(stds=[0.1, 0.5])):
+        with pytest.raises(UserError, match="every=|stds=|std="):
+            PowerAverages(**bad)  # type: ignore[arg-type]
+    callback = PowerAverages()
+    with pytest.raises(UserError, match=r"stds=\[0.05, 0.1\]: must be \[0.05, 0.2\], as in"):
+        callback.load_state_dict(PowerAverages([0.05, 0.2]).state_dict())
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """All snapshots of a run, by name."""
+    return {path.name: load_file(path) for path in sorted((folder / "posthoc").glob("*"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_run_goes_on_bit_for_bit(command, devices: int):
+    """With the snapshots that it makes after."""
+    options = [*OPTIONS, f"--trainer.devices={devices}", "--checkpoint.every_n_train_steps=5"]
+    options += ["--trainer.strategy=ddp_fork"] * (devices > 1)
+    whole = command("fit", *options, "--trainer.max_steps=8", folder="whole")
+    first = command("fit", *options, "--trainer.max_steps=5", folder="first")
+    start = f"--ckpt_path={first}/checkpoints/last.ckpt"
+    part = command("fit", *options, "--trainer.max_steps=8", start, folder="part")
+    assert_same(checkpoint(whole), checkpoint(part))
+    states = [checkpoint(folder)["callbacks"]["PowerAverages"] for folder in (whole, part)]
+    assert equal(*states) and states[0]["time"] == 8 * 16 * devices
+    assert [*files(whole)] == [
+        f"step-{k:06d}-std-{s}.safetensors" for k in (2, 4, 6, 8) for s in (0.05, 0.1)
+    ]
+    assert equal(files(whole), files(first) | files(part))
+
+
+@pytest.mark.slow
+def test_no_host_waits(command, monkeypatch):
+    """And a host that learns late of bad steps changes no digit, nor does the callback one."""
+    bad_loss(dict.fromkeys((0, 2, 5), math.nan), patch=monkeypatch.setattr)
+    without = command("fit", OPTIONS[1], "--trainer.max_steps=6", folder="without")
+    at_once = command("fit", *OPTIONS, "--trainer.max_steps=6", folder="at_once")
+    monkeypatch.setattr("w2s_train.running.guard.waits_cost", lambda trainer: True)
+    late = command("fit", *OPTIONS, "--trainer.max_steps=6", folder="late")
+    for folder in (without, late):
+        assert_same(checkpoint(at_once), checkpoint(folder))
+    assert equal(*(checkpoint(each)["callbacks"]["PowerAverages"] for each in (at_once, late)))
+    assert equal(files(at_once), files(late))
+    never = OPTIONS[0].replace("every: 2", "every: 999")
+    assert waits(command, monkeypatch, never, OPTIONS[1], "--trainer.max_steps=6") == []
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_back_forgets_what_came_later(command, monkeypatch):
+    bad_loss(dict.fromkeys((4, 5, 6), math.nan), patch=monkeypatch.setattr)
+    options = [*OPTIONS, "--guard.patience=3", "--checkpoint.every_n_train_steps=3"]
+    folder = command("fit", *options, "--trainer.max_steps=9")
+    steps = sorted({int(name[5:11]) for name in files(folder)})
+    assert steps == [2, 8]  # of 4 and 6 the weights were given up
+    state = checkpoint(folder)["callbacks"]["PowerAverages"]
+    assert state["time"] == 16 * 5  # three steps before, two after
