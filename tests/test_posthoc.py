@@ -2,22 +2,32 @@
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from faulty import bad_loss
+from PIL import Image
 from safetensors.torch import load_file
 from test_compile import waits
 from test_resume import assert_same, checkpoint, equal
 from torch import nn
 
 from w2s_train.callbacks import PowerAverages
-from w2s_train.errors import UserError
+from w2s_train.cli import main
+from w2s_train.errors import PREEMPTED, UserError
+from w2s_train.evaluation.fid import FID
+from w2s_train.models import saved_network
 from w2s_train.posthoc.power import WIDEST, exponent_of, mix, products, share, std_of
 from w2s_train.posthoc.snapshots import combined
+from w2s_train.posthoc.weights import Kept
+from w2s_train.scores import read_scores
+from w2s_train.signals import REQUESTS
 
 CALLBACK = "{class_path: w2s_train.callbacks.PowerAverages, init_args: {every: 2}}"
 OPTIONS = [f"--trainer.callbacks+={CALLBACK}", "--trainer.val_check_interval=1000"]
@@ -167,3 +177,121 @@ def test_a_run_that_goes_back_forgets_what_came_later(command, monkeypatch):
     assert steps == [2, 8]  # of 4 and 6 the weights were given up
     state = checkpoint(folder)["callbacks"]["PowerAverages"]
     assert state["time"] == 16 * 5  # three steps before, two after
+
+
+# ---- lightning ema --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(fits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with snapshots at the steps 2, 4 and 6."""
+    made = fits(*OPTIONS)
+    return shutil.copytree(made, tmp_path_factory.mktemp("kept") / "run", symlinks=True)
+
+
+@pytest.fixture
+def run(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(ROOT)
+    return shutil.copytree(kept, tmp_path / "kept", symlinks=True)
+
+
+def ema(run: Path, *options: str) -> dict:
+    main(["ema", str(run), "--std=0.05:0.15", "--points=3", "--images=40", *options])
+    return json.loads((run / "ema" / "step-000006" / "result.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_curve(run: Path, capsys, monkeypatch):
+    """Its best weights score the same by the run's own scorer, and say what they are."""
+    result = ema(run)
+    assert [each["std"] for each in result["curve"]] == [0.05, 0.0866, 0.15]
+    values = [each["value"] for each in result["curve"]]
+    assert len({*values, result["own"]}) == 4
+    assert result["best"] == result["curve"][values.index(min(values))]["std"]
+    assert result["curve"][0]["miss"] < 1e-6 < result["curve"][2]["miss"]
+    text = capsys.readouterr().out
+    assert "own average" in text and "best.ckpt" in text
+    with Image.open(run / "ema/step-000006/figure.png") as figure:
+        assert figure.size[0] > 400
+    # Nothing is generated twice, and more points go on.
+    monkeypatch.setattr("w2s_train.tune.evaluator.Evaluator.score", None)
+    assert ema(run) == result
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    best = run / "ema/step-000006/best.ckpt"
+    folder = run.parent / "scored"
+    given = [f"--trainer.default_root_dir={folder}", f"--ckpt_path={best}"]
+    given += ["--data.first_seed=2000000000", "--data.num_generated=40"]
+    main(["validate", "-c", str(run / "config.yaml"), *given])
+    score = read_scores(folder)[0]
+    assert score.value == pytest.approx(result["fresh"]["best"], rel=1e-6)
+    assert score.protocol.weights == f"ema std {result['best']:g}"
+    assert score.protocol.ema_decay is None
+    with pytest.raises(SystemExit, match="ckpt_path=.*: must be of training; use --start_from="):
+        main(["fit", "-c", str(run / "config.yaml"), *given])
+
+
+@pytest.mark.slow
+def test_weights_are_those_of_a_tracked_average(run: Path):
+    """At a std that was followed; and those of an earlier checkpoint use no later snapshot."""
+    state = checkpoint(run)
+    made = Kept(run / "checkpoints/last.ckpt", saved_network(str(run / "checkpoints/last.ckpt")))
+    assert [each.step for each in made.snapshots] == [2, 2, 4, 4]
+    found = made.weights(0.1)
+    followed = state["callbacks"]["PowerAverages"]["averages"][1]
+    for value, expected in zip(found.values(), followed, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    early = run / "checkpoints/step-000003.ckpt"
+    assert [each.step for each in Kept(early, saved_network(str(early))).snapshots] == [2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--std=0.3:0.1"], "std=0.3:0.1: must be LOW:HIGH with LOW < HIGH"),
+        (["--std=0.1:0.4"], "std=0.4: must be above 0 and at most 0.2887"),
+        (["--std=0.001"], "std=0.001: must be nearer to 0.05, 0.1, whose averages at 3 times miss"),
+        (["--points=1"], "points=1: must be"),
+        (["--images=1"], "images=1: must be"),
+    ],
+)
+def test_bad_input(run: Path, options: list[str], message: str):
+    with pytest.raises(SystemExit, match=re.escape(message)) as stop:
+        ema(run, *options)
+    assert "\n" not in str(stop.value.code) and not (run / "ema").exists()
+
+
+@pytest.mark.slow
+def test_runs_and_files_that_do_not_fit(run: Path, tiny_run: Path):
+    with pytest.raises(SystemExit, match="must hold averages of w2s_train.callbacks.PowerAverages"):
+        main(["ema", str(tiny_run)])
+    path = next((run / "posthoc").iterdir())
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(SystemExit, match="must be a whole snapshot; remove it"):
+        ema(run)
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_stop_find_the_same(run: Path, monkeypatch):
+    """What was stopped goes on after the last score."""
+    result, calls, take = ema(run), [], FID.take
+
+    def asked(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 4:  # of the second score
+            REQUESTS.preempted = True
+        take(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(FID, "take", asked)
+        ema(run, "--name=stopped")
+    REQUESTS.reset()
+    assert stop.value.code == PREEMPTED
+    assert len((run / "ema/stopped/state.jsonl").read_text().splitlines()) == 2
+    ema(run, "--name=stopped")
+    ema(run, "--name=two", "--trainer.devices=2", "--trainer.strategy=ddp_fork")
+    for name in ("stopped", "two"):
+        again = json.loads((run / "ema" / name / "result.json").read_text())
+        for key in ("own", "best", "fresh", "curve"):
+            assert again[key] == result[key], (name, key)

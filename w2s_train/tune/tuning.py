@@ -1,12 +1,10 @@
 """The course of a tuning: the search on tuning seeds, then the scores on fresh ones."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import Timeout
 from rich.console import Console
 from torch import nn
 
@@ -14,12 +12,11 @@ from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError, needed, require
 from w2s_train.evaluation.fid import FID
 from w2s_train.evaluation.scorer import protocol_of, weights_digest
-from w2s_train.files import locked
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.module import DiffusionModule
 from w2s_train.scores import git_commit
 from w2s_train.tune.evaluator import Evaluator, build
-from w2s_train.tune.ledger import Ledger
+from w2s_train.tune.ledger import Ledger, alone
 from w2s_train.tune.outcome import Fresh, Images, Outcome
 from w2s_train.tune.search import Proposals, plan, search
 from w2s_train.tune.space import Space, Values
@@ -119,7 +116,7 @@ class Tuning:
             raise UserError(f"set_images={self.size}: must be at least one a process")
         self._check(self.budget.images or IMAGES, "images")
         self.evaluator = Evaluator(trainer, module, self.data, self.fid, self.after_batch)
-        with self._alone(folder):
+        with alone(trainer, folder, self.name):
             self.ledger = Ledger(
                 folder / "state.jsonl", self._about(), writes=trainer.is_global_zero
             )
@@ -135,21 +132,6 @@ class Tuning:
                 f"{limit}={getattr(self.budget, limit)}: must be enough for one candidate on "
                 f"{self.budget.sets} sets of {self.size:,}, {least:,} images; here it is {images:,}"
             )
-
-    @contextlib.contextmanager
-    def _alone(self, folder: Path) -> Iterator[None]:
-        """Keep other commands out of the folder."""
-        with contextlib.ExitStack() as stack:
-            if self.trainer.is_global_zero:
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    stack.enter_context(locked(folder / ".lock", 0))
-                except Timeout as error:
-                    raise UserError(
-                        f"name={self.name}: must not be tuned twice at a time"
-                    ) from error
-            self.trainer.strategy.barrier("the folder of the tuning")
-            yield
 
     def _about(self) -> dict[str, Any]:
         """What all scores depend on; another one is another search."""
