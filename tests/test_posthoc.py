@@ -28,6 +28,7 @@ from w2s_train.posthoc.snapshots import combined
 from w2s_train.posthoc.weights import Kept
 from w2s_train.scores import read_scores
 from w2s_train.signals import REQUESTS
+from w2s_train.tune.space import Space
 
 CALLBACK = "{class_path: w2s_train.callbacks.PowerAverages, init_args: {every: 2}}"
 OPTIONS = [f"--trainer.callbacks+={CALLBACK}", "--trainer.val_check_interval=1000"]
@@ -295,3 +296,28 @@ def test_two_processes_and_a_stop_find_the_same(run: Path, monkeypatch):
         again = json.loads((run / "ema" / name / "result.json").read_text())
         for key in ("own", "best", "fresh", "curve"):
             assert again[key] == result[key], (name, key)
+
+
+@pytest.mark.slow
+def test_tuning_searches_the_average_too(run: Path, capsys):
+    """The winner's weights, guided by its overlay, score as it does."""
+    main(["tune", str(run), "--search=scale=1:3", "--search=ema_std=0.05:0.15", "--images=540"])
+    folder = run / "tune/cfg"
+    result = json.loads((folder / "result.json").read_text())
+    best = result["candidates"][0]["values"]
+    assert {*best} == {"scale", "ema_std"} and "ema_std" not in result["settings"]["init_args"]
+    assert result["about"]["stds"] == [0.05, 0.1]
+    assert f"--ckpt_path {folder}/best.ckpt" in capsys.readouterr().out
+    options = [f"--ckpt_path={folder}/best.ckpt", "--data.first_seed=2000000000"]
+    options.append(f"--trainer.default_root_dir={run.parent / 'scored'}")
+    main(["validate", "-c", f"{run}/config.yaml", "-c", f"{folder}/winner.yaml", *options])
+    score = read_scores(run.parent / "scored")[0]
+    assert score.value == pytest.approx(result["fresh"]["winner"][0], rel=1e-6)
+    assert score.protocol.weights == f"ema std {best['ema_std']:g}"
+
+
+def test_the_average_goes_with_every_guidance():
+    spaces = [Space.of("cfg", [], averages=averages) for averages in (False, True)]
+    names = [[each.name for each in space.parameters] for space in spaces]
+    assert names[1] == [*names[0], "ema_std"]
+    assert spaces[1].settings({"scale": 2.0, "ema_std": 0.1})["init_args"]["scale"] == 2.0

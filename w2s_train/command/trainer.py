@@ -27,6 +27,7 @@ from w2s_train.evaluation.reference import ReferenceWriter
 from w2s_train.features import KEEP
 from w2s_train.models import offered
 from w2s_train.module import DiffusionModule
+from w2s_train.posthoc.snapshots import FOLDER
 from w2s_train.running.run import Run
 from w2s_train.secrets import redacted
 from w2s_train.tune.curve import Curve, Widths
@@ -226,7 +227,8 @@ class DiffusionTrainer(Trainer):
             name: Of the folder in tune/ of the run folder; that of the guidance if not given.
         """
         budget = Budget(images, minutes, sets, set_images)
-        space = Space.of(guidance, search or [], model.objective)
+        averages = any((Path(self.default_root_dir) / FOLDER).glob("*.safetensors"))
+        space = Space.of(guidance, search or [], model.objective, averages=averages)
         name = name or Path(guidance).stem.rpartition(".")[2]
         tuning = Tuning(name, space, budget, *self._scoring(datamodule))
         self.tuning = functools.partial(tuning, self, model)

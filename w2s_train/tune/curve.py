@@ -4,24 +4,23 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError, require
 from w2s_train.evaluation.fid import FID
-from w2s_train.evaluation.scorer import protocol_of, weights_digest
+from w2s_train.evaluation.scorer import protocol_of
 from w2s_train.files import atomic_write
 from w2s_train.module import DiffusionModule
 from w2s_train.posthoc.power import exponent_of
-from w2s_train.posthoc.weights import Kept
 from w2s_train.scores import git_commit
+from w2s_train.tune.averages import Averages
 from w2s_train.tune.evaluator import Evaluator
-from w2s_train.tune.ledger import Ledger, alone
+from w2s_train.tune.ledger import Ledger, alone, check_name
 from w2s_train.tune.tuning import FRESH, TIMES, TUNING
 
 
@@ -61,33 +60,6 @@ class Widths:
         return [float(f"{value:.4g}") for value in spaced]
 
 
-class Averages:
-    """Puts averages of any std in the place of a module's own, which is sampled from then on."""
-
-    def __init__(self, module: DiffusionModule, path: str | Path | None) -> None:
-        if path is None:
-            raise UserError("ckpt_path=null: must be a run, or a checkpoint of one")
-        self.kept = Kept(Path(path), module.network)
-        self.network = cast(nn.Module, module.ema.module)
-        self.own: dict[str, Tensor] = {
-            name: value.clone() for name, value in self.network.state_dict().items()
-        }
-        self.digest = weights_digest([self.network]).hexdigest()[:16]
-        self.std: float | None = None
-        module.scored_weights = ["ema"]
-
-    def use(self, std: float | None) -> None:
-        """That of a std; None for the run's own."""
-        if std != self.std:
-            self.network.load_state_dict(self.own | (self.kept.weights(std) if std else {}))
-            self.std = std
-
-    def describe(self) -> dict[str, Any]:
-        """What they are made of."""
-        snapshots = [[each.step, each.std] for each in self.kept.snapshots]
-        return {"weights_sha256": self.digest, "stds": self.kept.stds, "snapshots": snapshots}
-
-
 class Curve:
     """The course of the command.
 
@@ -98,6 +70,9 @@ class Curve:
         fid: Whose distance is the score.
         data: Says which classes, and how many images at a time.
         after_batch: Called with whether it was the last one.
+
+    Raises:
+        UserError: A number out of its range, or a name that is no folder's.
     """
 
     def __init__(
@@ -111,6 +86,8 @@ class Curve:
     ) -> None:
         self.size = data.num_generated if images is None else images
         require("images", self.size, f"[2, {FRESH - TUNING}]")
+        if name is not None:
+            check_name(name)
         self.widths, self.name, self.fid = widths, name, fid
         self.data, self.after_batch = data, after_batch
 

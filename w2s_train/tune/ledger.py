@@ -14,6 +14,12 @@ from w2s_train.secrets import redacted
 from w2s_train.tune.evaluator import Scored
 
 
+def check_name(name: str) -> None:
+    """Refuse one that is no folder's."""
+    if Path(name).name != name or name in (".", ".."):
+        raise UserError(f"name={name}: must be the name of a folder, without /")
+
+
 @contextlib.contextmanager
 def alone(trainer: Any, folder: Path, name: str) -> Iterator[None]:
     """Make a folder, and keep other commands out of it; UserError if there is one."""

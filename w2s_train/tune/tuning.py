@@ -15,11 +15,12 @@ from w2s_train.evaluation.scorer import protocol_of, weights_digest
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.module import DiffusionModule
 from w2s_train.scores import git_commit
+from w2s_train.tune.averages import Averages
 from w2s_train.tune.evaluator import Evaluator, build
-from w2s_train.tune.ledger import Ledger, alone
+from w2s_train.tune.ledger import Ledger, alone, check_name
 from w2s_train.tune.outcome import Fresh, Images, Outcome
 from w2s_train.tune.search import Proposals, plan, search
-from w2s_train.tune.space import Space, Values
+from w2s_train.tune.space import EMA_STD, Space, Values
 
 TUNING, FRESH = 10**9, 2 * 10**9  # the first seeds; a run's own scores begin at 0
 IMAGES = 40_000
@@ -94,8 +95,7 @@ class Tuning:
         data: ShardDataModule,
         after_batch: Callable[[bool], None],
     ) -> None:
-        if Path(name).name != name or name in (".", ".."):
-            raise UserError(f"name={name}: must be the name of a folder, without /")
+        check_name(name)
         if data.first_seed + data.num_generated * data.sampling_seeds > TUNING:
             raise UserError(f"data.first_seed={data.first_seed}: must leave seeds from {TUNING} on")
         with needed("optuna", "tune"):
@@ -109,6 +109,8 @@ class Tuning:
         """Search, score, and write what was found; goes on where an earlier start was stopped."""
         folder = Path(trainer.default_root_dir) / "tune" / self.name
         self.trainer, self.module, self.metric = trainer, module, ""
+        searched = any(each.name == EMA_STD for each in self.space.parameters)
+        self.averages = Averages(module, trainer.ckpt_path) if searched else None
         self.size = self.budget.size_of_a_set(
             self.fid.extractor.num_features, self.data.num_generated
         )
@@ -136,7 +138,7 @@ class Tuning:
     def _about(self) -> dict[str, Any]:
         """What all scores depend on; another one is another search."""
         protocol, network = protocol_of(self.module), self.module.settings[0].network
-        return {
+        return (self.averages.describe() if self.averages else {}) | {
             "weights_sha256": weights_digest([cast(nn.Module, network)]).hexdigest()[:16],
             "guidance": self.space.guidance,
             "search": [str(each) for each in self.space.parameters],
@@ -210,6 +212,8 @@ class Tuning:
     def _refusal(self, values: Values) -> str | None:
         try:
             self._guidance(values)
+            if self.averages is not None:
+                self.averages.kept.mix(values[EMA_STD])
         except UserError as error:
             return str(error)
         return None
@@ -219,6 +223,8 @@ class Tuning:
         known = self.ledger.find(values, seeds)
         if known is None:
             guidance = self._guidance(values)
+            if self.averages is not None:
+                self.averages.use(values[EMA_STD] if values else None)
             found = self.evaluator.score(guidance, seeds)
             known = self.ledger.add(values, seeds, found)
             if self.trainer.is_global_zero:
@@ -245,9 +251,13 @@ class Tuning:
         print(*outcome.summary(), sep="\n")
         run = folder.parent.parent
         print(f"written: {folder}/winner.yaml, result.json and figure.png")
+        path = self.trainer.ckpt_path
+        if self.averages is not None:
+            path = folder / "best.ckpt"
+            self.averages.kept.save(outcome.trials[0].values[EMA_STD], path)
         print(
             f"use it:  lightning sample -c {run}/config.yaml -c {folder}/winner.yaml --ckpt_path "
-            f"{self.trainer.ckpt_path}"
+            f"{path}"
         )
 
 
