@@ -34,7 +34,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrix_scale: Times ``lr`` that matrices learn at.
         momentum: Of matrices, in [0, 1).
         weight_decay: Of matrices; the rest has none.
-        newton_schulz: Steps of the iteration that orthogonalizes, in bfloat16.
+        newton_schulz: Steps of the iteration that orthogonalizes.
         betas: Of AdamW.
         adamw: Patterns (of `fnmatch`) of names that AdamW moves even if they are matrices.
 
@@ -118,14 +118,15 @@ def orthogonal(matrices: Tensor, steps: int) -> Tensor:
 
     Args:
         matrices: (N, A, B).
-        steps: Of a quintic Newton-Schulz iteration.
+        steps: Of a quintic Newton-Schulz iteration: in bfloat16 but for the CPU, where few are fast
+            in it.
 
     Returns:
-        (N, A, B) bfloat16.
+        (N, A, B), in what it was computed in.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.bfloat16()
+    x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
