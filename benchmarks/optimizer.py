@@ -5,7 +5,7 @@
 The parts of a step are timed in turn, round after round, at the shapes of B/2 (or another width):
 forward and backward pass of so many rows, a step of fused AdamW, one of Muon, one update of two
 averages. All are nearly proportional to the number of blocks. Ratios are for a step of
-``--global_rows``, whose passes take as many times longer, to one with AdamW; the median over rounds.
+``--global_rows``, whose passes take as many times longer, to one with AdamW; medians over rounds.
 """
 
 import argparse

@@ -34,7 +34,7 @@ def backward(named: dict[str, nn.Parameter], seed: int) -> None:
 
 
 def test_it_is_torchs_muon_and_adamw():
-    """A step moves a matrix by 1e-2; torch's is in bfloat16 on the CPU, too."""
+    """A step moves a matrix by up to 2e-2; torch's is in bfloat16 on the CPU, too."""
     ours, theirs = parameters(), parameters()
     together = MuonWithAdamW(ours.items(), lr=0.01, matrix_scale=2.0, weight_decay=0.1)
     matrices = [theirs[name] for name in ("a", "b", "tall")]
@@ -47,7 +47,7 @@ def test_it_is_torchs_muon_and_adamw():
             for optimizer in optimizers:
                 optimizer.step()
     for name in SHAPES:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=5e-4)  # bfloat16
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-3)  # bfloat16
     assert torch.equal(ours["bias"], theirs["bias"])
 
 
