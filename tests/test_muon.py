@@ -130,10 +130,11 @@ def test_a_run_goes_on_bit_for_bit(command, devices: int):
 @pytest.mark.slow
 def test_settings_apply_where_a_run_goes_on(command, caplog):
     folder = command("fit", *OVERLAY, "--trainer.max_steps=3")
-    option = "--model.optimizer.init_args.matrix_scale=0.5"
-    command("fit", *OVERLAY, "--ckpt_path=last", "--trainer.max_steps=5", option)
+    values = dict(matrix_scale=0.5, weight_decay=0.01, lr=1e-4)
+    options = [f"--model.optimizer.init_args.{name}={value}" for name, value in values.items()]
+    command("fit", *OVERLAY, "--ckpt_path=last", "--trainer.max_steps=5", *options)
     (group,) = checkpoint(folder)["optimizer_states"][0]["param_groups"]
-    assert (group["matrix_scale"], group["lr"]) == (0.5, 2e-4)
+    assert {name: group[name] for name in values} == values
     with pytest.raises(SystemExit, match="adamw=.*: must be "):
         other = "--model.optimizer.init_args.adamw=['*embed*']"
         command("fit", *OVERLAY, "--ckpt_path=last", "--trainer.max_steps=6", other)

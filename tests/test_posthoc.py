@@ -1,10 +1,12 @@
 """Averages that are made after training: the reference's numbers, and those of runs."""
 
+import errno
 import json
 import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -129,6 +131,21 @@ def test_what_is_refused():
         callback.load_state_dict(PowerAverages([0.05, 0.2]).state_dict())
 
 
+def test_a_full_disk_costs_a_snapshot_and_not_the_run(tmp_path: Path, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("w2s_train.posthoc.averages.write", full)
+    module: Any = SimpleNamespace(network=Toy([1.0, 2.0]), device="cpu", images_seen=0, good=True)
+    trainer: Any = SimpleNamespace(global_step=0, is_global_zero=True, default_root_dir=tmp_path)
+    callback = PowerAverages(every=1)
+    callback.on_train_start(trainer, module)
+    trainer.global_step, module.images_seen = 1, 16
+    with pytest.warns(UserWarning, match="No space left.*training goes on without this snapshot"):
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    assert callback.time == 16
+
+
 def files(folder: Path) -> dict[str, Any]:
     """All snapshots of a run, by name."""
     return {path.name: load_file(path) for path in sorted((folder / "posthoc").glob("*"))}
@@ -230,6 +247,8 @@ def test_the_curve(run: Path, capsys, monkeypatch):
     assert score.protocol.ema_decay is None
     with pytest.raises(SystemExit, match="ckpt_path=.*: must be of training; use --start_from="):
         main(["fit", "-c", str(run / "config.yaml"), *given])
+    start = [f"--start_from={best}", given[0] + "-new", "--trainer.max_steps=2"]
+    main(["fit", "-c", str(run / "config.yaml"), *start])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What a run keeps so that averages of any length can be made after it: two, now and then."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +9,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor, nn
 
+from w2s_train.checkpoint_file import FULL
 from w2s_train.errors import UserError, require
 from w2s_train.posthoc.power import exponent_of, share
 from w2s_train.posthoc.snapshots import FOLDER, Snapshot, forget, write
@@ -114,12 +116,17 @@ class PowerAverages(Callback):
             torch._foreach_lerp_(average, new, weights=[weight.float()] * len(new))
 
     def _write(self, folder: Path, network: Any) -> None:
+        """Both; a full disk costs the snapshot, and not the run."""
         folder.mkdir(parents=True, exist_ok=True)
-        names = trained(network)
-        for std, average in zip(self.stds, self.averages, strict=True):
-            about = Snapshot(self.step, int(self.time), std)
-            tensors = zip(names, average, strict=True)
-            write(folder, about, {name: x.to("cpu", self.dtype) for name, x in tensors}, network)
+        names, images = trained(network), int(self.time)
+        try:
+            for std, average in zip(self.stds, self.averages, strict=True):
+                tensors = {n: x.to("cpu", self.dtype) for n, x in zip(names, average, strict=True)}
+                write(folder, Snapshot(self.step, images, std), tensors, network)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            warnings.warn(f"{error}; training goes on without this snapshot", stacklevel=2)
 
 
 def trained(network: Any) -> dict[str, nn.Parameter]:
