@@ -34,6 +34,7 @@ from w2s_train.tune.space import Space
 
 CALLBACK = "{class_path: w2s_train.callbacks.PowerAverages, init_args: {every: 2}}"
 OPTIONS = [f"--trainer.callbacks+={CALLBACK}", "--trainer.val_check_interval=1000"]
+OVERLAY = ["-c", "configs/ema/posthoc.yaml", "--trainer.val_check_interval=1000"]
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +183,8 @@ def test_no_host_waits(command, monkeypatch):
         assert_same(checkpoint(at_once), checkpoint(folder))
     assert equal(*(checkpoint(each)["callbacks"]["PowerAverages"] for each in (at_once, late)))
     assert equal(files(at_once), files(late))
-    never = OPTIONS[0].replace("every: 2", "every: 999")
-    assert waits(command, monkeypatch, never, OPTIONS[1], "--trainer.max_steps=6") == []
+    assert waits(command, monkeypatch, *OVERLAY, "--trainer.max_steps=6") == []
+    assert "PowerAverages" in checkpoint(late.parent / "run")["callbacks"]
 
 
 @pytest.mark.slow
