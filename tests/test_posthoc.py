@@ -139,8 +139,10 @@ def test_a_full_disk_costs_a_snapshot_and_not_the_run(tmp_path: Path, monkeypatc
     monkeypatch.setattr("w2s_train.posthoc.averages.write", full)
     module: Any = SimpleNamespace(network=Toy([1.0, 2.0]), device="cpu", images_seen=0, good=True)
     trainer: Any = SimpleNamespace(global_step=0, is_global_zero=True, default_root_dir=tmp_path)
-    callback = PowerAverages(every=1)
-    callback.on_train_start(trainer, module)
+    for max_steps, expected in ((1800, 36), (-1, 1000), (8, 1)):  # also the last: every step
+        trainer.max_steps, callback = max_steps, PowerAverages()
+        callback.on_train_start(trainer, module)
+        assert callback.apart == expected
     trainer.global_step, module.images_seen = 1, 16
     with pytest.warns(UserWarning, match="No space left.*training goes on without this snapshot"):
         callback.on_train_batch_end(trainer, module, None, None, 0)
@@ -183,7 +185,9 @@ def test_no_host_waits(command, monkeypatch):
         assert_same(checkpoint(at_once), checkpoint(folder))
     assert equal(*(checkpoint(each)["callbacks"]["PowerAverages"] for each in (at_once, late)))
     assert equal(files(at_once), files(late))
-    assert waits(command, monkeypatch, *OVERLAY, "--trainer.max_steps=6") == []
+    never = OPTIONS[0].replace("every: 2", "every: 999")
+    assert waits(command, monkeypatch, never, OPTIONS[1], "--trainer.max_steps=6") == []
+    command("fit", *OVERLAY, "--trainer.max_steps=6")
     assert "PowerAverages" in checkpoint(late.parent / "run")["callbacks"]
 
 

@@ -29,7 +29,8 @@ class PowerAverages(Callback):
     Args:
         stds: Of the averages, each above 0 and at most 0.2887; parts of the run that they look
             back. Two, 0.05 and 0.10, span most others (Karras et al., 2024).
-        every: Optimizer steps between two snapshots.
+        every: Optimizer steps between two snapshots; None is a fiftieth of the run's, and 1000 where
+            it has no end.
         dtype: Of the files.
 
     Raises:
@@ -37,9 +38,14 @@ class PowerAverages(Callback):
     """
 
     def __init__(
-        self, stds: Sequence[float] = (0.05, 0.10), every: int = 1000, dtype: Half = "float16"
+        self,
+        stds: Sequence[float] = (0.05, 0.10),
+        every: int | None = None,
+        dtype: Half = "float16",
     ) -> None:
-        self.stds, self.every = list(stds), require("every", every, "[1, inf)")
+        self.stds, self.every = list(stds), every
+        if every is not None:
+            require("every", every, "[1, inf)")
         self.dtype = getattr(torch, dtype)
         self.exponents = [exponent_of(std) for std in self.stds]
         if len({*self.stds}) < 2 or len({*self.stds}) < len(self.stds):
@@ -72,6 +78,9 @@ class PowerAverages(Callback):
             self.averages = [[weight.float().clone() for weight in weights] for _ in self.stds]
         self.averages = [[tensor.to(device) for tensor in each] for each in self.averages]
         self.step, self.images = trainer.global_step, pl_module.images_seen
+        self.apart = self.every or (
+            max(1, trainer.max_steps // 50) if trainer.max_steps > 0 else 1000
+        )
         if trainer.is_global_zero:
             forget(Path(trainer.default_root_dir) / FOLDER, self.step)
 
@@ -93,7 +102,7 @@ class PowerAverages(Callback):
         images, self.images = pl_module.images_seen - self.images, pl_module.images_seen
         self.step = trainer.global_step
         self.update(pl_module.network, images, pl_module.good)
-        if self.step % self.every == 0 and trainer.is_global_zero:
+        if self.step % self.apart == 0 and trainer.is_global_zero:
             self._write(Path(trainer.default_root_dir) / FOLDER, pl_module.network)
 
     @torch.no_grad()
