@@ -29,8 +29,8 @@ class PowerAverages(Callback):
     Args:
         stds: Of the averages, each above 0 and at most 0.2887; parts of the run that they look
             back. Two, 0.05 and 0.10, span most others (Karras et al., 2024).
-        every: Optimizer steps between two snapshots; None is a fiftieth of the run's, and 1000 where
-            it has no end.
+        every: Optimizer steps between two snapshots; None is a fiftieth of the run's, or 1000
+            where it has no end.
         dtype: Of the files.
 
     Raises:
