@@ -17,7 +17,7 @@ from w2s_train.errors import UserError, require
 from w2s_train.generation import Setting, all_settings, generate
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.guideability.ratio import finish
-from w2s_train.loading import check_optimizer, load_module
+from w2s_train.loading import check_optimizer, load_module, optimizer_over
 from w2s_train.log import Log
 from w2s_train.models import Network, WeightAverage, check_network, made_of, offered
 from w2s_train.models.saved import check_scales
@@ -226,7 +226,7 @@ class DiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over everything that needs gradients, and the schedule."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = optimizer_over(self)
         optimizer.register_load_state_dict_pre_hook(keep_fused)
         if self.scheduler is None:
             return optimizer

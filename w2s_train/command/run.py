@@ -61,8 +61,8 @@ from w2s_train.secrets import redacted, show_no_secrets
 from w2s_train.shards.workers import lost_worker
 
 PROFILE = "--profile"  # a switch and no key: it belongs to no experiment, and into no config
-CHECKED = ("fit", "validate", "test", "tune")  # by scorers
-WITHOUT_LOGGERS = ("predict", "sample", "reference", "tune")
+CHECKED = ("fit", "validate", "test", "tune", "ema")  # by scorers
+WITHOUT_LOGGERS = ("predict", "sample", "reference", "tune", "ema")
 QUIET = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "strict"}
 CLASSES = {
     "trainer": DiffusionTrainer,
@@ -89,7 +89,7 @@ class Command(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Methods of the trainer, and which of their arguments are no options."""
-        ours = {name: {"model", "datamodule"} for name in ("sample", "reference", "tune")}
+        ours = {name: {"model", "datamodule"} for name in ("sample", "reference", "tune", "ema")}
         return {**LightningCLI.subcommands(), **ours}
 
     def _prepare_subcommand_parser(
@@ -396,6 +396,8 @@ class Command(LightningCLI):
         if path is None:
             return
         content = read_file(path, mmap=True)
+        if "optimizer_states" not in content:
+            raise UserError(f"ckpt_path={path}: must be of training; use --start_from={path}")
         settings, reached = content.get("hyper_parameters"), content.get("global_step", 0)
         before = self.record.last_config() if self.record.resumed else {}
         if settings is not None:
