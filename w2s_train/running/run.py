@@ -85,6 +85,8 @@ class Run(Checkpoint):
             self.record.count_start()
             if not self.record.resumed:
                 self.record.write_start(trainer)
+        for term in pl_module.objective.align.terms:
+            rank_zero_info(term.describe())
         self.guard.start(trainer)
         self.held_out.start(trainer, pl_module)
 
