@@ -264,7 +264,6 @@ def test_a_run_with_segments_and_terms_resumes_bitwise(tmp_path: Path):
 @pytest.mark.slow
 def test_the_judge_is_refused_as_encoder(tmp_path: Path, capsys):
     encoder = online("data/digits/classifier.safetensors")
-    encoder["init_args"]["extractor"]["init_args"]["dataset"] = "digits"
     options = overlay(tmp_path, encoder)
     features = ClassifierFeatures(str(ROOT / "data/digits/classifier.safetensors"))
     features.load()

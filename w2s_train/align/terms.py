@@ -142,6 +142,12 @@ class Alignment(nn.Module):
         return f"alignment {self.name}: {how}"
 
 
+def weights_of(described: str) -> str:
+    """The hash in what an extractor says of itself, or all that it says."""
+    found = re.search(r"sha256:\w+", described)
+    return found[0] if found else described
+
+
 class Alignments(nn.ModuleList):
     """All terms of an objective; mostly none.
 
@@ -196,7 +202,7 @@ class Alignments(nn.ModuleList):
             UserError: One of the terms has that very extractor.
         """
         for name, encoder in self.encoders().items():
-            if encoder == judge:
+            if weights_of(encoder) == weights_of(judge):
                 raise UserError(
                     f"align={name}: must not have the extractor of the scores as its encoder "
                     f"({judge}); one trained with another seed is made by data/classifier.py"
