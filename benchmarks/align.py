@@ -35,11 +35,14 @@ def with_tokens(recipe: str, setting: Setting, kind: str) -> Timed:
     return timed
 
 
-def measure(network: str, recipe: str, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+def measure(
+    network: str, recipe: str, rounds: int, rows: int, device: torch.device
+) -> list[dict[str, Any]]:
     """The ratios of one recipe."""
     size, gpu = NETWORKS[network], device.type == "cuda"
     batch, steps = (size.gpu_batch, size.gpu_steps) if gpu else (size.batch, size.steps)
     precision = "bf16-mixed" if gpu else "32-true"
+    batch = rows or batch
     setting = Setting(network, precision, gpu, batch, steps, [], device)
     timed = {"none": Timed(recipe, setting)}
     timed |= {kind: with_tokens(recipe, setting, kind) for kind in KINDS}
@@ -66,12 +69,15 @@ def main() -> None:
     parser.add_argument("--networks", default="small", help="small, s2, b2, ...")
     parser.add_argument("--recipes", default="none,head_above")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=0, help="rows; 0 is the network's own")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     quiet_lightning()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pairs = [(n, r) for n in args.networks.split(",") for r in args.recipes.split(",")]
-    entries = [about() | e for n, r in pairs for e in measure(n, r, args.rounds, device)]
+    entries = [
+        about() | e for n, r in pairs for e in measure(n, r, args.rounds, args.batch, device)
+    ]
     if args.json:
         write_json(args.json, entries)
 
