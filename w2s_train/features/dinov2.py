@@ -87,6 +87,8 @@ class DINOv2Features(FeatureExtractor):
         state["pos_embed"] = torch.cat([token, resample_positions(positions, side)], dim=1)
         network.load_state_dict(state)
         self.network = network.eval().requires_grad_(False)
+        # On the device: torchvision's `normalize` would make the host wait for it.
+        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(3, 1, 1)) for v in (MEAN, STD))
         self.num_features = network.num_features
 
     def _published(self) -> nn.Module:
@@ -128,7 +130,5 @@ class DINOv2Features(FeatureExtractor):
 
     def _pixels(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 as the network takes them, in the type of its weights."""
-        from torchvision.transforms.functional import normalize
-
         x = resize_bicubic(images.expand(-1, 3, -1, -1), SIZE) / 255
-        return normalize(x, MEAN, STD).to(self.network.pos_embed.dtype)
+        return ((x - self.mean) / self.std).to(self.network.pos_embed.dtype)
