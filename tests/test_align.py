@@ -1,5 +1,6 @@
 """Alignment: the term's value and gradient, stored tokens, and whole runs."""
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from w2s_train.interpolant import LinearInterpolant
 from w2s_train.log import Log
 from w2s_train.models import DiT, DiTOutput
 from w2s_train.objective import WeakToStrongObjective
+from w2s_train.running.guard import Guard
 from w2s_train.shards import ShardFiles, ShardWriter, Storage, write_index
 from w2s_train.shards.dataset import Decoded
 from w2s_train.shards.index import find_shards
@@ -259,6 +261,25 @@ def test_a_run_with_segments_and_terms_resumes_bitwise(tmp_path: Path):
     assert start["encoders"] == {"repa": features.describe(), "irepa": features.describe()}
     Path(path).unlink()
     lightning("validate", whole, *options, "--ckpt_path=last")
+
+
+@pytest.mark.slow
+def test_the_guard_judges_a_loss_that_is_at_least_zero(tmp_path: Path, monkeypatch):
+    """A loss about 0 would make a spike of every other one."""
+    options = overlay(tmp_path, online(classifier(tmp_path)))
+    options += [f"--model.objective.init_args.align.{i}.weight=10" for i in range(2)]
+    judge, seen = Guard.judge, []
+
+    def spy(self, trainer, loss, norm):
+        seen.append(loss.item())
+        return judge(self, trainer, loss, norm)
+
+    monkeypatch.setattr(Guard, "judge", spy)
+    folder = lightning("fit", tmp_path / "run", *options)
+    with open(folder / "metrics.csv") as file:
+        logged = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert min(seen) >= 0 > min(logged)
+    assert seen == pytest.approx([loss + 20 for loss in logged], rel=1e-4)
 
 
 @pytest.mark.slow

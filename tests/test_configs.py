@@ -147,7 +147,8 @@ def test_the_baseline_differs_in_its_segments_only():
     assert w2s == baseline
 
 
-@pytest.mark.parametrize("overlay", quick(["irepa", "repa"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["irepa", "repa"])
 def test_alignment_stands_beside_segments(overlay: str, latents: str):
     files = ["digits_w2s.yaml", "weak/sgg_paper.yaml", f"align/{overlay}.yaml"]
     objective = instantiate(files, latents).model.objective

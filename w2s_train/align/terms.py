@@ -169,6 +169,11 @@ class Alignments(nn.ModuleList):
         return {term.kept for term in self.terms}
 
     @property
+    def weight(self) -> float:
+        """Of all together: their sum is never below minus this."""
+        return sum(term.weight for term in self.terms)
+
+    @property
     def stored(self) -> bool:
         """Whether batches must bring tokens along."""
         return any(term.encoder.stored for term in self.terms)
