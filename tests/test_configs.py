@@ -50,7 +50,8 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("config", quick(CONFIGS, "digits_w2s.yaml", "dit_b_w2s.yaml"))
 def test_configs_instantiate(config: str, latents: str):
-    more = {"dit_b_w2s.yaml": [THIN], "images_w2s.yaml": ["--data.num_classes=1000"]}
+    more = {"images_w2s.yaml": ["--data.num_classes=1000"]}
+    more |= dict.fromkeys(("dit_b_w2s.yaml", "dit_b_sgg_paper_repa.yaml"), [THIN])
     command = instantiate([config], latents, *more.get(config, []))
     assert isinstance(command, Command)
     assert isinstance(command.model, DiffusionModule)
@@ -144,6 +145,31 @@ def test_the_baseline_differs_in_its_segments_only():
     assert w2s["model"]["objective"]["init_args"].pop("segments")
     assert baseline["model"]["objective"]["init_args"].pop("segments") is None
     assert w2s == baseline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["irepa", "repa"])
+def test_alignment_stands_beside_segments(overlay: str, latents: str):
+    files = ["digits_w2s.yaml", "weak/sgg_paper.yaml", f"align/{overlay}.yaml"]
+    objective = instantiate(files, latents).model.objective
+    assert [s.scale for s in objective.segments] == [0.6, 0.6]
+    (term,) = objective.align.terms
+    assert (term.kept, term.features, term.encoder.stored) == (3, 768, True)
+    assert (term.weight, term.alpha) == ((0.5, None) if overlay == "repa" else (1.0, 0.6))
+    shapes = {tuple(p.shape) for p in term.projector.parameters() if p.ndim > 1}
+    mlp = {(2048, 64), (2048, 2048), (768, 2048)}
+    assert shapes == (mlp if overlay == "repa" else {(768, 64, 3, 3)})
+
+
+def test_the_papers_best_row_is_the_reference_run_with_repa():
+    """dit_b_w2s.yaml, whose segments are those of sgg_paper.yaml, and align/repa.yaml."""
+    whole, reference, repa = (
+        yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+        for name in ("dit_b_sgg_paper_repa", "dit_b_w2s", "align/repa")
+    )
+    added = whole["model"]["objective"]["init_args"].pop("align")
+    assert added == repa["model"]["objective"]["init_args"]["align"]
+    assert whole == reference
 
 
 @pytest.mark.parametrize("config", ["mnist", "cifar10"])

@@ -358,6 +358,8 @@ class Command(LightningCLI):
         urls = data.expand(data.train_urls) if not data.makes_shards else []
         for where, made in latents_beside(urls, data.storage).items():
             autoencoder.check(made, where)
+            if subcommand == "fit":
+                self.model.objective.align.check(made, where)
             if subcommand == "fit" and (advice := autoencoder.advice(made, where)):
                 rank_zero_warn(advice)
 
