@@ -16,7 +16,7 @@ from w2s_train.errors import UserError
 SWITCH = "--allow_imports"
 OURS = """
     autoencoder callbacks consistency features guidance inbuilt interpolant look_on metrics models
-    objective sampler schedule segment timesteps weak
+    objective sampler schedule segment time_shift timesteps weak
 """
 TRAINERS = "accelerators callbacks loggers plugins profilers strategies cli.ReduceLROnPlateau"
 ALLOWED = [
