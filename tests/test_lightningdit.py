@@ -96,7 +96,9 @@ def test_forward(golden: Forward, name: str):
 def test_rotary_positions(golden: Forward, patch: str):
     q, rotated = golden[f"rope/{patch}/q"], golden[f"rope/{patch}/q_rotated"]
     rope = Rope(q.shape[3], round(q.shape[2] ** 0.5))
-    close(rope.table, torch.stack([golden[f"rope/{patch}/{part}"] for part in ("cos", "sin")]))
+    cos, sin = golden[f"rope/{patch}/cos"], golden[f"rope/{patch}/sin"]
+    close(rope.table[0], cos)
+    close(rope.table[1].unflatten(1, (-1, 2)), sin.unflatten(1, (-1, 2)) * torch.tensor([-1, 1]))
     close(rotate(q, rope()), rotated)
     places = torch.tensor([[3, 1], [0, 3]])
     some = rotate(

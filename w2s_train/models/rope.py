@@ -16,7 +16,7 @@ from w2s_train.errors import UserError
 
 
 class Rope(nn.Module):
-    """The cosines and sines of a square grid, row by row.
+    """The cosines and sines of a square grid, row by row, sines with the signs of R(q).
 
     Args:
         width: Of a head, h; a multiple of 4.
@@ -35,7 +35,8 @@ class Rope(nn.Module):
         row, column = axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)
         angle = torch.cat([row, column], dim=1)
         self.table: Tensor
-        table = torch.stack([angle.cos(), angle.sin()]).float()
+        sign = torch.tensor([-1.0, 1.0]).repeat(width // 2)
+        table = torch.stack([angle.cos(), angle.sin() * sign]).float()
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, places: Tensor | None = None) -> Tensor:
@@ -48,6 +49,5 @@ class Rope(nn.Module):
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Queries or keys (B, heads, n, h), turned; in the precision that they have."""
     cos, sin = rotation
-    even, odd = x.unflatten(3, (-1, 2)).unbind(4)
-    turned = torch.stack([-odd, even], 4).flatten(3)
-    return torch.addcmul(x * cos, turned, sin).to(x.dtype)
+    swapped = x.unflatten(3, (-1, 2)).flip(4).flatten(3)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
