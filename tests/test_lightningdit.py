@@ -1,5 +1,6 @@
 """LightningDiT's block: the reference's numbers, switch by switch, and its published weights."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from w2s_train.errors import UserError
 from w2s_train.guidance import ClassifierFree
-from w2s_train.models import DiT, published_lightningdit
+from w2s_train.models import DiT, published_lightningdit, saved_network
 from w2s_train.models.published import architecture
 from w2s_train.models.rope import Rope, rotate
 
@@ -168,3 +169,54 @@ def test_what_is_refused(golden: Forward, tmp_path: Path):
     torch.save(state | {"blocks.1.mlp.w3.weight": torch.ones(64, 100)}, path)
     with pytest.raises(UserError, match=r"blocks.1.mlp.w3.weight, \(64, 170\) and not \(64, 100\)"):
         published_lightningdit(str(path))
+
+
+@pytest.mark.slow
+def test_published_weights_are_scored(command, tmp_path: Path):
+    """The score of a run's checkpoint, from its weights in the form in which they are published."""
+    switches = {"rope": True, "swiglu": True, "rmsnorm": True, "time_scale": -1, "time_shift": 1}
+    options = [f"--model.network.init_args.{name}={value}" for name, value in switches.items()]
+    run = command("fit", *options)
+    network = saved_network(str(run / "checkpoints" / "last.ckpt"))
+    state = network.state_dict()
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state[key] = -state[key]
+    cos, sin = network.context.rope.table.clone()
+    sin[:, ::2] *= -1
+    torch.save(state | {"feat_rope.freqs_cos": cos, "feat_rope.freqs_sin": sin}, tmp_path / "x.pt")
+    made = {
+        "path": str(tmp_path / "x.pt"),
+        "num_heads": None,
+        "num_classes": None,
+        "input_size": None,
+    }
+    published = {"class_path": "w2s_train.models.published_lightningdit", "init_args": made}
+    (tmp_path / "x.yaml").write_text(json.dumps({"model": {"network": published}}))
+    scored = command("validate", "-c", str(tmp_path / "x.yaml"), folder="scored")
+    one, other = (json.loads((folder / "scores.json").read_text()) for folder in (run, scored))
+    assert one[-1]["value"] == other[-1]["value"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_all_of_it(command):
+    """Data predicted, class tokens, shifted timesteps and grid: bitwise, and exported."""
+    shift = "w2s_train.time_shift.Shifted"
+    inner = "{class_path: w2s_train.timesteps.LogitNormal}"
+    options = [
+        f"--model.objective.init_args.timesteps={{class_path: {shift}, init_args: "
+        f"{{timesteps: {inner}, dim: 64}}}}",
+        "--model.sampler={class_path: w2s_train.time_shift.ShiftedSampler, init_args: {dim: 64, "
+        "sampler: {class_path: w2s_train.sampler.Euler, init_args: {steps: 4}}}}",
+        "--model.network.init_args={rope: true, swiglu: true, rmsnorm: true, qk_norm: layer, "
+        "shift: false, class_tokens: 2, data_on: linear}",
+    ]
+    whole = command("fit", *options, folder="whole")
+    command("fit", *options, "--trainer.max_steps=3", folder="parts")
+    parts = command("fit", *options, "--ckpt_path=last", folder="parts")
+    states = [
+        saved_network(str(folder / "checkpoints" / "last.ckpt")).state_dict()
+        for folder in (whole, parts)
+    ]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    (score, *_) = json.loads((whole / "scores.json").read_text())
+    assert score["protocol"]["sampler"] == "Shifted(0.125, Euler)"
