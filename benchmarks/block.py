@@ -22,7 +22,7 @@ from w2s_train.cli import keep_freed_memory
 from w2s_train.command.trainer import quiet_lightning
 
 COMPILE: dict[str, bool | str] = {"off": False, "on": True, "blocks": "blocks"}
-ARMS = {
+ARMS: dict[str, list[str]] = {
     "2023": [],
     "rope": ["rope"],
     "swiglu": ["swiglu"],
@@ -50,7 +50,8 @@ def measure(setting: Setting, arms: list[str], rounds: int) -> list[dict[str, An
         pairs = zip(steps[name], steps[arms[0]], strict=True)
         low, ratio, high = statistics.quantiles([mine / first for mine, first in pairs], n=4)
         learned = timed[name].module.network.parameters()
-        entry = dict(network=setting.network, arm=name, precision=setting.precision)
+        entry: dict[str, Any] = dict(network=setting.network, arm=name)
+        entry |= dict(precision=setting.precision)
         entry |= dict(compile=setting.compile, batch=setting.batch, rounds=rounds, ratio=ratio)
         entry |= dict(ratio_quartiles=[low, high], seconds=statistics.median(steps[name]))
         entries.append(entry | dict(parameters=sum(p.numel() for p in learned)))
