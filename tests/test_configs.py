@@ -137,6 +137,23 @@ def test_network_sizes(size: str, patch_size: int):
     assert millions == pytest.approx(PUBLISHED[size], rel=0.015)
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("size", ["b", "l", "xl"])
+def test_lightningdit_sizes(size: str, patch_size: int):
+    """Of a published size, less a few per cent: as many parameters in MLPs, weights of norms."""
+    path = ROOT / "configs" / "network" / f"lightningdit_{size}_{patch_size}.yaml"
+    stated = yaml.safe_load(path.read_text())["model"]["network"]["init_args"]
+    assert stated.pop("patch_size") == patch_size
+    plain = yaml.safe_load((ROOT / "configs" / "network" / f"dit_{size}_2.yaml").read_text())
+    with torch.device("meta"):
+        network = DiT(**stated, patch_size=patch_size, in_channels=32, input_size=16)
+    sizes = plain["model"]["network"]["init_args"]
+    assert {name: stated[name] for name in sizes if name != "patch_size"}.items() <= sizes.items()
+    assert all(network.arguments[name] for name in ("rope", "swiglu", "rmsnorm"))
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    assert millions == pytest.approx(PUBLISHED[size], rel=0.015)
+
+
 def test_the_baseline_differs_in_its_segments_only():
     w2s, baseline = (
         yaml.safe_load((ROOT / "configs" / f"digits_{name}.yaml").read_text())

@@ -29,7 +29,7 @@ from w2s_train.guideability.ratio import note
 from w2s_train.inbuilt.rows import scales_of
 from w2s_train.interpolant import Interpolant, NoisySample
 from w2s_train.log import Log
-from w2s_train.models import Network, as_output, offered
+from w2s_train.models import Network, as_output, check_prediction, offered
 from w2s_train.segment import Rows, Segment, Strong, mean_square
 from w2s_train.timesteps import TimestepDistribution, at_least, chosen_first
 from w2s_train.weak.base import Step
@@ -118,6 +118,7 @@ class WeakToStrongObjective(Objective):
     def bind(self, network: Network, label_dropout: float | None = None) -> None:
         self.label_dropout = label_dropout or 0.0
         self.align.bind(network)
+        check_prediction(network, self.interpolant)
         if self.drawn:
             add_scales = offered(network, "a drawn scale", "add_scales", "scales=")
             add_scales([segment.name for segment in self.drawn])

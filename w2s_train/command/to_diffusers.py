@@ -109,7 +109,8 @@ def _check(network: DiT) -> None:
             "no such inputs; format=safetensors takes any"
         )
     arguments = network.arguments
-    must = {"qk_norm": False, "mlp_ratio": 4, "out_channels": network.in_channels}
+    must: dict[str, Any] = {"qk_norm": False, "mlp_ratio": 4, "out_channels": network.in_channels}
+    must |= dict(rope=False, swiglu=False, rmsnorm=False, shift=True, class_tokens=0, data_on=None)
     for name, value in must.items():
         if arguments[name] != value:
             raise UserError(f"{name}={arguments[name]}: must be {value} for format=diffusers")

@@ -20,6 +20,7 @@ optional, and what needs one that is not there says so in one line:
     forward(skip_blocks=, resume=)      `weak.LayerSkip`, `weak.RandomBlocks`; with `resume=` alone
                                         `weak.ShuffledTokens`; `weak.DroppedTokens`, which goes on
                                         from fewer tokens than there are, a square number of them
+    forward(places=)                    with it: which these are, (B, n), if the network can be told
     blocks: nn.ModuleList               `compile: blocks`
     add_scales(names)                   scales that segments draw, and `guidance.Inbuilt`: from then
     scales: list[str]                   on the K names are inputs, in this order, in ``arguments``,

@@ -117,7 +117,8 @@ class Run(Checkpoint):
         self.steps = trainer.global_step
         self.guard.note(pl_module.images_seen + trainer.global_rank * rows, rows)
         if self.guard.enabled:
-            self.blow_up.look(pl_module.last_logged, trainer.global_step)
+            falls = getattr(pl_module.network, "data_on", None) is not None
+            self.blow_up.look(pl_module.last_logged, trainer.global_step, falls)
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         self.watch.at(Stage.IN_THE_BACKWARD_PASS)
