@@ -24,10 +24,12 @@ from w2s_train.errors import UserError
 from w2s_train.features import (
     CIFAR10Classifier,
     Classifier,
+    ConvClassifier,
     Regularization,
     mnist_classifier,
     train_classifier,
 )
+from w2s_train.features.training import PLAIN
 from w2s_train.files import atomic_write
 from w2s_train.shards import local_shards
 from w2s_train.shards.decode import BrokenImage, decode_image
@@ -45,6 +47,9 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = {
+    "digits": Architecture(
+        lambda: ConvClassifier([1, 32, 64, 64], [1, 2, 1], NUM_CLASSES), (1, 8, 8), PLAIN
+    ),
     "mnist": Architecture(
         mnist_classifier, (1, 28, 28), Regularization(crop=2, label_smoothing=0.05, batch_norm=True)
     ),

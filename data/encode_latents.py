@@ -1,12 +1,14 @@
-r"""Encode shards of images with a diffusers AutoencoderKL, once, before training on its latents.
+r"""Encode shards of images with a diffusers autoencoder, once, before training on its latents.
 
     python data/encode_latents.py "data/imagenet256/train-*.tar" \
         --autoencoder stabilityai/sd-vae-ft-mse --output data/imagenet256_latents
 
 Needs ``pip install -e ".[latents]"``. Each shard becomes one of the same name, keys and labels,
 with the moments of the posterior, mean and log-variance (2C, h, w), of each image (``.npy``) and of
-its mirror image (``.flip.npy``); with ``--dtype bfloat16`` their bits (``.bf16.npy`` and
-``.flip.bf16.npy``). Training samples the posterior anew each time. Beside them:
+its mirror image (``.flip.npy``), or with latents (C, h, w) where there is no posterior; with
+``--dtype bfloat16`` their bits (``.bf16.npy`` and ``.flip.bf16.npy``). Training samples the
+posterior anew each time. With ``--align`` the tokens (N, F) of an encoder come along
+(``.tokens.npy``, ``.flip.tokens.npy``): docs/align.md. Beside them:
 
     latents.json  what made them, and mean and std of the latents per channel
     index.json    samples, bytes and sha256 of each shard
@@ -55,7 +57,7 @@ SECONDS = 60  # more than writing the files that describe the whole takes
 def arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(
-        description="Encode shards of images with a diffusers AutoencoderKL.",
+        description="Encode shards of images with a diffusers AutoencoderKL or AutoencoderDC.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -77,10 +79,15 @@ def arguments() -> argparse.Namespace:
     broken = "of a shard's images that may be undecodable and left out; 0: latents are complete"
     add("--max-broken", type=float, default=0.0, metavar="SHARE", help=broken)
     add("--revision", help="branch, tag or commit on the hub")
+    model = "store tokens for REPA, too: a classifier's .safetensors, or a DINOv2 of timm"
+    add("--align", metavar="MODEL", help=model)
+    add("--align-weights", metavar="PATH", help="of timm's model; its own, from the hub")
     given = parser.parse_args()
     for name in ("batch_size", "processes"):
         if (value := getattr(given, name)) < 1:
             raise UserError(f"{name}={value}: must be at least 1")
+    if given.align_weights and not given.align:
+        raise UserError(f"align_weights={given.align_weights}: must come with --align MODEL")
     if not 0 <= given.max_broken < 1:
         raise UserError(f"max_broken={given.max_broken}: must be in [0, 1)")
     return given
@@ -216,6 +223,8 @@ def main() -> None:
         given.batch_size,
         given.max_broken,
         first_size([task.source for task in tasks], given.max_broken),
+        given.align,
+        given.align_weights,
     )
     # One device is used here. Processes of several load the autoencoder themselves: this one only
     # names it.

@@ -265,9 +265,9 @@ def test_weights_that_cannot_be_loaded(vae: str, tmp_path: Path, monkeypatch):
     weights.unlink()
     assert "no file named diffusion_pytorch_model" in message(folder)
     (folder / "config.json").write_text("{")
-    assert "valid JSON" in message(folder)
+    assert "and its config.json (JSONDecodeError" in message(folder)
     (folder / "config.json").unlink()
-    assert "no file named config.json" in message(folder)
+    assert "and its config.json (FileNotFoundError: [Errno 2]" in message(folder)
     assert "must be an existing folder, or OWNER/NAME of the hub" in message(tmp_path / "none")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert "needs diffusers" in message(vae)
@@ -277,19 +277,29 @@ def test_weights_that_cannot_be_loaded(vae: str, tmp_path: Path, monkeypatch):
     "path, asked",
     [("owner/name", ("owner/name", None)), ("owner/name/a/vae", ("owner/name", "a/vae"))],
 )
-def test_names_on_the_hub(monkeypatch, path: str, asked: tuple):
-    diffusers = pytest.importorskip("diffusers")
+def test_names_on_the_hub(vae: str, monkeypatch, path: str, asked: tuple):
+    diffusers, hub = map(pytest.importorskip, ("diffusers", "huggingface_hub"))
     calls = []
+
+    def config(name: str, file: str, **options) -> str:
+        calls.append((name, options["subfolder"]))
+        assert options["revision"] == "main" and file == "config.json"
+        return f"{vae}/{file}"
 
     def offline(name: str, **options) -> None:
         calls.append((name, options["subfolder"]))
-        assert options["revision"] == "main" and not options["local_files_only"]
+        assert options["revision"] == "main" and not options.get("local_files_only")
         raise OSError("no connection\nat all")
 
+    monkeypatch.setattr(hub, "hf_hub_download", config)
     monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", offline)
-    with pytest.raises(ValueError, match="^vae=owner.*on the hub.*no connection at all[)]$"):
+    said = "^vae=owner.*on the hub.*no connection at all[)]$"
+    with pytest.raises(ValueError, match=said):
         load_autoencoder(path, "vae", "main")
-    assert calls == [asked]
+    assert calls == [asked, asked]
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **options: offline("", **options))
+    with pytest.raises(ValueError, match=said):
+        load_autoencoder(path, "vae", "main")
 
 
 def test_statistics_move_to_the_device_once():

@@ -111,14 +111,18 @@ def compiled_by(monkeypatch, backend: str) -> None:
     monkeypatch.setattr(DiT, "compile", partialmethod(nn.Module.compile, backend=backend))
 
 
+TODAY = dict(rope=True, swiglu=True, rmsnorm=True, qk_norm=True, class_tokens=2, data_on="linear")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("switches", [{}, TODAY], ids=["plain", "today"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_no_graph_breaks_and_no_recompilations(monkeypatch, name: str):
+def test_no_graph_breaks_and_no_recompilations(monkeypatch, name: str, switches: dict):
     """Strong, weak and averaged passes are one graph each, made in the first few steps."""
     torch._dynamo.reset()
     counters.clear()
     compiled_by(monkeypatch, "aot_eager")
-    model, frames = module(*recipe(name), compile=True), list[int]()
+    model, frames = module(*recipe(name), switches=switches, compile=True), list[int]()
     real = model.optimizer_step
 
     def optimizer_step(*args: Any, **kwargs: Any) -> None:
@@ -134,13 +138,14 @@ def test_no_graph_breaks_and_no_recompilations(monkeypatch, name: str):
 
 
 @pytest.mark.slow
-def test_compiled_and_eager_steps_agree(monkeypatch):
+@pytest.mark.parametrize("switches", [{}, TODAY], ids=["plain", "today"])
+def test_compiled_and_eager_steps_agree(monkeypatch, switches: dict):
     """Losses of three steps agree to 1e-4, with the compiler that users get; names are the same."""
     losses, names = [], []
-    for compile in (False, True):
+    for compile in (False, "blocks", True) if switches else (False, True):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = module(*recipe("sgg_paper"), compile=compile)
+        model = module(*recipe("sgg_paper"), switches=switches, compile=compile)
         found = list[torch.Tensor]()
         real = model.training_step
 
@@ -153,5 +158,6 @@ def test_compiled_and_eager_steps_agree(monkeypatch):
         fit(model, steps=3)
         losses.append(torch.stack(found).detach())
         names.append(model.state_dict().keys())
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
-    assert names[0] == names[1]
+    for other, found in zip(losses[1:], names[1:], strict=True):
+        torch.testing.assert_close(losses[0], other, rtol=1e-4, atol=0)
+        assert names[0] == found

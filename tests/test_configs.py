@@ -50,7 +50,8 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("config", quick(CONFIGS, "digits_w2s.yaml", "dit_b_w2s.yaml"))
 def test_configs_instantiate(config: str, latents: str):
-    more = {"dit_b_w2s.yaml": [THIN], "images_w2s.yaml": ["--data.num_classes=1000"]}
+    more = {"images_w2s.yaml": ["--data.num_classes=1000"]}
+    more |= dict.fromkeys(("dit_b_w2s.yaml", "dit_b_sgg_paper_repa.yaml"), [THIN])
     command = instantiate([config], latents, *more.get(config, []))
     assert isinstance(command, Command)
     assert isinstance(command.model, DiffusionModule)
@@ -136,6 +137,23 @@ def test_network_sizes(size: str, patch_size: int):
     assert millions == pytest.approx(PUBLISHED[size], rel=0.015)
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("size", ["b", "l", "xl"])
+def test_lightningdit_sizes(size: str, patch_size: int):
+    """Of a published size, less a few per cent: as many parameters in MLPs, weights of norms."""
+    path = ROOT / "configs" / "network" / f"lightningdit_{size}_{patch_size}.yaml"
+    stated = yaml.safe_load(path.read_text())["model"]["network"]["init_args"]
+    assert stated.pop("patch_size") == patch_size
+    plain = yaml.safe_load((ROOT / "configs" / "network" / f"dit_{size}_2.yaml").read_text())
+    with torch.device("meta"):
+        network = DiT(**stated, patch_size=patch_size, in_channels=32, input_size=16)
+    sizes = plain["model"]["network"]["init_args"]
+    assert {name: stated[name] for name in sizes if name != "patch_size"}.items() <= sizes.items()
+    assert all(network.arguments[name] for name in ("rope", "swiglu", "rmsnorm"))
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    assert millions == pytest.approx(PUBLISHED[size], rel=0.015)
+
+
 def test_the_baseline_differs_in_its_segments_only():
     w2s, baseline = (
         yaml.safe_load((ROOT / "configs" / f"digits_{name}.yaml").read_text())
@@ -144,6 +162,31 @@ def test_the_baseline_differs_in_its_segments_only():
     assert w2s["model"]["objective"]["init_args"].pop("segments")
     assert baseline["model"]["objective"]["init_args"].pop("segments") is None
     assert w2s == baseline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["irepa", "repa"])
+def test_alignment_stands_beside_segments(overlay: str, latents: str):
+    files = ["digits_w2s.yaml", "weak/sgg_paper.yaml", f"align/{overlay}.yaml"]
+    objective = instantiate(files, latents).model.objective
+    assert [s.scale for s in objective.segments] == [0.6, 0.6]
+    (term,) = objective.align.terms
+    assert (term.kept, term.features, term.encoder.stored) == (3, 768, True)
+    assert (term.weight, term.alpha) == ((0.5, None) if overlay == "repa" else (1.0, 0.6))
+    shapes = {tuple(p.shape) for p in term.projector.parameters() if p.ndim > 1}
+    mlp = {(2048, 64), (2048, 2048), (768, 2048)}
+    assert shapes == (mlp if overlay == "repa" else {(768, 64, 3, 3)})
+
+
+def test_the_papers_best_row_is_the_reference_run_with_repa():
+    """dit_b_w2s.yaml, whose segments are those of sgg_paper.yaml, and align/repa.yaml."""
+    whole, reference, repa = (
+        yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+        for name in ("dit_b_sgg_paper_repa", "dit_b_w2s", "align/repa")
+    )
+    added = whole["model"]["objective"]["init_args"].pop("align")
+    assert added == repa["model"]["objective"]["init_args"]["align"]
+    assert whole == reference
 
 
 @pytest.mark.parametrize("config", ["mnist", "cifar10"])

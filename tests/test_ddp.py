@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from recipes import OVERLAYS
+from test_align import classifier, online, overlay
 from test_resume import assert_same, checkpoint
 
 from w2s_train.running.guard import Guard
@@ -77,6 +78,20 @@ def test_learned_guidance(command, options_of):
         options_of(ours=ours)
         states.append(checkpoint(command("fit", *options, folder=f"ours-{ours}")))
     assert_same(*states)
+
+
+@pytest.mark.slow
+def test_alignment(command, options_of, bad_step, tmp_path):
+    """Projectors beside a head; DDP's own options refuse a parameter that is not used."""
+    options = [*DDP, "-c", "configs/weak/sgg_reversed.yaml", "--checkpoint.every_n_train_steps=5"]
+    options += overlay(tmp_path, online(classifier(tmp_path)))
+    states = []
+    for ours in (False, True):
+        options_of(ours=ours)
+        states.append(checkpoint(command("fit", *options, folder=f"ours-{ours}")))
+    assert_same(*states)
+    fifth = f"--ckpt_path={tmp_path}/ours-True/checkpoints/step-000005.ckpt"
+    assert_same(checkpoint(command("fit", *options, fifth, folder="resumed")), states[1])
 
 
 @pytest.mark.slow

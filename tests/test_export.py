@@ -245,6 +245,7 @@ def test_the_change_of_rates_is_small():
     "options, message",
     [
         (dict(qk_norm=True), "qk_norm=True: must be False"),
+        (dict(rope=True), "rope=True: must be False"),
         (dict(mlp_ratio=2.0), "mlp_ratio=2.0: must be 4"),
         (dict(out_channels=2), "out_channels=2: must be 1"),
         (dict(scales=["head"]), r"network.scales=\['head'\]: must be none for format=diffusers"),

@@ -140,6 +140,27 @@ def test_features_depend_on_the_image_alone(extractor, monkeypatch):
     assert torch.equal(extractor(x[[2, 0, 1]]), whole[[2, 0, 1]])
 
 
+@pytest.mark.parametrize("extractor", ["conv", "cifar10", "dinov2"], indirect=True)
+def test_tokens_are_of_the_parts_of_an_image(extractor):
+    """Of a square grid, row by row, as wide as the features."""
+    x = images(2)
+    tokens = extractor.tokens(x)
+    n = round(tokens.shape[1] ** 0.5)
+    assert tokens.shape == (2, n * n, extractor.num_features) and n > 1
+    corner = x.clone()
+    side = x.shape[-1] // n or 1
+    corner[..., -side:, :side] = 255 - corner[..., -side:, :side]  # the lower left one
+    moved = (extractor.tokens(corner) - tokens).square().sum(-1).mean(0).view(n, n)
+    assert moved[-1, 0] > 2 * moved[0, -1]
+    if isinstance(extractor, DINOv2Features):
+        pixels = extractor._pixels(x)
+        timms = extractor.network.forward_features(pixels)
+        torch.testing.assert_close(tokens, timms[:, extractor.network.num_prefix_tokens :])
+        torch.testing.assert_close(extractor.features(x), timms[:, 0])
+    else:
+        torch.testing.assert_close(extractor.features(x), tokens.mean(1))
+
+
 @pytest.mark.parametrize("extractor", ["conv", "dinov2", *SLOW], indirect=True)
 def test_class_probabilities(extractor, monkeypatch):
     monkeypatch.setattr(w2s_train.features.base, "BLOCK", 2)

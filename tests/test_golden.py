@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from conftest import sources
 from given import evaluate as losses_at
 from torch import Tensor, nn
 
+from w2s_train.align import MLP, Alignment, Convolution, Encoder, spatial_norm
 from w2s_train.guidance import ClassifierFree, Guidance, evaluate
 from w2s_train.inbuilt import IMeanFlow
 from w2s_train.interpolant import (
@@ -38,6 +40,11 @@ INTERPOLANTS: dict[str, Interpolant] = {
     "cosine": CosineInterpolant(),
 }
 WEAK_TYPES = {"None", "Uncond", "Segmented", "Branch", "LayerSkip", "Separate"}
+# Arguments of theirs that are none of ours.
+OTHERS = """
+    learn_sigma class_dropout_prob encoder_depth z_dims projector_dim projection_layer_type
+    proj_kwargs_kernel_size
+""".split()
 TOTAL_STEPS = 10**6  # of the run that the cases are taken from; they give step / total
 
 
@@ -68,8 +75,9 @@ class Golden:
     def network(self, prefix: str) -> DiT:
         """The network with the golden parameters; the position table is our own."""
         sizes = dict(self.json("parameters_json")[prefix]["architecture"])
-        sizes.pop("learn_sigma", None)
-        state = {k: v for k, v in self.state(prefix).items() if not k.startswith("mid_layer.")}
+        sizes = {k: v for k, v in sizes.items() if k not in OTHERS}
+        more = ("mid_layer.", "projectors.")
+        state = {k: v for k, v in self.state(prefix).items() if not k.startswith(more)}
         out = state["final_layer.linear.weight"].shape[0] // sizes["patch_size"] ** 2
         network = DiT(**sizes, out_channels=out)
         told = architecture(network.state_dict(), sizes["num_heads"])
@@ -380,3 +388,83 @@ def test_internal_guidance(golden_folder: Path) -> None:
         aux = golden[f"ig/loss/{name}/aux_loss"]
         close(losses.per_sample, golden[f"ig/loss/{name}/loss"] + case["aux_weight"] * aux)
         close(losses.total, golden[f"ig/loss/{name}/total"])
+
+
+class Given(Encoder):
+    """Tokens that are there already."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def describe(self) -> str:
+        return "given"
+
+    def tokens(self, batch: Any) -> Tensor:
+        return self.values
+
+
+def golden_terms(golden: Golden, case: dict, state: dict[str, Tensor]) -> list[Alignment]:
+    """The terms of a case; those of several encoders share its coefficient."""
+    terms, encoders = [], case["encoders"]
+    conv = case.get("projection_layer") == "conv"
+    alpha = case["zscore_alpha"] if case.get("spnorm", "none") == "zscore" else None
+    for number, name in enumerate(encoders):
+        z, prefix = golden[name], f"projectors.{number}."
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        own = {k.removeprefix("projection_layer."): v for k, v in own.items()}
+        projector = Convolution(case["kernel_size"]) if conv else MLP(len(own["0.bias"]))
+        options = dict(block=case["encoder_depth"] - 1, weight=case["proj_coeff"] / len(encoders))
+        term = Alignment(
+            Given(z), z.shape[-1], projector, alpha=alpha, name=f"e{number}", **options
+        )
+        terms.append(term)
+        projector.bind(len(state["x_embedder.proj.bias"]), z.shape[-1])
+        (projector.layer if conv else projector.layers).load_state_dict(own)
+    return terms
+
+
+def check_alignment(golden: Golden, name: str, case: dict) -> None:
+    prefix, state = f"{name}/param/", golden.state(f"{name}/param/")
+    network, interpolant = golden.network(prefix), INTERPOLANTS[case["path"]]
+    terms = golden_terms(golden, case, state)
+    objective = WeakToStrongObjective(interpolant, Uniform(), align=terms)
+    with patch.object(MLP, "bind"), patch.object(Convolution, "bind"):
+        objective.bind(network)
+    t = golden["t_uniform"].flatten()
+    if case["weighting"] == "lognormal":
+        u = torch.special.ndtr(golden["z_lognormal"].flatten().double())
+        t = EDMLogNormal(mean=0.0, std=1.0).quantile(u, interpolant).float()
+    noisy = interpolant.corrupt(golden["images"], golden["noise"], t)
+    losses = losses_at(objective, network, noisy, golden[case["labels"]], Step(batch={}))
+    key = f"case/{name}"
+    expected = golden[f"{key}/total"].reshape(())
+    torch.testing.assert_close(losses.total.detach(), expected, rtol=1e-5, atol=1e-6)
+    losses.total.backward()
+    gradients = {k: p.grad for k, p in network.named_parameters() if p.requires_grad}
+    for number, term in enumerate(terms):
+        for k, p in term.projector.named_parameters():
+            gradients[f"projectors.{number}.{k.partition('.')[2]}"] = p.grad
+    stored = [k for k in golden.arrays.files if k.startswith(f"{key}/grad/")]
+    assert stored
+    for each in stored:
+        ours = gradients[each.removeprefix(f"{key}/grad/").replace("projection_layer.", "")]
+        bound = 1e-5 * golden[each].abs().max().item()
+        torch.testing.assert_close(ours, golden[each], rtol=0, atol=bound, msg=lambda m: each + m)  # noqa: B023
+    names = [str(n).replace("projection_layer.", "") for n in golden.arrays[f"{key}/grad_names"]]
+    norms = torch.stack([gradients[n].double().norm() for n in names])
+    torch.testing.assert_close(norms, golden[f"{key}/grad_norms"], rtol=1e-4, atol=1e-6)
+
+
+def test_alignment(golden_folder: Path) -> None:
+    """REPA and iREPA: the total loss, and its gradients to network and projectors."""
+    golden = Golden(golden_folder, "repa_loss")
+    for name, case in golden.json("cases_json").items():
+        check_alignment(golden, name, case)
+
+
+def test_spatial_norm(golden_folder: Path) -> None:
+    golden = Golden(golden_folder, "repa_loss")
+    for key in (k for k in golden.arrays.files if "/out." in k):
+        where, _, alpha = key.partition("/out.")
+        ours = spatial_norm(golden[f"{where}/in"], float(alpha))
+        torch.testing.assert_close(ours, golden[key], rtol=1e-4, atol=1e-4)

@@ -75,6 +75,21 @@ def test_the_alarm_looks_once_at_what_was_logged():
         alarm.look(logged(12.1, guides=math.inf), step=5)
 
 
+def test_networks_that_say_data_come_down_first():
+    """Whatever they begin with; what then doubles is judged as ever."""
+    alarm = BlowUp()
+
+    def look(strong: float) -> None:
+        found = {"strong_rms": strong, "velocity_rms": 1.0, "effective_scale": 1.0}
+        metrics = {f"train/head/{name}": value for name, value in found.items()}
+        alarm.look(metrics, step=1, falls=True)
+
+    for strong in (20.0, 9.0, 12.0, 1.1, 2.1):
+        look(strong)
+    with pytest.raises(Stopped, match="strong_rms is 2.5, which is 2.5 times"):
+        look(2.5)
+
+
 def test_the_alarm_uses_the_scale_of_each_row():
     """Where scales are drawn: v / (1 - W), row by row, not the mean of one source's share."""
     numbers = dict(velocity_rms=0.5, effective_scale=1.5, explained_rms=1.0)

@@ -41,8 +41,8 @@ class Seeds(Callback):
         reseed(0, 0, trainer.fit_loop.total_batch_idx, pl_module.device)
 
 
-def module(*segments: Segment, **options) -> DiffusionModule:
-    network = DiT(4, 2, 1, 32, 2, 2, num_classes=2)
+def module(*segments: Segment, switches: dict | None = None, **options) -> DiffusionModule:
+    network = DiT(4, 2, 1, 32, 2, 2, num_classes=2, **(switches or {}))
     objective = WeakToStrongObjective(LinearInterpolant(), Uniform(), list(segments))
     defaults = dict(sampler=Euler(steps=10), optimizer=adam, generation_block=4)
     return DiffusionModule(network, objective, **(defaults | options))

@@ -9,6 +9,7 @@ from w2s_train.guidance import ClassifierFree, Unguided
 from w2s_train.interpolant import CosineInterpolant, LinearInterpolant
 from w2s_train.models import DiT
 from w2s_train.sampler import Euler, EulerMaruyama, Heun
+from w2s_train.time_shift import ShiftedSampler
 
 STD = 0.5  # of the data
 
@@ -55,6 +56,22 @@ def test_sde_grid():
     times = EulerMaruyama(LinearInterpolant()).times()
     assert len(times) == 251
     assert times[-2:] == [pytest.approx(0.04), 0.0]
+
+
+def test_shifted_grid():
+    """Noise levels are s times those of the solver, and its step keeps its order."""
+    times, shifted = Heun(8).times(), ShiftedSampler(Heun(8), shift=3).times()
+    levels = [(t / (1 - t), s / (1 - s)) for t, s in zip(times[1:], shifted[1:], strict=True)]
+    assert [other for _, other in levels] == pytest.approx([3 * one for one, _ in levels])
+    assert (shifted[0], shifted[-1]) == (1, 0)
+    noise, field = torch.randn(8, 1, 2, 2).double(), gaussian_velocity(LinearInterpolant())
+
+    def error(steps: int) -> float:
+        made = ShiftedSampler(Heun(steps), dim=9 * 4096)(field, noise, no_draw)
+        return (made - STD * noise).abs().max().item()
+
+    assert math.log2(error(64) / error(128)) == pytest.approx(2, abs=0.2)
+    assert ShiftedSampler(Heun(8), dim=9 * 4096).describe() == "Shifted(3, Heun)"
 
 
 def count_rows(network: DiT) -> list[int]:

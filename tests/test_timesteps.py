@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from w2s_train.interpolant import CosineInterpolant, LinearInterpolant
+from w2s_train.time_shift import Shifted
 from w2s_train.timesteps import EDMLogNormal, LogitNormal, TimestepDistribution, Uniform
 
 CASES = [
@@ -11,6 +12,8 @@ CASES = [
     (LogitNormal(0.5, 0.7), LinearInterpolant()),
     (EDMLogNormal(), LinearInterpolant()),
     (EDMLogNormal(-0.4, 1.0), CosineInterpolant()),
+    (Shifted(Uniform(), dim=768 * 16 * 16), LinearInterpolant()),
+    (Shifted(LogitNormal(), shift=0.5), CosineInterpolant()),
 ]
 ALL = pytest.mark.parametrize("timesteps, interpolant", CASES)
 CPU = torch.device("cpu")
@@ -71,3 +74,17 @@ def test_slices_hold_their_segment_and_little_else(timesteps, interpolant, low: 
 def test_bad_std(cls, std: float):
     with pytest.raises(ValueError, match="std="):
         cls(std=std)
+
+
+def test_shifts():
+    """The noise level is s times another one; four times the numbers double it."""
+    u, linear = torch.linspace(0.1, 0.9, 9, dtype=torch.float64), LinearInterpolant()
+    t = Shifted(Uniform(), dim=4 * 4096).quantile(u, linear)
+    torch.testing.assert_close(t / (1 - t), 2 * u / (1 - u))
+    assert Shifted(Uniform(), shift=3).quantile(u, linear)[4].item() == pytest.approx(0.75)
+    assert torch.equal(
+        Shifted(LogitNormal(), dim=4096).quantile(u, linear), LogitNormal().quantile(u, linear)
+    )
+    for bad in ({}, {"dim": 1, "shift": 1}, {"dim": 0}, {"shift": 0.0}):
+        with pytest.raises(ValueError, match="^(dim|shift)="):
+            Shifted(Uniform(), **bad)

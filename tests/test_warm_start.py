@@ -248,7 +248,7 @@ def test_half_a_published_network(tmp_path: Path):
         published_sit(str(tmp_path / "x.pt"), num_heads=4)
     for key in ("blocks.0.mlp.fc1.weight", "x_embedder.proj.weight", "pos_embed"):
         torch.save(DiT(**SMALL).state_dict() | {key: None}, tmp_path / "x.pt")
-        with pytest.raises(UserError, match=f"must hold a published DiT or SiT; lacks {key}"):
+        with pytest.raises(UserError, match=f"must hold a published .*; lacks {key}$"):
             published_sit(str(tmp_path / "x.pt"), num_heads=4)
 
 

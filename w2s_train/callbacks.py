@@ -3,5 +3,6 @@
 from w2s_train.evaluation.fid import FID
 from w2s_train.evaluation.images import SampleGrid
 from w2s_train.evaluation.scorer import ResumableEvaluation
+from w2s_train.posthoc.averages import PowerAverages
 
-__all__ = ["FID", "ResumableEvaluation", "SampleGrid"]
+__all__ = ["FID", "PowerAverages", "ResumableEvaluation", "SampleGrid"]

@@ -23,6 +23,7 @@ commands:
   predict     write generated images to the run folder
   sample      write images of a checkpoint: seeds, classes, and a folder, grid, .npz or shards
   tune        find the best guidance at sampling:  lightning tune RUN --guidance cfg
+  ema         score averages made after training:  lightning ema RUN --std 0.03:0.25
   reference   write the statistics of a data set that scores compare with
   export      write weights for programs without Lightning, or for diffusers
   compare     judge runs against a baseline:  lightning compare RUN [RUN ...]
@@ -59,7 +60,7 @@ without Lightning, or as a pipeline of diffusers.
 try:  lightning export --ckpt_path runs/digits_w2s --output exported
 """
 EXPORT_CHOICES = {"weights": ("ema", "raw"), "format": ("safetensors", "diffusers")}
-COMMANDS = "fit validate test predict sample tune reference export compare".split()
+COMMANDS = "fit validate test predict sample tune ema reference export compare".split()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -82,7 +83,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> None:
-    if args[0] in ("fit", "validate", "test", "tune"):
+    if args[0] in ("fit", "validate", "test", "tune", "ema"):
         # From now on, and not only when everything is loaded: jobs are preempted at any time.
         REQUESTS.reset()
         REQUESTS.listen(*PREEMPTION)
@@ -91,7 +92,7 @@ def _run(args: list[str]) -> None:
 
     try:
         check_arguments(args[1:])
-        args = with_scales(with_own_config(tuning(args) if args[0] == "tune" else args))
+        args = with_scales(with_own_config(tuning(args) if args[0] in ("tune", "ema") else args))
         _check_temporary()
     except UserError as error:
         sys.exit(f"error: {error}")

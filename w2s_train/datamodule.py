@@ -36,8 +36,9 @@ class ShardDataModule(LightningDataModule):
     """Training batches from shards; generation plans for validate, test and predict.
 
     Training batches are ``{"image": (B, C, H, W) as stored, uint8 for pixels, "label": (B,) int64,
-    "skipped": [...]}``: see `ShardBatches`. Their order depends on ``seed`` and the position in the
-    run alone, not on the numbers of processes and workers. Batches of a plan hold "index", "seed",
+    "skipped": [...]}``, and "tokens" where the objective aligns with stored ones: see
+    `ShardBatches`. Their order depends on ``seed`` and the position in the run alone, not on the
+    numbers of processes and workers. Batches of a plan hold "index", "seed",
     "label" and "setting", (B,) int64 each. Every rank gets its own part of a plan, nothing padded
     and nothing twice; a trainer must be told so: ``use_distributed_sampler=False``.
 
@@ -160,6 +161,7 @@ class ShardDataModule(LightningDataModule):
         self.order: StreamOrder | None = None  # of the training stream, once there is one
         self.repeated: int | float = 0  # batches of it, or a share of the data
         self.shards: list[Shard] = []
+        self.tokens = False  # whether batches bring an encoder's tokens along
         self.checkpoint_order = dict[str, Any]()
 
     def expand(self, urls: str, name: str = "train_urls") -> list[str]:
@@ -264,7 +266,7 @@ class ShardDataModule(LightningDataModule):
         trainer: Any = self.trainer
         if self.global_batch_size is not None:
             recount(trainer)
-        self.shards = self._find_shards()
+        self.shards, self.tokens = self._find_shards(), needs_tokens(trainer.lightning_module)
         counts = [shard.samples for shard in self.shards]
         repeated = self._repeated(sum(counts), trainer.world_size)
         self.order = StreamOrder(counts, seed=self.seed, window=self.shuffle, repeated=repeated)
@@ -273,7 +275,7 @@ class ShardDataModule(LightningDataModule):
         size = self._bytes_of_one(module.images_seen) if self.num_workers or undecided else 0
         check_workers(self, trainer, self.batch_size, size)
         self._compare_order()  # only now do processes start workers
-        self.files = ShardFiles(self.shards, self.storage, flip=self.flip)
+        self.files = self._files()
         small = 0 < size * self.files.samples * (1 + self.flip) < SMALL
         in_memory = undecided and small or bool(self.in_memory)
         return batches(
@@ -357,7 +359,11 @@ class ShardDataModule(LightningDataModule):
         """Of a sample that is due first, whose shard is needed anyhow."""
         assert self.order is not None
         numbers = self.order.at(position, position + TRIED).rows.tolist()
-        return bytes_of_one(ShardFiles(self.shards, self.storage, flip=self.flip), numbers)
+        return bytes_of_one(self._files(), numbers)
+
+    def _files(self) -> ShardFiles:
+        """The training samples."""
+        return ShardFiles(self.shards, self.storage, flip=self.flip, tokens=self.tokens)
 
     @property
     def order_name(self) -> str:
@@ -507,7 +513,15 @@ class ReferenceImages(LightningDataModule):
 def bytes_of_one(files: ShardFiles, numbers: Sequence[int]) -> int:
     """Of the first of some samples that can be read; 0 if none can."""
     rows = (files.read(Places.of([number])) for number in numbers)
-    return next((each.image.nbytes for each in rows if not each.bad), 0)
+    whole = next((each for each in rows if not each.bad), None)
+    found = [whole.image, whole.tokens] if whole else []
+    return sum(each.nbytes for each in found if each is not None)
+
+
+def needs_tokens(module: Any) -> bool:
+    """Whether the objective of a module aligns with stored tokens."""
+    align = getattr(getattr(module, "objective", None), "align", None)
+    return align is not None and align.stored
 
 
 def check_workers(data: ShardDataModule, trainer: Any, rows: int, size: int) -> None:

@@ -44,6 +44,16 @@ def require(name: str, value: Number, interval: str) -> Number:
     raise UserError(f"{name}={value}: must be {finite}{bound}")
 
 
+def distinct(name: str, names: list[str]) -> None:
+    """Refuse parts of one name; ``name`` is what the config calls all of them.
+
+    Raises:
+        UserError: Two of the names are equal.
+    """
+    if len({*names}) < len(names):
+        raise UserError(f"{name}={names}: must have names of their own")
+
+
 # Exit statuses of the command, beside 0 (finished) and 1 (an error, a user's or ours).
 PREEMPTED = 75  # stopped by a signal or by the time limit, with a checkpoint: start it again
 PEER_LOST = 76  # another process died or hangs: start it again

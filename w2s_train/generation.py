@@ -50,7 +50,9 @@ def all_settings(
     networks: list[tuple[str, float | None, Network]] = []
     if "ema" in scored:
         main, *more = averages
-        networks.append(("ema", main.decay, main.module))
+        made = main.std is not None  # after training
+        name, decay = (f"ema std {main.std:g}", None) if made else ("ema", main.decay)
+        networks.append((name, decay, main.module))
         networks += [(f"ema {average.decay:g}", average.decay, average.module) for average in more]
     if "raw" in scored:
         networks.append(("raw", None, network))

@@ -15,8 +15,8 @@ from w2s_train.errors import UserError
 
 SWITCH = "--allow_imports"
 OURS = """
-    autoencoder callbacks consistency features guidance inbuilt interpolant look_on metrics models
-    objective sampler schedule segment timesteps weak
+    align autoencoder callbacks consistency features guidance inbuilt interpolant look_on metrics
+    models muon objective sampler schedule segment time_shift timesteps weak
 """
 TRAINERS = "accelerators callbacks loggers plugins profilers strategies cli.ReduceLROnPlateau"
 ALLOWED = [

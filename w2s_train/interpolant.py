@@ -63,10 +63,11 @@ class Interpolant(abc.ABC):
         alpha, sigma, alpha_dot, sigma_dot = (right_pad(c, x_t) for c in self.coefficients(t))
         return (sigma_dot * x_t - sigma * v) / (alpha * sigma_dot - alpha_dot * sigma)
 
-    def data_to_velocity(self, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """V = (sigma' x_t - d x) / sigma, shaped like ``x_t``; ``t`` is (B,) and needs t > 0."""
+    def data_to_velocity(self, x: Tensor, x_t: Tensor, t: Tensor, floor: float = 0.0) -> Tensor:
+        """V = (sigma' x_t - d x) / max(sigma, floor), like ``x_t``; ``t`` (B,) > 0 or a floor."""
         alpha, sigma, alpha_dot, sigma_dot = (right_pad(c, x_t) for c in self.coefficients(t))
-        return (sigma_dot * x_t - (alpha * sigma_dot - alpha_dot * sigma) * x) / sigma
+        d = alpha * sigma_dot - alpha_dot * sigma
+        return (sigma_dot * x_t - d * x) / sigma.clamp(min=floor)
 
     def velocity_to_noise(self, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """E = (alpha v - alpha' x_t) / d, shaped like ``x_t``; ``t`` is (B,)."""

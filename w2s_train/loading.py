@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
-from torch import Tensor, nn
+from torch import nn
 
 from w2s_train.checkpoint_file import read_checkpoint
 from w2s_train.errors import UserError, one_line
@@ -202,15 +202,28 @@ def load_module(cls: type[Module], path: str, allow_imports: Iterable[str] = ())
     return module
 
 
-def check_optimizer(optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]) -> None:
+def check_optimizer(
+    optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
+) -> torch.optim.Optimizer:
     """Optimizers check their arguments when they are built; do it before any work starts.
+
+    Returns:
+        One of a parameter of its own.
 
     Raises:
         UserError: It refuses them, or is none.
     """
     try:
-        optimizer([nn.Parameter(torch.zeros(1))])
+        return optimizer([nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"optimizer: {error}; it must be callable, and its rates must be finite and at least 0"
         ) from error
+
+
+def optimizer_over(module: Any) -> torch.optim.Optimizer:
+    """A module's ``optimizer`` over all that needs gradients, by name if it ``takes_names``."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if getattr(check_optimizer(module.optimizer), "takes_names", False):
+        return module.optimizer(named)
+    return module.optimizer([p for _, p in named])

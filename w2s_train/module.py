@@ -17,7 +17,7 @@ from w2s_train.errors import UserError, require
 from w2s_train.generation import Setting, all_settings, generate
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.guideability.ratio import finish
-from w2s_train.loading import check_optimizer, load_module
+from w2s_train.loading import check_optimizer, load_module, optimizer_over
 from w2s_train.log import Log
 from w2s_train.models import Network, WeightAverage, check_network, made_of, offered
 from w2s_train.models.saved import check_scales
@@ -87,10 +87,8 @@ class DiffusionModule(LightningModule):
         for each in self.guidances:
             each.bind(network, objective)
             if self.unconditional and each.needs_label:
-                raise UserError(
-                    f"label_dropout={label_dropout}: must be below 1 for {type(each).__name__}, "
-                    "which compares with and without the label"
-                )
+                rule = f"below 1 for {type(each).__name__}, which compares with and without a label"
+                raise UserError(f"label_dropout={label_dropout}: must be {rule}")
         decays = ema_decay if isinstance(ema_decay, list) else [ema_decay]
         first, *more = (require("ema_decay", decay, "[0, 1)") for decay in decays)
         self.ema = WeightAverage(network, first)
@@ -136,13 +134,14 @@ class DiffusionModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss () of one batch, {"image", "label"} or a pair, (B, C, H, W) and (B,)."""
-        images, labels = (batch["image"], batch["label"]) if isinstance(batch, dict) else batch
-        x, shape = self.autoencoder.encode(images), getattr(self.network, "shape", None)
+        batch = batch if isinstance(batch, dict) else {"image": batch[0], "label": batch[1]}
+        x, shape = self.autoencoder.encode(batch["image"]), getattr(self.network, "shape", None)
         if shape is not None and x.shape[1:] != tuple(shape):
             raise UserError(
                 f"network.shape={shape}: must fit the data, whose shape is {tuple(x.shape[1:])}"
             )
-        step, y = Step(self.global_step, self.ema.module), self.drop_labels(labels)
+        y = self.drop_labels(batch["label"])
+        step = Step(self.global_step, self.ema.module, batch=batch)
         loss = self.objective(self.network, x, y, step, self.training_log).mean()
         self.losses.append(loss.detach())
         self.images_seen += len(x) * self.trainer.world_size
@@ -226,7 +225,7 @@ class DiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over everything that needs gradients, and the schedule."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = optimizer_over(self)
         optimizer.register_load_state_dict_pre_hook(keep_fused)
         if self.scheduler is None:
             return optimizer

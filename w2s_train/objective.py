@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w2s_train.errors import UserError, require
+from w2s_train.align import Alignment, Alignments
+from w2s_train.errors import UserError, distinct, require
 from w2s_train.guideability.ratio import note
 from w2s_train.inbuilt.rows import scales_of
 from w2s_train.interpolant import Interpolant, NoisySample
 from w2s_train.log import Log
-from w2s_train.models import Network, as_output, offered
+from w2s_train.models import Network, as_output, check_prediction, offered
 from w2s_train.segment import Rows, Segment, Strong, mean_square
 from w2s_train.timesteps import TimestepDistribution, at_least, chosen_first
 from w2s_train.weak.base import Step
@@ -47,6 +48,7 @@ class Objective(nn.Module, abc.ABC):
         self.interpolant, self.timesteps = interpolant, timesteps
         self.segments: Sequence[Segment] = ()
         self.lookers: Sequence[Segment] = ()  # segments that only look on, see `look_on`
+        self.align = Alignments()
 
     def bind(self, network: Network, label_dropout: float | None = None) -> None:  # noqa: B027
         """Introduce what has weights of its own to the network; before training.
@@ -83,6 +85,7 @@ class WeakToStrongObjective(Objective):
         segments: Ranges of timesteps with their weak sources; None or empty is flow matching.
         total_steps: Optimizer steps of the plan that schedules given as shares refer to; None for
             ``trainer.max_steps``. Stated, a run may be cut short or extended without moving them.
+        align: What draws tokens of the network towards an encoder's, such as REPA; None is nothing.
 
     Raises:
         UserError: Two segments overlap or have one name, or a plan of no steps.
@@ -94,6 +97,7 @@ class WeakToStrongObjective(Objective):
         timesteps: TimestepDistribution,
         segments: list[Segment] | None = None,
         total_steps: int | None = None,
+        align: list[Alignment] | None = None,
     ) -> None:
         super().__init__(interpolant, timesteps)
         if total_steps is not None:
@@ -103,45 +107,42 @@ class WeakToStrongObjective(Objective):
         ordered = [segment for segment in everyone if not segment.watch_only]
         for one, other in itertools.combinations(ordered, 2):
             if other.low < one.high and not (one.drawn and other.drawn):
-                raise UserError(
-                    f"segments=[{one.low}, {one.high}) and [{other.low}, {other.high}): "
-                    "must not overlap, unless both draw their scales"
-                )
-        names = [segment.name for segment in everyone]
-        if len({*names}) < len(names):
-            raise UserError(f"segments={names}: must have names of their own")
+                both = f"[{one.low}, {one.high}) and [{other.low}, {other.high})"
+                raise UserError(f"segments={both}: must not overlap, unless both draw their scales")
+        distinct("segments", [segment.name for segment in everyone])
+        self.align = Alignments(align)
         self.segments = nn.ModuleList(ordered)  # type: ignore[assignment]
         self.lookers = nn.ModuleList(s for s in everyone if s.watch_only)  # type: ignore[assignment]
         self.drawn = [segment for segment in segments or [] if segment.drawn]
 
     def bind(self, network: Network, label_dropout: float | None = None) -> None:
         self.label_dropout = label_dropout or 0.0
+        self.align.bind(network)
+        check_prediction(network, self.interpolant)
         if self.drawn:
             add_scales = offered(network, "a drawn scale", "add_scales", "scales=")
             add_scales([segment.name for segment in self.drawn])
         for weak in (segment.weak for segment in (*self.segments, *self.lookers)):
             weak.bind(network)
             if weak.needs_label and label_dropout in ((0, 1) if weak.needs_null else (1,)):
-                rule = "below 1 for {}, which compares with and without the label"
+                rule = f"below 1 for {weak.describe()}, which compares with and without the label"
                 if label_dropout == 0:
-                    rule = "above 0 for {}: the null class would never be trained"
-                rule = rule.format(weak.describe())
+                    rule = f"above 0 for {weak.describe()}: the null class would never be trained"
                 raise UserError(f"label_dropout={label_dropout}: must be {rule}")
 
     def plan(self, max_steps: int | None) -> None:
         for segment in (*self.segments, *self.lookers):
             segment.plan(self.total_steps or max_steps, max_steps)
+        self.align.load()
         if self.segments and self.total_steps and max_steps and max_steps > self.total_steps:
-            warnings.warn(
-                f"total_steps={self.total_steps}: is shorter than this run, {max_steps}; shares of "
-                "the plan and alpha refer to total_steps",
-                stacklevel=2,
+            said = (
+                f"is shorter than this run, {max_steps}; shares of the plan and alpha refer to it"
             )
+            warnings.warn(f"total_steps={self.total_steps}: {said}", stacklevel=2)
 
     def after_step(self, network: Network, step: Step) -> None:
         def fresh() -> tuple[NoisySample, Tensor]:
-            x, y = self.last_batch
-            return self.draw(x), y
+            return self.draw(self.last_batch[0]), self.last_batch[1]
 
         for segment in (*self.segments, *self.lookers):
             segment.weak.after_step(network, step, fresh)
@@ -171,13 +172,13 @@ class WeakToStrongObjective(Objective):
         self.last_batch = (x, y)
         noisy, labelled = self.draw(x), y != network.null_class
         everyone = (*self.segments, *self.lookers)
-        keep = {block for segment in everyone for block in segment.weak.keep_hidden}
+        keep = {b for segment in everyone for b in segment.weak.keep_hidden} | self.align.blocks
         options: dict[str, Any] = {"keep_hidden": keep} if keep else {}
         if scales := scales_of(self.drawn, noisy.t, labelled, step):
             options["scales"] = torch.stack([*scales.values()], 1)
         out = as_output(network(noisy.x_t, noisy.t, y, **options), noisy.x_t)
         strong = Strong(network, noisy, y, out, step, scales, [])
-        target, penalties = noisy.v.float().clone(), list[Tensor]()
+        target, penalties = noisy.v.float().clone(), self.align(step.batch, out, log)
         for segment in everyone:
             rows = self.rows(segment, labelled, scales)
             acts = len(noisy.t[rows]) > 0 and segment.factor(step) > 0

@@ -24,9 +24,11 @@ class Form(DiT):
         keep_hidden: Any = (),
         resume: Any = None,
         scales: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> DiTOutput:
         """As `DiT.forward`."""
         options: Any = dict(skip_blocks=skip_blocks, keep_hidden=keep_hidden, resume=resume)
+        options |= dict(places=places)
         scales = self.heard(x_t, y, scales)
         return self.told_out(super().forward(x_t, t, y, scales=scales, **options), scales)
 

@@ -12,6 +12,7 @@ REFUSED = """
     model.network model.autoencoder model.objective.class_path
     model.objective.init_args.interpolant
     model.optimizer.class_path model.optimizer.init_args.amsgrad model.optimizer.init_args.centered
+    model.optimizer.init_args.adamw
 """.split()
 FREE = """
     trainer.accelerator trainer.strategy trainer.devices trainer.num_nodes trainer.plugins

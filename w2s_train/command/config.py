@@ -24,7 +24,7 @@ PARTS = "trainer model data checkpoint guard watch".split()
 KEYS = """
     seed_everything ckpt_path start_from weights_only verbose return_predictions
     output format seeds classes columns scale urls dataset split keep_features statistics images
-    guidance search minutes sets set_images name
+    guidance search minutes sets set_images name std points
     config print_config help allow_imports profile $schema
 """.split()
 # How the parser, or a package of ours, says that a class is missing.
@@ -33,7 +33,7 @@ CHOSEN = [
     f"w2s_train.{name}"
     for name in "models weak segment inbuilt sampler guidance interpolant timesteps".split()
 ]
-SCORING = ("validate", "test", "predict", "sample", "tune")
+SCORING = ("validate", "test", "predict", "sample", "tune", "ema")
 CONTRACT = ("w2s_train.weak.base", "w2s_train.weak.randomness")  # no source is in there
 ALIASES = 20  # of YAML, in one file
 COUNTS = (

@@ -31,6 +31,7 @@ from w2s_train.command.config import (
     locate,
 )
 from w2s_train.command.flags import check_callbacks, check_flags, check_precision, seed_of
+from w2s_train.command.latents import fill_in
 from w2s_train.command.processes import check_processes, cluster_environments
 from w2s_train.command.trainer import DiffusionTrainer, quiet_lightning
 from w2s_train.datamodule import ShardDataModule, classes_of
@@ -60,8 +61,8 @@ from w2s_train.secrets import redacted, show_no_secrets
 from w2s_train.shards.workers import lost_worker
 
 PROFILE = "--profile"  # a switch and no key: it belongs to no experiment, and into no config
-CHECKED = ("fit", "validate", "test", "tune")  # by scorers
-WITHOUT_LOGGERS = ("predict", "sample", "reference", "tune")
+CHECKED = ("fit", "validate", "test", "tune", "ema")  # by scorers
+WITHOUT_LOGGERS = ("predict", "sample", "reference", "tune", "ema")
 QUIET = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "strict"}
 CLASSES = {
     "trainer": DiffusionTrainer,
@@ -88,7 +89,7 @@ class Command(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Methods of the trainer, and which of their arguments are no options."""
-        ours = {name: {"model", "datamodule"} for name in ("sample", "reference", "tune")}
+        ours = {name: {"model", "datamodule"} for name in ("sample", "reference", "tune", "ema")}
         return {**LightningCLI.subcommands(), **ours}
 
     def _prepare_subcommand_parser(
@@ -162,6 +163,7 @@ class Command(LightningCLI):
             data = config.data
             data.num_classes = classes_of(data.train_urls, data.images, data.made_by)
             config.model.network.init_args.num_classes = data.num_classes
+        fill_in(config.model, config.data)
         self.goes_on = False
         if subcommand != "reference":
             self.goes_on = config.ckpt_path == "last"
@@ -356,6 +358,8 @@ class Command(LightningCLI):
         urls = data.expand(data.train_urls) if not data.makes_shards else []
         for where, made in latents_beside(urls, data.storage).items():
             autoencoder.check(made, where)
+            if subcommand == "fit":
+                self.model.objective.align.check(made, where)
             if subcommand == "fit" and (advice := autoencoder.advice(made, where)):
                 rank_zero_warn(advice)
 
@@ -394,6 +398,8 @@ class Command(LightningCLI):
         if path is None:
             return
         content = read_file(path, mmap=True)
+        if "optimizer_states" not in content:
+            raise UserError(f"ckpt_path={path}: must be of training; use --start_from={path}")
         settings, reached = content.get("hyper_parameters"), content.get("global_step", 0)
         before = self.record.last_config() if self.record.resumed else {}
         if settings is not None:

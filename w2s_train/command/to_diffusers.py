@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2s_train.autoencoder import StableDiffusionVAE
+from w2s_train.autoencoder import DiffusersVAE, StableDiffusionVAE
 from w2s_train.errors import UserError, needed
 from w2s_train.loading import instantiate
 from w2s_train.models.dit import DiT, position_table
@@ -80,9 +80,11 @@ def write_pipeline(network: Any, autoencoder: dict[str, Any] | None, folder: Pat
 
 def _write_autoencoder(settings: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
     """Write what decodes, if it is here, and give its entries of ``model_index.json``."""
-    if settings is None or not settings["class_path"].endswith(".StableDiffusionVAE"):
+    kinds = {kind.__name__: kind for kind in (DiffusersVAE, StableDiffusionVAE)}
+    name = settings["class_path"].rpartition(".")[2] if settings else ""
+    if settings is None or name not in kinds:
         return {"vae": [None, None]}
-    ours = instantiate(StableDiffusionVAE, settings.get("init_args") or {})
+    ours = instantiate(kinds[name], settings.get("init_args") or {})
     mean, std = ours.latent_moments
     index = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     try:
@@ -91,7 +93,7 @@ def _write_autoencoder(settings: dict[str, Any] | None, folder: Path) -> dict[st
         print(f"without its autoencoder, which must be given as vae: {error}", file=sys.stderr)
         return index | {"vae": [None, None]}
     ours.vae.save_pretrained(str(folder / "vae"), safe_serialization=True)
-    return index | {"vae": ["diffusers", "AutoencoderKL"]}
+    return index | {"vae": ["diffusers", type(ours.vae).__name__]}
 
 
 def _check(network: DiT) -> None:
@@ -107,7 +109,8 @@ def _check(network: DiT) -> None:
             "no such inputs; format=safetensors takes any"
         )
     arguments = network.arguments
-    must = {"qk_norm": False, "mlp_ratio": 4, "out_channels": network.in_channels}
+    must: dict[str, Any] = {"qk_norm": False, "mlp_ratio": 4, "out_channels": network.in_channels}
+    must |= dict(rope=False, swiglu=False, rmsnorm=False, shift=True, class_tokens=0, data_on=None)
     for name, value in must.items():
         if arguments[name] != value:
             raise UserError(f"{name}={arguments[name]}: must be {value} for format=diffusers")

@@ -27,8 +27,10 @@ from w2s_train.evaluation.reference import ReferenceWriter
 from w2s_train.features import KEEP
 from w2s_train.models import offered
 from w2s_train.module import DiffusionModule
+from w2s_train.posthoc.snapshots import FOLDER
 from w2s_train.running.run import Run
 from w2s_train.secrets import redacted
+from w2s_train.tune.curve import Curve, Widths
 from w2s_train.tune.space import Space
 from w2s_train.tune.tuning import Budget, Tuning
 
@@ -59,7 +61,7 @@ class DiffusionTrainer(Trainer):
         self._signal_connector = NoSignals(self)
         return super()._run(*args, **kwargs)
 
-    tuning: Callable[[], None] | None = None  # what `tune` does instead of validating
+    tuning: Callable[[], None] | None = None  # what `tune` and `ema` do instead of validating
 
     def _run_stage(self) -> Any:
         """The same; but a fit first finishes an evaluation that was under way.
@@ -224,24 +226,53 @@ class DiffusionTrainer(Trainer):
                 not given.
             name: Of the folder in tune/ of the run folder; that of the guidance if not given.
         """
+        budget = Budget(images, minutes, sets, set_images)
+        averages = any((Path(self.default_root_dir) / FOLDER).glob("*.safetensors"))
+        space = Space.of(guidance, search or [], model.objective, averages=averages)
+        name = name or Path(guidance).stem.rpartition(".")[2]
+        tuning = Tuning(name, space, budget, *self._scoring(datamodule))
+        self.tuning = functools.partial(tuning, self, model)
+        given: Any = dict(ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
+        self.validate(model, datamodule=datamodule, **given)
+
+    def ema(
+        self,
+        model: DiffusionModule,
+        datamodule: ShardDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        std: str = "0.03:0.25",
+        points: int = 8,
+        images: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Score averages of any width, made after training, and keep the best.
+
+        Args:
+            model: The module.
+            datamodule: The data module.
+            ckpt_path: The checkpoint, or last.
+            weights_only: Set by the command.
+            std: LOW:HIGH of the averages, as parts of the run, or one.
+            points: Of the curve, both ends included.
+            images: Of a score; as many as the run scores if not given.
+            name: Of the folder in ema/ of the run folder; that of the checkpoint if not given.
+        """
+        curve = Curve(Widths(std, points), images, name, *self._scoring(datamodule))
+        self.tuning = functools.partial(curve, self, model)
+        given: Any = dict(ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
+        self.validate(model, datamodule=datamodule, **given)
+
+    def _scoring(
+        self, data: ShardDataModule
+    ) -> tuple[FID, ShardDataModule, Callable[[bool], None]]:
+        """The callback whose distance is the score, data, and what follows a batch."""
         callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
         scorer = next((each for each in callbacks if isinstance(each, FID)), None)
         if scorer is None:
             raise UserError("trainer.callbacks: must hold a FID, whose distance is the score")
         run = next(each for each in callbacks if isinstance(each, Run))
-        budget = Budget(images, minutes, sets, set_images)
-        space = Space.of(guidance, search or [], model.objective)
-        name = name or Path(guidance).stem.rpartition(".")[2]
-        after_batch = functools.partial(run.after_tuned_batch, self)
-        tuning = Tuning(name, space, budget, scorer, datamodule, after_batch)
-        self.tuning = functools.partial(tuning, self, model)
-        self.validate(
-            model,
-            datamodule=datamodule,
-            ckpt_path=ckpt_path,
-            weights_only=weights_only,
-            verbose=False,
-        )
+        return scorer, data, functools.partial(run.after_tuned_batch, self)
 
 
 def check_statistics(

@@ -85,6 +85,8 @@ class FID(Scorer):
         """Load extractor and reference, unless `check` did so already."""
         if stage != "predict" and self.reference is None:
             self.load(pl_module, getattr(trainer, "datamodule", None))
+        if stage == "fit":
+            pl_module.objective.align.refuse_judge(self.extractor.describe())
 
     def load(self, module: Any, data: Any) -> None:
         """Load extractor and reference, and refuse what does not belong together.

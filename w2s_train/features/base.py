@@ -32,6 +32,7 @@ class FeatureExtractor(nn.Module, abc.ABC):
     num_features: int = 0  # F, known once loaded
     protocol_images: int | None = None  # that published scores are made of; None: no such custom
     has_probabilities: bool = False  # whether `probabilities` is defined
+    has_tokens: bool = False  # whether `tokens` is
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
@@ -61,6 +62,17 @@ class FeatureExtractor(nn.Module, abc.ABC):
     @abc.abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 to (B, F) float32."""
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 to features of their parts (B, N, F), row by row of a square grid.
+
+        Raises:
+            UserError: The extractor has no such parts.
+        """
+        raise UserError(
+            f"extractor={type(self).__name__}: must be one that has tokens, such as DINOv2Features "
+            "or ClassifierFeatures"
+        )
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Features (B, F) to the extractor's class probabilities (B, K), for the Inception Score.

@@ -30,8 +30,12 @@ class Classifier(nn.Module, abc.ABC):
         self.fc = nn.Linear(self.num_features, num_classes)
 
     @abc.abstractmethod
+    def cells(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 to (B, num_features, h, w)."""
+
     def features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 to (B, num_features)."""
+        return self.cells(images).mean((2, 3))
 
     def layout(self) -> dict[str, str]:
         """What a file of the weights says about their layout; empty if the class says it all."""
@@ -63,11 +67,11 @@ class ConvClassifier(Classifier):
         super().__init__(list(sizes), num_classes)
         self.spec = dict(channels=channels, strides=strides, num_classes=num_classes)
 
-    def features(self, images: Tensor) -> Tensor:
+    def cells(self, images: Tensor) -> Tensor:
         h = images.to(self.fc.weight) / 255
         for conv in self.convs:
             h = F.relu(conv(h))
-        return h.mean((2, 3))
+        return h
 
     def layout(self) -> dict[str, str]:
         # One key only: safetensors writes several in random order, and the hash names the file.
@@ -99,7 +103,7 @@ class CIFAR10Classifier(Classifier):
         layers = [(3, 32, 1), (32, 64, 2), (64, 96, 1), (96, 192, 1), (192, 192, 1), (192, 192, 1)]
         super().__init__(layers, num_classes)
 
-    def features(self, images: Tensor) -> Tensor:
+    def cells(self, images: Tensor) -> Tensor:
         h = (images.to(self.fc.weight) / 255 - 0.5) * 4
         for i, conv in enumerate(self.convs[:4]):
             h = F.relu(conv(h))
@@ -108,7 +112,7 @@ class CIFAR10Classifier(Classifier):
         residual = h
         for conv in self.convs[4:]:
             residual = F.relu(conv(residual))
-        return (h + residual).mean((2, 3))
+        return h + residual
 
 
 class ClassifierFeatures(FeatureExtractor):
@@ -121,7 +125,7 @@ class ClassifierFeatures(FeatureExtractor):
         dataset: Names the distance, "fd_<dataset>"; None: the folder of the weights names it.
     """
 
-    has_probabilities = True
+    has_probabilities, has_tokens = True, True
 
     def __init__(
         self, weights: str, network: Classifier | None = None, dataset: str | None = None
@@ -160,6 +164,9 @@ class ClassifierFeatures(FeatureExtractor):
 
     def features(self, images: Tensor) -> Tensor:
         return self.network.features(images)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        return self.network.cells(images).flatten(2).transpose(1, 2)
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Softmax of the last layer, (B, F) to (B, num_classes)."""

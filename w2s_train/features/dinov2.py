@@ -54,6 +54,7 @@ class DINOv2Features(FeatureExtractor):
 
     metric = "fd_dinov2"
     protocol_images = 50_000
+    has_tokens = True
 
     def __init__(
         self, model: str = "vit_large_patch14_dinov2.lvd142m", weights: str | None = None
@@ -86,6 +87,8 @@ class DINOv2Features(FeatureExtractor):
         state["pos_embed"] = torch.cat([token, resample_positions(positions, side)], dim=1)
         network.load_state_dict(state)
         self.network = network.eval().requires_grad_(False)
+        # On the device: torchvision's `normalize` would make the host wait for it.
+        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(3, 1, 1)) for v in (MEAN, STD))
         self.num_features = network.num_features
 
     def _published(self) -> nn.Module:
@@ -119,7 +122,13 @@ class DINOv2Features(FeatureExtractor):
         return f"timm {self.model} sha256:{self.digest}, class token, resize bicubic {SIZE}"
 
     def features(self, images: Tensor) -> Tensor:
-        from torchvision.transforms.functional import normalize
+        return self.network(self._pixels(images))
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """Patch tokens (B, 256, F) after the last norm, for patches of 14 pixels."""
+        return self.network.forward_features(self._pixels(images))[:, 1:]
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 as the network takes them, in the type of its weights."""
         x = resize_bicubic(images.expand(-1, 3, -1, -1), SIZE) / 255
-        return self.network(normalize(x, MEAN, STD))
+        return ((x - self.mean) / self.std).to(self.network.pos_embed.dtype)

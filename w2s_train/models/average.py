@@ -85,6 +85,12 @@ class WeightAverage(nn.Module):
         super().__init__()
         self.decay = require("decay", decay, "[0, 1)")
         self.module = frozen_copy(network)
+        self.std: float | None = None  # of an average that was made after training (posthoc)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        std = state_dict.pop(f"{prefix}std", None)
+        self.std = None if std is None else float(std)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def update(self, network: Network, good: bool | Tensor = True) -> None:

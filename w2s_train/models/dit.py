@@ -2,19 +2,14 @@
 and SiT checkpoints.
 
 An image or latent (B, C, H, W) is cut into N = (H/p)(W/p) patches; each block attends over them,
-modulated by the condition c = embed(t) + embed(y):
-
-    h <- h + gate_1(c) * Attention((1 + scale_1(c)) * LN(h) + shift_1(c))
-    h <- h + gate_2(c) * MLP((1 + scale_2(c)) * LN(h) + shift_2(c))            "adaLN-Zero"
-
-The gates and the last layer start at zero, so an untrained network predicts zero. Nothing in here
-is random and labels are never dropped: who calls decides what the network sees.
+modulated by the condition c = embed(t) + embed(y), as `blocks` says. Its gates and the last layer
+start at zero, so an untrained network predicts zero. Nothing in here is random and labels are never
+dropped: who calls decides what the network sees.
 """
 
 import math
 from collections.abc import Collection, Sequence
-from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -22,6 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from w2s_train.errors import require
+from w2s_train.models.blocks import DiTBlock, QKNorm, modulate, token_norm
+from w2s_train.models.in_context import Context
+from w2s_train.models.prediction import known, to_velocity
+from w2s_train.models.rope import Rope
 from w2s_train.models.scale_embedder import ScaleInputs
 from w2s_train.models.sizes import check_sizes
 
@@ -82,42 +81,15 @@ class DiTOutput(NamedTuple):
         return DiTOutput(self.velocity[rows], self.rest[rows], hidden, self.cond[rows])
 
 
-def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) * h + shift, for tokens (B, N, D) and per-sample vectors (B, D)."""
-    return torch.addcmul(shift.unsqueeze(1), h, 1 + scale.unsqueeze(1))
-
-
-class DiTBlock(nn.Module):
-    """Attention and MLP, both modulated by the condition."""
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
-        from timm.layers import Attention, Mlp  # brings all of timm's models: seconds
-
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(
-            hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.RMSNorm
-        )
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        gelu: Any = partial(nn.GELU, approximate="tanh")
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond).chunk(6, dim=1)
-        change = self.attn(modulate(self.norm1(h), shift1, scale1))
-        h = torch.addcmul(h, gate1.unsqueeze(1), change)
-        change = self.mlp(modulate(self.norm2(h), shift2, scale2))
-        return torch.addcmul(h, gate2.unsqueeze(1), change)
-
-
 class FinalLayer(nn.Module):
     """Tokens (B, N, D) and condition (B, D) to an image (B, out_channels, H, W)."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    def __init__(
+        self, hidden_size: int, patch_size: int, out_channels: int, rmsnorm: bool = False
+    ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = token_norm(hidden_size, rmsnorm)
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
         self.zero()
@@ -149,7 +121,8 @@ class DiT(ScaleInputs):
         mlp_ratio: Width of the MLPs over ``hidden_size``.
         num_classes: Labels are 0 ... num_classes - 1; ``null_class`` = num_classes.
         out_channels: Channels of the last layer, at least C; what exceeds C is `DiTOutput.rest`.
-        qk_norm: RMS-normalize queries and keys (Dehghani et al., 2023); steadier in bf16.
+        qk_norm: RMS-normalize queries and keys (Dehghani et al., 2023), steadier in bf16; "layer"
+            for a LayerNorm with weight and bias, as LightningDiT has it without ``rmsnorm``.
         gradient_checkpointing: Recompute so many blocks at a time in the backward pass: less
             memory, more time; benchmarks/memory.py says how much. True is 1; 0 is none.
         time_scale: The network embeds time_scale * t + time_shift: 1 and 0 here and in REPA;
@@ -157,9 +130,15 @@ class DiT(ScaleInputs):
         time_shift: See ``time_scale``.
         scales: Names of scales that are inputs, too; see `add_scales`. None is none.
         scales_from: First block that sees them. Later ones scored worse: experiments/mnist_drawn.
+        rope: Rotary positions in every block, beside the table that is added once.
+        swiglu: MLPs with a gate, of two thirds of the width.
+        rmsnorm: RMSNorm with a weight instead of LayerNorm without.
+        shift: Whether the condition shifts the tokens in blocks, beside scales and gates.
+        class_tokens: So many tokens of the class that every block attends to (`in_context`).
+        data_on: The last layer says the data, on this interpolant (`prediction`); None: velocity.
 
     Raises:
-        UserError: A size that does not divide another, or is not positive.
+        UserError: A size that does not divide another, or is not positive, or an unknown name.
     """
 
     def __init__(
@@ -173,12 +152,18 @@ class DiT(ScaleInputs):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         out_channels: int | None = None,
-        qk_norm: bool = False,
+        qk_norm: QKNorm = False,
         gradient_checkpointing: int | bool = 0,
         time_scale: float = 1.0,
         time_shift: float = 0.0,
         scales: list[str] | None = None,
         scales_from: int = 0,
+        rope: bool = False,
+        swiglu: bool = False,
+        rmsnorm: bool = False,
+        shift: bool = True,
+        class_tokens: int = 0,
+        data_on: Literal["linear", "cosine"] | None = None,
     ) -> None:
         super().__init__()
         sizes = dict(
@@ -188,7 +173,10 @@ class DiT(ScaleInputs):
         out_channels = in_channels if out_channels is None else out_channels
         check_sizes(sizes, mlp_ratio, out_channels)
         require("gradient_checkpointing", gradient_checkpointing, "[0, inf)")
-        self.arguments: dict[str, Any] = sizes | dict(mlp_ratio=mlp_ratio, qk_norm=qk_norm)
+        require("class_tokens", class_tokens, "[0, inf)")
+        kind: dict[str, Any] = dict(qk_norm=qk_norm, swiglu=swiglu, rmsnorm=rmsnorm, shift=shift)
+        self.arguments: dict[str, Any] = sizes | kind | dict(mlp_ratio=mlp_ratio, rope=rope)
+        self.arguments |= dict(class_tokens=class_tokens, data_on=data_on)
         self.gradient_checkpointing = int(gradient_checkpointing)
         self.arguments |= dict(gradient_checkpointing=int(gradient_checkpointing))
         self.arguments |= dict(out_channels=out_channels, time_scale=time_scale)
@@ -196,18 +184,21 @@ class DiT(ScaleInputs):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.depth, self.num_classes = hidden_size, depth, num_classes
         self.num_heads, self.time_scale, self.time_shift = num_heads, time_scale, time_shift
+        self.rmsnorm, self.data_on = rmsnorm, known(data_on)
 
-        from timm.layers import PatchEmbed  # late, as above
+        from timm.layers import PatchEmbed  # late, as in `blocks`
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        table = position_table(hidden_size, input_size // patch_size)
+        table = position_table(hidden_size, side := input_size // patch_size)
         self.pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
         self.blocks: Sequence[DiTBlock] = nn.ModuleList(  # type: ignore[assignment]
-            DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
+            DiTBlock(hidden_size, num_heads, mlp_ratio, **kind) for _ in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels, rmsnorm)
+        turned = Rope(hidden_size // num_heads, side) if rope else None
+        self.context = Context(hidden_size, class_tokens, turned)
         self._initialize()
         self.take_scales(scales, scales_from)
 
@@ -218,7 +209,7 @@ class DiT(ScaleInputs):
 
     def make_head(self) -> nn.Module:
         """A last layer for the tokens (B, N, D) and condition (B, D) of any block."""
-        return FinalLayer(self.hidden_size, self.patch_size, self.in_channels)
+        return FinalLayer(self.hidden_size, self.patch_size, self.in_channels, self.rmsnorm)
 
     @property
     def null_class(self) -> int:
@@ -235,6 +226,7 @@ class DiT(ScaleInputs):
         keep_hidden: Collection[int] = (),
         resume: tuple[int, Tensor] | None = None,
         scales: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> DiTOutput:
         """Predict the velocity at noisy samples.
 
@@ -248,16 +240,18 @@ class DiT(ScaleInputs):
             resume: A block and its output tokens (B, N, D) at the same x_t, of an earlier pass;
                 the blocks up to it are not evaluated again.
             scales: (B, K), see `add_scales`; None is 0.
+            places: (B, n) int64, which ones the tokens of ``resume`` are; None is all, in order.
         """
         done, h = resume or (-1, self.x_embedder(x_t) + self.pos_embed)
-        cond = self.t_embedder(self.time_scale * t + self.time_shift) + self.y_embedder(y)
-        told = self.told(cond, scales)
+        label = self.y_embedder(y)
+        cond = self.t_embedder(self.time_scale * t + self.time_shift) + label
+        told, context = self.told(cond, scales), self.context(label, places)
         hidden = {done: h} if done in keep_hidden else {}
         recompute = self.gradient_checkpointing > 0 and torch.is_grad_enabled()
         size = self.gradient_checkpointing if recompute else self.depth
         for first in range(done + 1, self.depth, size):
             blocks = range(first, min(first + size, self.depth))
-            arguments = (blocks, h, cond, told, skip_blocks, keep_hidden)
+            arguments = (blocks, h, cond, told, context, skip_blocks, keep_hidden)
             if recompute:  # nothing in there is random
                 options: Any = dict(use_reentrant=False, preserve_rng_state=False)
                 h, kept = checkpoint(self._run, *arguments, **options)
@@ -266,6 +260,7 @@ class DiT(ScaleInputs):
             hidden |= kept
         out = self.final_layer(h, told)
         velocity, rest = out[:, : self.in_channels], out[:, self.in_channels :]
+        velocity = to_velocity(self, velocity, x_t, t)
         return DiTOutput(velocity, rest, hidden, cond)
 
     def _run(
@@ -274,6 +269,7 @@ class DiT(ScaleInputs):
         h: Tensor,
         cond: Tensor,
         told: Tensor,
+        context: tuple[Tensor | None, ...],
         skip_blocks: Collection[int],
         keep_hidden: Collection[int],
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -281,7 +277,7 @@ class DiT(ScaleInputs):
         hidden = {}
         for i in blocks:
             if i not in skip_blocks:
-                h = self.blocks[i](h, cond if i < self.scales_from else told)
+                h = self.blocks[i](h, cond if i < self.scales_from else told, *context)
             if i in keep_hidden:
                 hidden[i] = h
         return h, hidden

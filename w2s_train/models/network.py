@@ -14,11 +14,13 @@ optional, and what needs one that is not there says so in one line:
     arguments: dict                     of its constructor, plain values: rebuilds it from a file
     depth: int                          number of blocks, for the two that follow
     forward(keep_hidden=BLOCKS)         `weak.IntermediateHead`, `weak.LayerSkip`: as `DiT.forward`
-      -> output.hidden, output.cond     has it, with what `DiTOutput` says
+      -> output.hidden, output.cond     has it, with what `DiTOutput` says; `align`, too, which
+    hidden_size: int                    needs the width D of these tokens
     make_head() -> nn.Module            `weak.IntermediateHead`: (tokens, cond) -> velocity
     forward(skip_blocks=, resume=)      `weak.LayerSkip`, `weak.RandomBlocks`; with `resume=` alone
                                         `weak.ShuffledTokens`; `weak.DroppedTokens`, which goes on
                                         from fewer tokens than there are, a square number of them
+    forward(places=)                    with it: which these are, (B, n), if the network can be told
     blocks: nn.ModuleList               `compile: blocks`
     add_scales(names)                   scales that segments draw, and `guidance.Inbuilt`: from then
     scales: list[str]                   on the K names are inputs, in this order, in ``arguments``,

@@ -1,9 +1,10 @@
-"""Published DiT and SiT weights, converted to the conventions of this project.
+"""Published DiT, SiT and LightningDiT weights, converted to the conventions of this project.
 
 | weights | time | predicts | what changes here |
 |---|---|---|---|
 | REPA and the SGG release | t = 0 is data | velocity | nothing |
 | SiT (original) | t = 1 is data | velocity of the reversed path | v(x, t) = -v_SiT(x, 1 - t) |
+| LightningDiT | t = 1 is data | the same | the same |
 | DiT | steps 0 ... 999, 0 is clean | noise, variance-preserving path | `NoisePredictionField` |
 
 The sign and the time of SiT are absorbed when loading: the last layer is negated and the network
@@ -21,13 +22,19 @@ from torch import Tensor
 from w2s_train.checkpoint_file import read_file
 from w2s_train.errors import UserError
 from w2s_train.interpolant import Interpolant
+from w2s_train.models.blocks import swiglu_width
 from w2s_train.models.dit import DiT
+from w2s_train.models.rope import Rope
 from w2s_train.models.warm_start import fitted
 
-PARTS = ("x_embedder.", "t_embedder.", "y_embedder.", "blocks.", "final_layer.", "pos_embed")
+PARTS = """
+    x_embedder. t_embedder. y_embedder. blocks. final_layer. pos_embed feat_rope.
+""".split()
+COS, SIN = "feat_rope.freqs_cos", "feat_rope.freqs_sin"  # of LightningDiT: tables that we compute
+FC1, SWIGLU, QK = "blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight", "blocks.0.attn.q_norm."
 NEEDED = """
-    pos_embed x_embedder.proj.weight y_embedder.embedding_table.weight blocks.0.mlp.fc1.weight
-    final_layer.linear.weight final_layer.linear.bias
+    pos_embed x_embedder.proj.weight y_embedder.embedding_table.weight
+    blocks.0.adaLN_modulation.1.weight final_layer.linear.weight final_layer.linear.bias
 """.split()
 HOLDERS = ("ema", "model", "state_dict")  # where training checkpoints have the weights; in order
 WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.", "model.")  # of compiled and distributed modules
@@ -47,6 +54,8 @@ def architecture(state: dict[str, Tensor], num_heads: int | None = None) -> dict
     tokens, hidden_size = state["pos_embed"].shape[1:]
     _, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     known = PUBLISHED_HEADS.get(hidden_size)
+    if COS in state:  # which is as wide as a head
+        known = hidden_size // state[COS].shape[1]
     if num_heads is None and known is None:
         raise UserError(f"num_heads=None: must be given for hidden_size={hidden_size}")
     if num_heads is not None and known not in (None, num_heads):
@@ -61,11 +70,37 @@ def architecture(state: dict[str, Tensor], num_heads: int | None = None) -> dict
         hidden_size=hidden_size,
         depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
         num_heads=num_heads or known,
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+        mlp_ratio=_mlp_ratio(state, hidden_size),
         num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
         out_channels=state["final_layer.linear.weight"].shape[0] // patch_size**2,
-        qk_norm="blocks.0.attn.q_norm.weight" in state,
+        qk_norm="layer" if f"{QK}bias" in state else f"{QK}weight" in state,
+        rope=COS in state,
+        swiglu=SWIGLU in state,
+        rmsnorm="blocks.0.norm1.weight" in state,
+        shift=len(state["blocks.0.adaLN_modulation.1.weight"]) != 4 * hidden_size,
     )
+
+
+def check_positions(path: str, state: dict[str, Tensor], sizes: dict[str, Any]) -> None:
+    """Take the tables of rotary positions out of a state dict; those of others are refused.
+
+    Raises:
+        UserError: They are not those that `Rope` computes for the sizes.
+    """
+    if sizes["rope"]:
+        side = sizes["input_size"] // sizes["patch_size"]
+        ours = Rope(sizes["hidden_size"] // sizes["num_heads"], side).table
+        ours[1, :, ::2] *= -1  # signs
+        theirs = torch.stack([state.pop(COS), state.pop(SIN)]).float()
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0, atol=1e-3):
+            raise UserError(f"path={path}: must have rotary positions of a grid of {side}x{side}")
+
+
+def _mlp_ratio(state: dict[str, Tensor], hidden_size: int) -> float:
+    if SWIGLU not in state:
+        return len(state[FC1]) / hidden_size
+    width = len(state[SWIGLU]) // 2  # which rounding has made of the ratio, mostly of 4
+    return 4.0 if swiglu_width(hidden_size, 4.0) == width else (1.5 * width + 1) / hidden_size
 
 
 def published_sit(
@@ -92,6 +127,7 @@ def published_sit(
     """
     state = _read(path)
     sizes = architecture(state, num_heads)
+    check_positions(path, state, sizes)
     channels, sign = int(sizes["in_channels"]), -1 if reversed_time else 1
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
         # Rows are ordered (p, q, channel); keep the velocity, drop the variance.
@@ -103,6 +139,28 @@ def published_sit(
     other = dict(num_classes=num_classes, input_size=input_size)
     network = DiT(**(sizes | {key: value for key, value in other.items() if value is not None}))
     return _load(path, network, state)
+
+
+def published_lightningdit(
+    path: str,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+) -> DiT:
+    """A `DiT` with the weights of a published LightningDiT (Yao et al., 2025), as `published_sit`.
+
+    Which switches it was made with is told by its weights.
+
+    Args:
+        path: See `published_sit`.
+        num_heads: Attention heads; None for the published B, L and XL, and with rotary positions.
+        num_classes: Instead of the published number.
+        input_size: Height and width of the input instead of the published ones, in latent cells.
+
+    Raises:
+        UserError: As `published_sit`; rotary positions of another kind.
+    """
+    return published_sit(path, num_heads, True, num_classes, input_size)
 
 
 def published_dit(path: str, num_heads: int | None = None) -> DiT:
@@ -127,10 +185,13 @@ def _read(path: str) -> dict[str, Tensor]:
     for key, value in whole.items():
         for prefix in WRAPPERS:
             key = key.removeprefix(prefix)
-        if key.startswith(PARTS) and isinstance(value, Tensor):
+        if key.startswith(tuple(PARTS)) and isinstance(value, Tensor):
             state[key] = value
-    if missing := [key for key in NEEDED if key not in state]:
-        raise UserError(f"path={path}: must hold a published DiT or SiT; lacks {missing[0]}")
+    more = [SWIGLU if SWIGLU in state else FC1, *([SIN] if COS in state else [])]
+    if missing := [key for key in (*NEEDED, *more) if key not in state]:
+        raise UserError(
+            f"path={path}: must hold a published DiT, SiT or LightningDiT; lacks {missing[0]}"
+        )
     return state
 
 
@@ -138,7 +199,7 @@ def _load(path: str, network: DiT, state: dict[str, Tensor]) -> DiT:
     fit, unknown = fitted(state, own := network.state_dict()), sorted(state.keys() - own.keys())
     if fit.left or unknown:
         problems = "; ".join([*fit.left, *(f"{key} is unknown" for key in unknown)])[:200]
-        raise UserError(f"path={path}: must hold all weights of a DiT or SiT, no more; {problems}")
+        raise UserError(f"path={path}: must hold all weights of a DiT, no more; {problems}")
     network.load_state_dict(fit.state)
     if fit.changed:
         warnings.warn(f"path={path}: {'; '.join(fit.changed)}", stacklevel=3)

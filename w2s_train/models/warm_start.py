@@ -19,7 +19,7 @@ from w2s_train.errors import UserError
 SCALES = "scale_embedder.mlps."  # of ScaleInputs
 POSITIONS, LABELS = "pos_embed", "y_embedder.embedding_table.weight"  # of DiT and its relatives
 # Arguments that shapes do not tell, or tell badly; with others the weights mean something else.
-UNSEEN = ("hidden_size", "num_heads", "time_scale", "time_shift", "scales_from")
+UNSEEN = ("hidden_size", "num_heads", "time_scale", "time_shift", "scales_from", "rope", "data_on")
 LEAST = 0.1  # share of a network's numbers below which it has not been warmed up
 AVERAGE, OBJECTIVE = "ema.module.", "objective."
 

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from w2s_train.autoencoder import LATENTS, load_autoencoder, split_moments, weights_digest
+from w2s_train.autoencoder import LATENTS, load_autoencoder, weights_digest
+from w2s_train.autoencoder.of_diffusers import encode_images, posterior, shrinks_by
 from w2s_train.errors import UserError
+from w2s_train.features import ClassifierFeatures, DINOv2Features, FeatureExtractor
 from w2s_train.prepare.engine import Task, Work, changed, write_json
 from w2s_train.shards.decode import decode_image
 from w2s_train.shards.format import ShardTable, ShardWriter, is_written, table_path
-from w2s_train.shards.members import FLIPPED
+from w2s_train.shards.members import FLIPPED, TOKENS
 from w2s_train.shards.samples import encoded_image, read_shard, to_float
 
 # ---- the images of a shard
@@ -147,6 +149,8 @@ class Settings(NamedTuple):
     batch_size: int  # images at a time
     max_broken: float  # share of a shard's images that may be undecodable
     size: tuple[int, int]  # (H, W) of the images
+    align: str | None = None  # whose tokens are stored, too; see `extractor_of`
+    align_weights: str | None = None  # their file, of a model of timm
 
 
 class Facts(NamedTuple):
@@ -155,6 +159,26 @@ class Facts(NamedTuple):
     weights: str  # digest
     image_shape: tuple[int, int, int]  # (C, H, W)
     latent_shape: tuple[int, int, int]  # (C, h, w)
+    align: dict[str, Any] | None = None  # "encoder", and "tokens" [N, F], if they are stored
+
+
+def extractor_of(align: str, weights: str | None) -> FeatureExtractor:
+    """The extractor whose tokens are stored.
+
+    Args:
+        align: A small classifier's file (.safetensors), or a model of timm such as
+            vit_base_patch14_dinov2.lvd142m.
+        weights: The model's file; None is timm's, from the hub.
+
+    Raises:
+        UserError: Neither, or weights that cannot be read.
+    """
+    if align.endswith(".safetensors"):
+        found: FeatureExtractor = ClassifierFeatures(align)
+    else:
+        found = DINOv2Features(align, weights)
+    found.load()
+    return found
 
 
 class Encoder(Work):
@@ -174,15 +198,21 @@ class Encoder(Work):
         self.dtype = getattr(torch, settings.dtype)
         vae = load_autoencoder(settings.autoencoder, "autoencoder", settings.revision)
         config, (height, width) = vae.config, settings.size
-        factor = 2 ** (len(config.block_out_channels) - 1)
+        factor = shrinks_by(vae)
         if height % factor or width % factor:
             raise UserError(
                 f"source: must hold images whose height and width are multiples of {factor}, the "
                 f"factor of {settings.autoencoder}; they are {height}x{width}"
             )
         latent = (config.latent_channels, height // factor, width // factor)
-        self.facts = Facts(weights_digest(vae), (config.in_channels, height, width), latent)
-        self.vae = vae.to(self.device)
+        image = (config.in_channels, height, width)
+        self.vae, self.extractor, about = vae.to(self.device), None, None
+        if settings.align is not None:
+            extractor = extractor_of(settings.align, settings.align_weights)
+            self.extractor = extractor.to(self.device)
+            tokens = self.tokens(torch.zeros(1, *image, dtype=torch.uint8))
+            about = {"encoder": extractor.describe(), "tokens": list(tokens.shape[1:])}
+        self.facts = Facts(weights_digest(vae), image, latent, about)
 
     def write(self, source: Path, writer: ShardWriter) -> Iterator[int]:
         """Write the latents of a shard of images."""
@@ -196,32 +226,45 @@ class Encoder(Work):
         writer.add(MADE_OF, np.array(source.stat().st_size))
 
     def _write(self, writer: ShardWriter, batch: list[Image], source: Path) -> None:
-        x = to_float(torch.stack([image.pixels for image in batch]).to(self.device))
-        kind = FIELDS[self.settings.dtype]
+        pixels = torch.stack([image.pixels for image in batch])
+        x, kind = to_float(pixels.to(self.device)), FIELDS[self.settings.dtype]
         fields = {kind: self.moments(x)}
         if self.settings.flip:
             fields[FLIPPED + kind] = self.moments(x.flip(-1))
         for moments in fields.values():
-            self._check_finite(moments, batch, source)
-            for name, value in sums(moments).items():
+            for name, value in sums(moments, self.facts.latent_shape[0]).items():
                 writer.add(name, value)
+        if self.extractor is not None:
+            fields[TOKENS + kind] = self.tokens(pixels)
+            if self.settings.flip:
+                fields[FLIPPED + TOKENS + kind] = self.tokens(pixels.flip(-1))
+        for values in fields.values():
+            self._check_finite(values, batch, source)
         for row, image in enumerate(batch):
             contents = {name: array_bytes(moments[row]) for name, moments in fields.items()}
             writer.write(image.key, image.label, **contents)
 
     @torch.no_grad()
     def moments(self, x: Tensor) -> Tensor:
-        """Of the posterior (B, 2C, h, w), as they are stored, for images (B, C, H, W) float32."""
+        """What is stored, (B, 2C, h, w) or latents (B, C, h, w), of images (B, 3, H, W) float32."""
         lower = self.settings.precision == "bfloat16"
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
-                moments = self.vae.encode(x).latent_dist.parameters
+                moments = encode_images(self.vae, x)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"batch_size={self.settings.batch_size}: must be smaller, {self.device} has not "
                 "enough memory"
             ) from error
         return moments.to(self.dtype).cpu()
+
+    @torch.no_grad()
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """Of the encoder (B, N, F), as they are stored, for images (B, C, H, W) uint8."""
+        assert self.extractor is not None
+        lower = self.settings.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
+            return self.extractor.tokens(pixels.to(self.device)).to(self.dtype).cpu()
 
     def _check_finite(self, moments: Tensor, batch: list[Image], source: Path) -> None:
         finite = moments.isfinite().flatten(1).all(1)
@@ -233,17 +276,17 @@ class Encoder(Work):
             )
 
 
-def sums(moments: Tensor) -> dict[str, np.ndarray]:
-    """What mean and variance of latents z need, for moments (B, 2C, h, w).
+def sums(moments: Tensor, channels: int) -> dict[str, np.ndarray]:
+    """What mean and variance of latents z need, for moments (B, 2C, h, w) or latents (B, C, h, w).
 
     Over images, height and width: of E[z] = mean and of E[z^2] = mean^2 + std^2, each (C,)
     float64, and how many numbers of each channel these are.
     """
-    mean, std = split_moments(moments.double())
-    over = (0, 2, 3)
+    mean, std = posterior(moments.double(), channels)
+    over, square = (0, 2, 3), mean.square()
     return {
         "first": mean.sum(over).numpy(),
-        "second": (mean.square() + std.square()).sum(over).numpy(),
+        "second": (square if std is None else square + std.square()).sum(over).numpy(),
         "count": np.array(mean.numel() // mean.shape[1]),
     }
 
@@ -295,6 +338,7 @@ def recipe_of(settings: Settings, facts: Facts, source: str, shards: list[Path])
         "batch_size": settings.batch_size,  # it decides about the last bits
         "image_shape": list(facts.image_shape),
         "latent_shape": list(facts.latent_shape),
+        "align": facts.align,
         "source": source,
         "source_shards": len(shards),
         "source_digest": hashlib.sha256(names.encode()).hexdigest(),
@@ -313,7 +357,8 @@ def begin(folder: Path, recipe: dict[str, Any]) -> None:
         return
     try:
         stored = json.loads(path.read_text())
-        before = {name: stored[name] for name in recipe}
+        before = {name: stored[name] for name in recipe if name != "align"}
+        before["align"] = stored.get("align")  # which older ones lack
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"output={folder}: must hold a {LATENTS} of this command ({error!r})"

@@ -16,13 +16,17 @@ class BlowUp:
     E[v | x_t] never exceeds: a warning above 1.2 times the effective guidance scale 1 / (1 - scale)
     of a segment, the end of the run at twice that. Where scales are drawn it is compared with what
     each row's own scale explains.
+
+    A network that says data begins with data of zero, which are large velocities where there is
+    little noise: of one, only what has grown to twice its lowest value counts.
     """
 
     def __init__(self) -> None:
         self.seen: dict[str, float] = {}
+        self.lowest: dict[str, float] = {}  # strong_rms by segment
 
-    def look(self, metrics: dict[str, float], step: int) -> None:
-        """Look at a log entry of training, once."""
+    def look(self, metrics: dict[str, float], step: int, falls: bool = False) -> None:
+        """Look at a log entry of training, once; ``falls`` where the network says data."""
         if metrics is self.seen:
             return
         self.seen = metrics
@@ -31,6 +35,9 @@ class BlowUp:
             velocity = metrics.get(f"{segment}/velocity_rms")
             if name == "effective_scale" and velocity is not None:
                 strong = metrics[f"{segment}/strong_rms"]
+                self.lowest[segment] = min(strong, self.lowest.get(segment, strong))
+                if falls and strong < 2 * self.lowest[segment]:
+                    continue
                 if explained := metrics.get(f"{segment}/explained_rms"):
                     guides = explained / velocity
                 self._compare(strong, velocity, guides, f"step {step}: {segment}/strong_rms")

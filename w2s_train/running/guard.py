@@ -15,6 +15,7 @@ from w2s_train.checkpoint_file import damage, newest_first, read_file, step_of
 from w2s_train.errors import DIVERGED, Stopped, require
 from w2s_train.evaluation.scorer import gather
 from w2s_train.optim import Readback
+from w2s_train.posthoc.averages import PowerAverages
 from w2s_train.running.agreement import Agreement
 
 WINDOW = 100  # good steps that the averages look back; before so many, nothing is a spike
@@ -265,6 +266,9 @@ def waits_cost(trainer: Trainer) -> bool:
 def _load(trainer: Trainer, module: LightningModule, content: dict[str, Any]) -> None:
     """Weights, averages, weak networks and optimizers of a checkpoint; settings as they are now."""
     module.load_state_dict(content["state_dict"])
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, PowerAverages):
+            callback.go_back(trainer, content)
     for optimizer, state in zip(trainer.optimizers, content["optimizer_states"], strict=True):
         settings = [
             {name: value for name, value in group.items() if name != "params"}

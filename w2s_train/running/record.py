@@ -252,6 +252,9 @@ class Record:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         start = environment(trainer) | {PER_STEP: data.images_per_step(trainer)}
         start |= {"loggers": ids} if ids else {}
+        module: Any = trainer.lightning_module
+        encoders = module.objective.align.encoders()
+        start |= {"encoders": encoders} if encoders else {}
         entries = json.dumps([*self._earlier(), start | {"config": config}], indent=1)
         with atomic_write(self.folder / "environment.json") as file:
             file.write(entries.encode() + b"\n")

@@ -85,6 +85,8 @@ class Run(Checkpoint):
             self.record.count_start()
             if not self.record.resumed:
                 self.record.write_start(trainer)
+        for term in pl_module.objective.align.terms:
+            rank_zero_info(term.describe())
         self.guard.start(trainer)
         self.held_out.start(trainer, pl_module)
 
@@ -115,7 +117,8 @@ class Run(Checkpoint):
         self.steps = trainer.global_step
         self.guard.note(pl_module.images_seen + trainer.global_rank * rows, rows)
         if self.guard.enabled:
-            self.blow_up.look(pl_module.last_logged, trainer.global_step)
+            falls = getattr(pl_module.network, "data_on", None) is not None
+            self.blow_up.look(pl_module.last_logged, trainer.global_step, falls)
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         self.watch.at(Stage.IN_THE_BACKWARD_PASS)
@@ -129,7 +132,9 @@ class Run(Checkpoint):
         """Before gradients are clipped; of a batch that only accumulates, this is not called."""
         loss, norm = pl_module.measure(optimizer)
         self.agreement.wish(**self._asked, save=self.checkpoints.wish(trainer))
-        good = self.guard.judge(trainer, loss, norm)  # and what all processes wish
+        # Terms of alignment are at least minus their weight: so the loss is judged from 0 on, as a
+        # spike is so many times the average. In the same collective: what all processes wish.
+        good = self.guard.judge(trainer, loss + pl_module.objective.align.weight, norm)
         pl_module.accept(good, optimizer)
 
     def on_train_batch_end(

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
 from w2s_train.errors import UserError
+from w2s_train.loading import check_optimizer, optimizer_over
 
 IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 SCHEDULED = ("lr", "betas", "momentum")  # what schedulers change
@@ -28,7 +28,7 @@ def check_schedule(module: Any, max_steps: int) -> None:
     """
     if module.scheduler is None:
         return
-    scheduler = module.scheduler(_trial(module))
+    scheduler = module.scheduler(check_optimizer(module.optimizer))
     name = type(scheduler).__name__
     if isinstance(scheduler, ReduceLROnPlateau):
         raise UserError(
@@ -117,7 +117,7 @@ class Settings:
         if not self.arguments and not self.rescheduled:
             return
         optimizer = trainer.optimizers[0]
-        fresh = module.optimizer([p for p in module.parameters() if p.requires_grad])
+        fresh = optimizer_over(module)
         names = {*self.arguments, *(SCHEDULED if self.rescheduled else ())}
         for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
             group.update({name: new[name] for name in names if name in new})
@@ -129,12 +129,6 @@ class Settings:
             _replay(scheduler, trainer.global_step)
             trainer.lr_scheduler_configs[0].scheduler = scheduler
         self.arguments, self.rescheduled = [], False
-
-
-def _trial(module: Any) -> torch.optim.Optimizer:
-    """The module's optimizer, on a parameter of its own."""
-    optimizer: torch.optim.Optimizer = module.optimizer([nn.Parameter(torch.zeros(1))])
-    return optimizer
 
 
 def _replay(scheduler: LRScheduler, steps: int, begin: int = 0) -> None:
@@ -151,7 +145,7 @@ def _check_state(checkpoint: dict[str, Any], module: Any) -> None:
     States are compared of two steps with a parameter of their own: the checkpoint's parameters have
     other shapes, which some optimizers' states depend on.
     """
-    now, before = _trial(module), _trial(module)
+    now, before = (check_optimizer(module.optimizer) for _ in range(2))
     theirs = checkpoint["optimizer_states"][0]["param_groups"][0]
     switched = {
         name: theirs[name]
@@ -180,7 +174,7 @@ def _state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def _in_effect(checkpoint: dict[str, Any], module: Any) -> dict[str, tuple[Any, Any]]:
     """Settings of an optimizer's state that are not those of the config: theirs, and ours."""
-    optimizer = _trial(module)
+    optimizer = check_optimizer(module.optimizer)
     if module.scheduler is not None:
         module.scheduler(optimizer)
     ours, theirs = optimizer.param_groups[0], checkpoint["optimizer_states"][0]["param_groups"][0]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from w2s_train.errors import UserError, one_line
 from w2s_train.shards.format import ShardTable
 from w2s_train.shards.index import Shard, load_table
-from w2s_train.shards.members import ARRAY_TYPES, FLIPPED, IMAGE_TYPES
+from w2s_train.shards.members import ARRAY_TYPES, FLIPPED, IMAGE_TYPES, TOKENS
 from w2s_train.shards.order import Places, StreamOrder
 from w2s_train.shards.samples import Span, payloads, read_spans
 from w2s_train.shards.storage import Storage
@@ -42,11 +42,13 @@ class Rows(NamedTuple):
             of them could be read.
         label: (B,) int64.
         bad: Why a sample could not be read, by its number in the batch; its image means nothing.
+        tokens: (B, N, F) of an encoder, as they are stored; None where none are asked for.
     """
 
     image: Tensor
     label: Tensor
     bad: dict[int, str]
+    tokens: Tensor | None = None
 
 
 class Contents(NamedTuple):
@@ -54,18 +56,20 @@ class Contents(NamedTuple):
 
     table: ShardTable
     fields: list[str]
+    tokens: list[str]  # those that hold an encoder's tokens, if they are asked for
 
-    def span(self, file: int, row: int, *, mirrored: bool) -> Span:
-        """The data of a sample: the first of the fields that it has."""
+    def span(self, file: int, row: int, *, mirrored: bool, tokens: bool = False) -> Span:
+        """The data of a sample, or its tokens: the first of the fields that it has."""
+        fields = self.tokens if tokens else self.fields
         if row >= len(self.table.labels):
             return Span(-1, 0, 0, "", "it is missing")
-        for field in self.fields:
-            name = FLIPPED + field if mirrored and field in ARRAY_TYPES else field
+        for field in fields:
+            name = FLIPPED + field if mirrored and field.endswith(ARRAY_TYPES) else field
             column = self.table.fields.index(name)
             offset, size = self.table.offsets[row, column], self.table.sizes[row, column]
             if offset >= 0:
                 return Span(file, int(offset), int(size), name)
-        return Span(-1, 0, 0, "", f"it has none of {', '.join(self.fields)}")
+        return Span(-1, 0, 0, "", f"it has none of {', '.join(fields)}")
 
 
 class ShardFiles:
@@ -78,10 +82,18 @@ class ShardFiles:
         shards: As `find_shards` found them.
         storage: Gives files for their URLs.
         flip: Samples are going to be mirrored: images here, arrays by their stored mirror images.
+        tokens: Read tokens of an encoder, too, which lie beside the data.
     """
 
-    def __init__(self, shards: Sequence[Shard], storage: Storage, *, flip: bool = False) -> None:
-        self.shards, self.storage, self.flip = shards, storage, flip
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        storage: Storage,
+        *,
+        flip: bool = False,
+        tokens: bool = False,
+    ) -> None:
+        self.shards, self.storage, self.flip, self.tokens = shards, storage, flip, tokens
         counts = np.array([shard.samples for shard in shards], np.int64)
         self.firsts, self.samples = np.cumsum(counts) - counts, int(counts.sum())
         self._contents: dict[int, Contents] = {}
@@ -98,6 +110,7 @@ class ShardFiles:
         shards = np.searchsorted(self.firsts, places.rows, "right") - 1
         mirrored = places.mirrored & self.flip
         spans: list[Span] = [Span(-1, 0, 0, "")] * len(shards)
+        beside = list(spans)
         labels = np.zeros(len(shards), np.int64)
         for shard in np.unique(shards).tolist():
             here = np.flatnonzero(shards == shard)
@@ -105,18 +118,25 @@ class ShardFiles:
             problem = self._open(shard)
             for i, row in zip(here.tolist(), rows.tolist(), strict=True):
                 if problem:
-                    spans[i] = Span(-1, 0, 0, "", problem)
+                    spans[i] = beside[i] = Span(-1, 0, 0, "", problem)
                     continue
-                contents = self._contents[shard]
-                spans[i] = contents.span(self._files[shard], row, mirrored=bool(mirrored[i]))
+                contents, turned = self._contents[shard], bool(mirrored[i])
+                spans[i] = contents.span(self._files[shard], row, mirrored=turned)
+                if self.tokens:
+                    where = dict(mirrored=turned, tokens=True)
+                    beside[i] = contents.span(self._files[shard], row, **where)
                 if not spans[i].problem:
                     labels[i] = contents.table.labels[row]
         image, bad = read_spans(spans, lambda i: self.title(places.rows[i]))
+        tokens = None
+        if self.tokens:
+            tokens, missing = read_spans(beside, lambda i: self.title(places.rows[i]))
+            bad |= missing
         turn = np.flatnonzero(mirrored).tolist()
         turn = [i for i in turn if not spans[i].field.startswith(FLIPPED)]
         if turn and image.ndim > 2:
             image[turn] = image[turn].flip(-1)
-        return Rows(image, torch.from_numpy(labels), bad)
+        return Rows(image, torch.from_numpy(labels), bad, tokens)
 
     def place(self, row: int) -> tuple[int, int]:
         """The number of a sample's shard, and its own in there."""
@@ -152,8 +172,8 @@ class ShardFiles:
 
     def stores_mirrored(self) -> bool:
         """Whether mirrored samples are stored ones; known when all samples have been read once."""
-        found = {field for contents in self._contents.values() for field in contents.fields}
-        return not found.isdisjoint(ARRAY_TYPES)
+        found = (*self._contents.values(),)
+        return any(f.endswith(ARRAY_TYPES) for each in found for f in each.fields + each.tokens)
 
     def _open(self, number: int) -> str:
         """Have table and file of a shard at hand; says why that cannot be."""
@@ -169,7 +189,7 @@ class ShardFiles:
                 table = load_table(shard, self.storage)
                 # Names are needed for messages alone, and take more room than all the rest.
                 slim = dataclasses.replace(table, keys=table.keys[:0], sums={})
-                self._contents[number] = Contents(slim, self._fields(table, shard.url))
+                self._contents[number] = Contents(slim, *self._fields(table, shard.url))
             self._files[number] = self._descriptor(shard)
         except OSError as error:
             if error.errno in OF_THE_MACHINE:
@@ -190,15 +210,24 @@ class ShardFiles:
         while len(self._files) > OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
 
-    def _fields(self, table: ShardTable, url: str) -> list[str]:
+    def _fields(self, table: ShardTable, url: str) -> tuple[list[str], list[str]]:
+        """Those that hold the data, and those that hold tokens."""
         fields = payloads(table.fields, url) if len(table) else []
-        for field in fields:
-            if self.flip and field in ARRAY_TYPES and FLIPPED + field not in table.fields:
+        tokens = [TOKENS + kind for kind in ARRAY_TYPES if TOKENS + kind in table.fields]
+        if self.tokens and len(table) and not tokens:
+            raise UserError(
+                f"train_urls={url}: must hold an encoder's tokens ({TOKENS}npy), made by "
+                "data/encode_latents.py --align MODEL"
+            )
+        tokens = tokens if self.tokens else []
+        for field in fields + tokens:
+            mirrored = field.endswith(ARRAY_TYPES) and FLIPPED + field in table.fields
+            if self.flip and field.endswith(ARRAY_TYPES) and not mirrored:
                 raise UserError(
                     f"flip=True: must be False for {url}, which holds arrays ({field}) and none of "
                     f"mirrored images ({FLIPPED}{field})"
                 )
-        return fields
+        return fields, tokens
 
 
 class Decoded:
@@ -221,6 +250,7 @@ class Decoded:
     def read(self, places: Places) -> Rows:
         """As `ShardFiles.read`."""
         image, label = self.plain.image[places.rows], self.plain.label[places.rows]
+        tokens = None if self.plain.tokens is None else self.plain.tokens[places.rows]
         mirrored = places.mirrored & self.files.flip
         turn = torch.from_numpy(mirrored)
         kept = [self.plain.bad] * len(mirrored)
@@ -228,12 +258,16 @@ class Decoded:
             image[turn] = image[turn].flip(-1)
         else:
             image[turn] = self.flipped.image[places.rows[mirrored]]
+            if tokens is not None and self.flipped.tokens is not None:
+                tokens[turn] = self.flipped.tokens[places.rows[mirrored]]
             kept = [self.flipped.bad if turned else self.plain.bad for turned in mirrored]
         found = enumerate(zip(kept, places.rows.tolist(), strict=True))
-        return Rows(image, label, {i: bad[row] for i, (bad, row) in found if row in bad})
+        unread = {i: bad[row] for i, (bad, row) in found if row in bad}
+        return Rows(image, label, unread, tokens)
 
     def _read_all(self, *, mirrored: bool) -> Rows:
         samples, image, bad = self.files.samples, torch.zeros(0), dict[int, str]()
+        tokens: Tensor | None = None
         label = torch.zeros(samples, dtype=torch.int64)
         firsts = range(0, samples, CHUNK)
         for first in tqdm(firsts, "reading samples", delay=5, disable=None, leave=False):
@@ -251,10 +285,14 @@ class Decoded:
                     f"one shape and type ({self.files.title(first)} differs)"
                 )
             image[numbers.start : numbers.stop] = part.image
+            if part.tokens is not None:
+                shape = (samples, *part.tokens.shape[1:])
+                tokens = part.tokens.new_zeros(shape) if tokens is None else tokens
+                tokens[numbers.start : numbers.stop] = part.tokens
         if not len(image):
             reason = next(iter(bad.values()), "there are none")
             raise UserError(f"train_urls: must hold a readable sample ({reason})")
-        return Rows(image, label, bad)
+        return Rows(image, label, bad, tokens)
 
 
 class Skipped(NamedTuple):
@@ -269,9 +307,10 @@ class Skipped(NamedTuple):
 class ShardBatches(Dataset):
     """The item of a range of positions is the batch of the samples that lie there.
 
-    Items are ``{"image": (B, C, H, W) as stored, "label": (B,) int64, "skipped": [Skipped, ...]}``;
-    samples that could not be read are replaced by others, which depend on the position alone.
-    Nothing else does either: who reads an item, and what was read before, changes nothing.
+    Items are ``{"image": (B, C, H, W) as stored, "label": (B,) int64, "skipped": [Skipped, ...]}``,
+    and "tokens" (B, N, F) where the files read them; samples that could not be read are replaced by
+    others, which depend on the position alone. Nothing else does either: who reads an item, and
+    what was read before, changes nothing.
 
     Args:
         files: Give samples by number.
@@ -306,7 +345,8 @@ class ShardBatches(Dataset):
         ]
         if rows.bad:
             rows = self._replace(positions, places, rows)
-        return {"image": rows.image, "label": rows.label, "skipped": skipped}
+        tokens = {} if rows.tokens is None else {"tokens": rows.tokens}
+        return {"image": rows.image, "label": rows.label, "skipped": skipped} | tokens
 
     def _fetch_upcoming(self, position: int) -> None:
         """Of each window once; the worker processes share its shards."""
@@ -319,7 +359,7 @@ class ShardBatches(Dataset):
 
     def _replace(self, positions: range, places: Places, rows: Rows) -> Rows:
         """The batch with other samples in place of the bad ones."""
-        image, label, left = rows.image, rows.label, dict(rows.bad)
+        image, label, left, tokens = rows.image, rows.label, dict(rows.bad), rows.tokens
         for attempt in range(ATTEMPTS):
             bad = np.array(sorted(left))
             numbers = [self.order.substitute(positions[i], attempt) for i in bad.tolist()]
@@ -328,11 +368,15 @@ class ShardBatches(Dataset):
             if good and len(rows.bad) == len(label):  # until now there was no shape
                 rows = rows._replace(bad={})
                 image = found.image.new_zeros(len(label), *found.image.shape[1:])
+                if found.tokens is not None:
+                    tokens = found.tokens.new_zeros(len(label), *found.tokens.shape[1:])
             if good:
                 image[bad[good]], label[bad[good]] = found.image[good], found.label[good]
+                if tokens is not None and found.tokens is not None:
+                    tokens[bad[good]] = found.tokens[good]
             left = {int(bad[k]): reason for k, reason in found.bad.items()}
             if not left:
-                return Rows(image, label, {})
+                return Rows(image, label, {}, tokens)
         reason = next(iter(left.values()))
         raise UserError(f"train_urls: must hold readable samples; {ATTEMPTS} were not ({reason})")
 

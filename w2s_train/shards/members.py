@@ -20,6 +20,7 @@ LABEL = "cls"
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 ARRAY_TYPES = ("npy", "bf16.npy")  # bfloat16 is stored as its bits, uint16
 FLIPPED = "flip."  # before the name of an array: the same of the mirrored image
+TOKENS = "tokens."  # before the name of an array: an encoder's tokens (N, F) of the image
 # What a field is called that holds data; the longer names first.
 DATA = (FLIPPED + "bf16.npy", "bf16.npy", FLIPPED + "npy", "npy", *IMAGE_TYPES)
 META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members, which are no samples

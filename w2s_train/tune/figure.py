@@ -28,6 +28,25 @@ def draw(outcome: Outcome, path: Path) -> None:
             figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
 
 
+def draw_curve(
+    curve: Sequence[tuple[float, float, float]], own: float, metric: str, path: Path
+) -> None:
+    """Write scores over stds, from triples (std, score, ...), with that of the run's own."""
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "text.parse_math": False}):
+        figure = Figure((1.4 * WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        stds, values = ([each[i] for each in curve] for i in (0, 1))
+        best = min(range(len(values)), key=values.__getitem__)
+        axes.plot(stds, values, "o-", color=REST, lw=1, label="made after training")
+        axes.plot(stds[best], values[best], "o", color=BEST)
+        axes.axhline(own, color=LINE, ls="--", lw=1, label="the run's own average")
+        axes.set(xlabel="std of the average, as a part of the run", ylabel=metric, xscale="log")
+        axes.xaxis.set(major_formatter=PLAIN, minor_formatter=PLAIN)
+        axes.legend(frameon=False)
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+
+
 def _is_map(trials: Sequence[Trial], names: Sequence[str]) -> bool:
     return len(names) == 2 and all(isinstance(t.values[n], float) for t in trials for n in names)
 

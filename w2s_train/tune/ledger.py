@@ -1,13 +1,37 @@
 """Every score of a tuning, in ``state.jsonl``: the first line says what is searched."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+
 from w2s_train.errors import UserError
-from w2s_train.files import atomic_write
+from w2s_train.files import atomic_write, locked
 from w2s_train.secrets import redacted
 from w2s_train.tune.evaluator import Scored
+
+
+def check_name(name: str) -> None:
+    """Refuse one that is no folder's."""
+    if Path(name).name != name or name in (".", ".."):
+        raise UserError(f"name={name}: must be the name of a folder, without /")
+
+
+@contextlib.contextmanager
+def alone(trainer: Any, folder: Path, name: str) -> Iterator[None]:
+    """Make a folder, and keep other commands out of it; UserError if there is one."""
+    with contextlib.ExitStack() as stack:
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(locked(folder / ".lock", 0))
+            except Timeout as error:
+                raise UserError(f"name={name}: must not be tuned twice at a time") from error
+        trainer.strategy.barrier("the folder of the tuning")
+        yield
 
 
 class Ledger:

@@ -28,6 +28,8 @@ DEFAULTS: dict[str, tuple[str, ...]] = {  # what is searched where nothing is sa
     "StageWise": ("scale=1:4",),
     "Segmented": ("border=0.1:0.9", "low_noise.scale=1:4", "high_noise.scale=1:4"),
 }
+EMA_STD = "ema_std"  # of the weights, and no argument: where a run can make averages (posthoc)
+WIDTHS = f"{EMA_STD}=0.05:0.2"
 
 Values = dict[str, Any]  # of one candidate, by the names of parameters
 
@@ -90,7 +92,14 @@ class Space:
     parameters: tuple[Parameter, ...]
 
     @classmethod
-    def of(cls, guidance: str, search: Sequence[str], objective: Any = None) -> "Space":
+    def of(
+        cls,
+        guidance: str,
+        search: Sequence[str],
+        objective: Any = None,
+        *,
+        averages: bool = False,
+    ) -> "Space":
         """Of what the command line says.
 
         Args:
@@ -98,6 +107,8 @@ class Space:
                 with a ``model.guidance``, or a class path.
             search: A text per parameter; empty for those that go with the class.
             objective: Of the run, whose drawn scales `Inbuilt` chooses.
+            averages: Whether the run has snapshots of averages; then the std of the one that is
+                sampled goes with every guidance.
 
         Raises:
             UserError: There is no such guidance, or it has no such argument.
@@ -121,6 +132,7 @@ class Space:
             raise UserError(
                 f"search=null: must be given for {kind}, as NAME=LOW:HIGH; its arguments: {names}"
             )
+        texts += [WIDTHS] if averages and not search else []
         parameters = tuple(map(Parameter.parse, texts))
         given = [each.name for each in parameters]
         if twice := next((name for name in given if given.count(name) > 1), None):
@@ -137,7 +149,8 @@ class Space:
         """The guidance of a candidate as a config spells it."""
         spec = copy.deepcopy(self.guidance)
         for name, value in values.items():
-            _put(spec, name, value)
+            if name != EMA_STD:
+                _put(spec, name, value)
         return spec
 
 

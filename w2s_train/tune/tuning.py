@@ -1,12 +1,10 @@
 """The course of a tuning: the search on tuning seeds, then the scores on fresh ones."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import Timeout
 from rich.console import Console
 from torch import nn
 
@@ -14,15 +12,15 @@ from w2s_train.datamodule import ShardDataModule
 from w2s_train.errors import UserError, needed, require
 from w2s_train.evaluation.fid import FID
 from w2s_train.evaluation.scorer import protocol_of, weights_digest
-from w2s_train.files import locked
 from w2s_train.guidance import Guidance, Unguided
 from w2s_train.module import DiffusionModule
 from w2s_train.scores import git_commit
+from w2s_train.tune.averages import Averages
 from w2s_train.tune.evaluator import Evaluator, build
-from w2s_train.tune.ledger import Ledger
+from w2s_train.tune.ledger import Ledger, alone, check_name
 from w2s_train.tune.outcome import Fresh, Images, Outcome
 from w2s_train.tune.search import Proposals, plan, search
-from w2s_train.tune.space import Space, Values
+from w2s_train.tune.space import EMA_STD, Space, Values
 
 TUNING, FRESH = 10**9, 2 * 10**9  # the first seeds; a run's own scores begin at 0
 IMAGES = 40_000
@@ -97,8 +95,7 @@ class Tuning:
         data: ShardDataModule,
         after_batch: Callable[[bool], None],
     ) -> None:
-        if Path(name).name != name or name in (".", ".."):
-            raise UserError(f"name={name}: must be the name of a folder, without /")
+        check_name(name)
         if data.first_seed + data.num_generated * data.sampling_seeds > TUNING:
             raise UserError(f"data.first_seed={data.first_seed}: must leave seeds from {TUNING} on")
         with needed("optuna", "tune"):
@@ -112,6 +109,8 @@ class Tuning:
         """Search, score, and write what was found; goes on where an earlier start was stopped."""
         folder = Path(trainer.default_root_dir) / "tune" / self.name
         self.trainer, self.module, self.metric = trainer, module, ""
+        searched = any(each.name == EMA_STD for each in self.space.parameters)
+        self.averages = Averages(module, trainer.ckpt_path) if searched else None
         self.size = self.budget.size_of_a_set(
             self.fid.extractor.num_features, self.data.num_generated
         )
@@ -119,7 +118,7 @@ class Tuning:
             raise UserError(f"set_images={self.size}: must be at least one a process")
         self._check(self.budget.images or IMAGES, "images")
         self.evaluator = Evaluator(trainer, module, self.data, self.fid, self.after_batch)
-        with self._alone(folder):
+        with alone(trainer, folder, self.name):
             self.ledger = Ledger(
                 folder / "state.jsonl", self._about(), writes=trainer.is_global_zero
             )
@@ -136,25 +135,10 @@ class Tuning:
                 f"{self.budget.sets} sets of {self.size:,}, {least:,} images; here it is {images:,}"
             )
 
-    @contextlib.contextmanager
-    def _alone(self, folder: Path) -> Iterator[None]:
-        """Keep other commands out of the folder."""
-        with contextlib.ExitStack() as stack:
-            if self.trainer.is_global_zero:
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    stack.enter_context(locked(folder / ".lock", 0))
-                except Timeout as error:
-                    raise UserError(
-                        f"name={self.name}: must not be tuned twice at a time"
-                    ) from error
-            self.trainer.strategy.barrier("the folder of the tuning")
-            yield
-
     def _about(self) -> dict[str, Any]:
         """What all scores depend on; another one is another search."""
         protocol, network = protocol_of(self.module), self.module.settings[0].network
-        return {
+        return (self.averages.describe() if self.averages else {}) | {
             "weights_sha256": weights_digest([cast(nn.Module, network)]).hexdigest()[:16],
             "guidance": self.space.guidance,
             "search": [str(each) for each in self.space.parameters],
@@ -228,6 +212,8 @@ class Tuning:
     def _refusal(self, values: Values) -> str | None:
         try:
             self._guidance(values)
+            if self.averages is not None:
+                self.averages.kept.mix(values[EMA_STD])
         except UserError as error:
             return str(error)
         return None
@@ -237,6 +223,8 @@ class Tuning:
         known = self.ledger.find(values, seeds)
         if known is None:
             guidance = self._guidance(values)
+            if self.averages is not None:
+                self.averages.use(values[EMA_STD] if values else None)
             found = self.evaluator.score(guidance, seeds)
             known = self.ledger.add(values, seeds, found)
             if self.trainer.is_global_zero:
@@ -263,9 +251,13 @@ class Tuning:
         print(*outcome.summary(), sep="\n")
         run = folder.parent.parent
         print(f"written: {folder}/winner.yaml, result.json and figure.png")
+        path = self.trainer.ckpt_path
+        if self.averages is not None:
+            path = folder / "best.ckpt"
+            self.averages.kept.save(outcome.trials[0].values[EMA_STD], path)
         print(
             f"use it:  lightning sample -c {run}/config.yaml -c {folder}/winner.yaml --ckpt_path "
-            f"{self.trainer.ckpt_path}"
+            f"{path}"
         )
 
 

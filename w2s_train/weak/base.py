@@ -23,6 +23,7 @@ class Step:
     # If not, the weights are those before it, and averages stay, too (`WeightAverage.update` takes
     # it); a tensor () where the host does not know yet.
     good: bool | Tensor = True
+    batch: dict[str, object] | None = None  # of the data, as it was read; for `align`
 
 
 class WeakSource(nn.Module, abc.ABC):

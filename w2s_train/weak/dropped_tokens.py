@@ -1,5 +1,6 @@
 """The network with most tokens left out of its middle blocks."""
 
+import inspect
 import math
 
 from torch import Tensor
@@ -43,6 +44,7 @@ class DroppedTokens(WeakSource):
         first, last = middle_blocks(depth, self.first, self.last)
         self.before, self.last_block, self.behind = first - 1, last, range(last + 1, depth)
         self.keep_hidden = (self.before,)
+        self.places = "places" in inspect.signature(network.forward).parameters
 
     def describe(self) -> str:
         return f"DroppedTokens({self.share:g}, {self.before + 1}-{self.last_block})"
@@ -55,8 +57,10 @@ class DroppedTokens(WeakSource):
         side = min(round(math.sqrt((1 - self.share) * count)), math.isqrt(count - 1))
         kept = max(side, 1) ** 2
         chosen = random.numbers(count).argsort(1)[:, :kept].sort(1).values
-        chosen = chosen.unsqueeze(2).expand(-1, -1, width)
         few: dict[str, object] = dict(skip_blocks=self.behind, keep_hidden=(last,))
+        if self.places:
+            few["places"] = chosen
+        chosen = chosen.unsqueeze(2).expand(-1, -1, width)
         resume = (self.before, tokens.gather(1, chosen))
         seen = network(noisy.x_t, noisy.t, y, resume=resume, **few).hidden[last]
         tokens = tokens.to(seen.dtype).scatter(1, chosen, seen)

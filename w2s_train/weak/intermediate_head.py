@@ -4,7 +4,7 @@ from torch import Tensor
 
 from w2s_train.errors import UserError
 from w2s_train.interpolant import NoisySample
-from w2s_train.models import DiTOutput, Network, offered
+from w2s_train.models import DiTOutput, Network, offered, to_velocity
 from w2s_train.weak.base import WeakSource
 
 
@@ -41,4 +41,5 @@ class IntermediateHead(WeakSource):
         self.keep_hidden, self.head = (block,), make_head()
 
     def predict(self, network: Network, noisy: NoisySample, y: Tensor, strong: DiTOutput) -> Tensor:
-        return self.head(strong.hidden[self.keep_hidden[0]], strong.cond)
+        said = self.head(strong.hidden[self.keep_hidden[0]], strong.cond)
+        return to_velocity(network, said, noisy.x_t, noisy.t)
