@@ -76,6 +76,7 @@ def test_statistics_give_each_channel_mean_0_and_std_1(tmp_path: Path):
     torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(4), rtol=0.02, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", ["default", "scale", "statistics"])
 def test_decode_inverts_encode(vae: str, tmp_path: Path, scaled: str):
     path = latents_json(tmp_path / "latents.json")
@@ -92,6 +93,7 @@ def test_decode_inverts_encode(vae: str, tmp_path: Path, scaled: str):
     assert direct.shape[-1] == FACTOR * 8
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_rest_of_the_batch(vae: str):
     autoencoder = StableDiffusionVAE(vae, decode_batch=4)
     x = torch.randn(11, 4, 8, 8)
@@ -101,6 +103,7 @@ def test_images_do_not_depend_on_the_rest_of_the_batch(vae: str):
         assert torch.equal(torch.cat([autoencoder.decode(part) for part in x.split(size)]), whole)
 
 
+@pytest.mark.slow
 def test_decoding_stays_in_float32(vae: str):
     autoencoder = StableDiffusionVAE(vae)
     x = torch.randn(2, 4, 8, 8)
@@ -112,6 +115,7 @@ def test_decoding_stays_in_float32(vae: str):
     assert torch.equal(autoencoder.to(torch.bfloat16).decode(x), whole)
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_nothing_of_it(vae: str, tmp_path: Path):
     autoencoder = StableDiffusionVAE(vae, statistics=latents_json(tmp_path / "latents.json"))
     autoencoder.load()
@@ -119,6 +123,7 @@ def test_checkpoints_hold_nothing_of_it(vae: str, tmp_path: Path):
     assert list(autoencoder.parameters()) == []
 
 
+@pytest.mark.slow
 def test_shards_of_another_autoencoder_are_refused(vae: str, tmp_path: Path):
     """Found beside the shards however they are named; weights once there are some to compare."""
     autoencoder = StableDiffusionVAE(vae)
@@ -178,6 +183,7 @@ def test_latents_that_are_not_of_unit_variance(tmp_path: Path, std: float, advis
     assert PixelSpace().advice(made, path) == ""
 
 
+@pytest.mark.slow
 def test_weights_digest(vae: str, tmp_path: Path):
     """Of the values, not of the file; of every value, and of where it stands."""
     from safetensors.torch import load_file, save_file
@@ -242,6 +248,7 @@ def test_data_that_is_no_latent():
         StableDiffusionVAE().encode(torch.zeros(2, 3, 8, 8))
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_loaded(vae: str, tmp_path: Path, monkeypatch):
     """One line each, and never random weights instead."""
     from safetensors.torch import load_file, save_file
@@ -273,6 +280,7 @@ def test_weights_that_cannot_be_loaded(vae: str, tmp_path: Path, monkeypatch):
     assert "needs diffusers" in message(vae)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path, asked",
     [("owner/name", ("owner/name", None)), ("owner/name/a/vae", ("owner/name", "a/vae"))],

@@ -36,6 +36,7 @@ def test_unequal_numbers_of_seeds_without_an_effect_pass_no_more_often(scales: t
     assert passed <= 65
 
 
+@pytest.mark.slow
 def test_three_seeds_without_an_effect_pass_one_time_in_twenty():
     """What the verdict rests on keeps its promise; the bootstrap of three seeds does not."""
     rng = np.random.default_rng(0)

@@ -110,6 +110,7 @@ def test_unconditional_points():
     assert sample_scores(leaves, one_class, null)["coverage"] < 0.3
 
 
+@pytest.mark.slow
 def test_true_points_have_no_energy_distance():
     """Unbiased: the mean over draws is zero, also for few points."""
     leaves, y = Leaves(24, 1), torch.arange(240) % 24
