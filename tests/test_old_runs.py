@@ -32,7 +32,9 @@ def one_of_each_form(paths: list[Path]) -> list[Path]:
     return sorted(forms.values())
 
 
-NEWER = {"scales", "scales_from"}  # arguments that configs before did not have
+# Arguments that configs before did not have, and the values that are of no effect.
+NEWER = dict(scales=None, scales_from=0, rope=False, swiglu=False, rmsnorm=False, shift=True)
+NEWER |= dict(class_tokens=0, data_on=None)
 
 
 def check(path: Path) -> None:
@@ -45,8 +47,9 @@ def check(path: Path) -> None:
     stated = without_removed(yaml.safe_load(path.read_text()))
     for name in ("network", "sampler"):
         found = config.model[name].as_dict()
-        for key in NEWER & found["init_args"].keys() - stated["model"][name]["init_args"].keys():
-            assert found["init_args"].pop(key) in (None, 0)  # of no effect
+        new = found["init_args"].keys() - stated["model"][name]["init_args"].keys()
+        for key in new & NEWER.keys():
+            assert found["init_args"].pop(key) == NEWER[key]
         assert found == stated["model"][name]
     segments = stated["model"]["objective"]["init_args"]["segments"]
     found = config.model.objective.init_args.segments
