@@ -1,11 +1,11 @@
 """Who may import whom, and how large all is: CONTRIBUTING.md, "Layout"."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,10 +61,12 @@ def module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def nodes(path: Path) -> Iterator[ast.AST]:
-    return ast.walk(ast.parse(path.read_text()))
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    return [*ast.walk(ast.parse(path.read_text()))]
 
 
+@functools.cache
 def imported(path: Path) -> list[str]:
     """Modules, and names in them, that a file imports anywhere."""
     names = []
