@@ -135,10 +135,8 @@ class WeakToStrongObjective(Objective):
             segment.plan(self.total_steps or max_steps, max_steps)
         self.align.load()
         if self.segments and self.total_steps and max_steps and max_steps > self.total_steps:
-            said = (
-                f"is shorter than this run, {max_steps}; shares of the plan and alpha refer to it"
-            )
-            warnings.warn(f"total_steps={self.total_steps}: {said}", stacklevel=2)
+            said = f"is shorter than this run, {max_steps}; shares of the plan and alpha refer to"
+            warnings.warn(f"total_steps={self.total_steps}: {said} total_steps", stacklevel=2)
 
     def after_step(self, network: Network, step: Step) -> None:
         def fresh() -> tuple[NoisySample, Tensor]:

@@ -14,6 +14,7 @@ from w2s_train.files import expanded
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w./-]+)?")
 CONFIG = "config.json"
+STABLE_DIFFUSION = 0.18215  # 1 / std of its latents (Rombach et al., 2022)
 # Of images; the first has a posterior, the second (Chen et al., 2024: f32 and more) one latent.
 KINDS = ("AutoencoderKL", "AutoencoderDC")
 
@@ -125,7 +126,8 @@ def normalization(config: dict[str, Any], name: str) -> tuple[list[float], list[
     channels: int = config["latent_channels"]
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
-        scale = config.get("scaling_factor", 0.18215 if config["_class_name"] == KINDS[0] else 1.0)
+        usual = {"AutoencoderKL": STABLE_DIFFUSION, "AutoencoderDC": 1.0}[config["_class_name"]]
+        scale = config.get("scaling_factor", usual)
         mean = [config.get("shift_factor") or 0.0] * channels
         std = [1 / scale] * channels
     mean, std = ([float(x) for x in torch.tensor(each).flatten()] for each in (mean, std))

@@ -9,6 +9,7 @@ from torch import Tensor
 from w2s_train.autoencoder.base import Autoencoder, to_uint8
 from w2s_train.autoencoder.latents import read_statistics
 from w2s_train.autoencoder.of_diffusers import (
+    STABLE_DIFFUSION,
     load_autoencoder,
     normalization,
     posterior,
@@ -19,7 +20,6 @@ from w2s_train.errors import UserError, require
 from w2s_train.shards.samples import to_float
 
 FAR = 1.5  # from 1, for the std of scaled latents; Stable Diffusion's are at 0.8 to 1 of photos
-STABLE_DIFFUSION = 0.18215  # 1 / std of its latents (Rombach et al., 2022)
 
 
 class DiffusersVAE(Autoencoder):
@@ -61,14 +61,14 @@ class DiffusersVAE(Autoencoder):
             raise UserError(f"mean={mean}: must have as many channels as std={std}")
         if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
             raise UserError(f"std={std}: must be finite, as mean={mean}, and above 0")
-        self._take(path, torch.tensor(mean), torch.tensor(std), decode_batch)
+        self._take(path, torch.tensor(mean), 1 / torch.tensor(std), decode_batch)
 
-    def _take(self, path: str, mean: Tensor, std: Tensor, decode_batch: int) -> None:
+    def _take(self, path: str, mean: Tensor, factor: Tensor, decode_batch: int) -> None:
         self.path, self.decode_batch = path, require("decode_batch", decode_batch, "[1, inf)")
         self.channels = len(mean)
         # Neither these nor the weights belong in state dicts or checkpoints, and neither may follow
         # the network to a precision below float32: no buffers, and a list.
-        self._mean, self._factor = mean.view(-1, 1, 1), 1 / std.view(-1, 1, 1)
+        self._mean, self._factor = mean.view(-1, 1, 1), factor.view(-1, 1, 1)
         self._loaded: list[Any] = []
 
     @property
@@ -178,13 +178,12 @@ class StableDiffusionVAE(DiffusersVAE):
             require("scale", scale, "(0, inf)")
         require("channels", channels, "[1, inf)")
         self.statistics_path, self.statistics = statistics, tuple[Tensor, ...]()
-        mean, std = torch.zeros(channels), torch.ones(channels)
+        mean = torch.zeros(channels)
+        factor = torch.full((channels,), STABLE_DIFFUSION if scale is None else scale)
         if statistics is not None:
             mean, std = self.statistics = read_statistics(statistics, channels)
-        self._take(path, mean, std, decode_batch)
-        if statistics is None:
-            factor = torch.full((channels,), STABLE_DIFFUSION if scale is None else scale)
-            self._factor = factor.view(-1, 1, 1)
+            factor = 1 / std
+        self._take(path, mean, factor, decode_batch)
 
     @property
     def named(self) -> str:

@@ -231,9 +231,7 @@ class DiffusionTrainer(Trainer):
         space = Space.of(guidance, search or [], model.objective, averages=averages)
         name = name or Path(guidance).stem.rpartition(".")[2]
         tuning = Tuning(name, space, budget, *self._scoring(datamodule))
-        self.tuning = functools.partial(tuning, self, model)
-        given: Any = dict(ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
-        self.validate(model, datamodule=datamodule, **given)
+        self._instead(tuning, model, datamodule, ckpt_path, weights_only)
 
     def ema(
         self,
@@ -259,9 +257,20 @@ class DiffusionTrainer(Trainer):
             name: Of the folder in ema/ of the run folder; that of the checkpoint if not given.
         """
         curve = Curve(Widths(std, points), images, name, *self._scoring(datamodule))
-        self.tuning = functools.partial(curve, self, model)
+        self._instead(curve, model, datamodule, ckpt_path, weights_only)
+
+    def _instead(
+        self,
+        course: Callable[[Trainer, DiffusionModule], None],
+        model: DiffusionModule,
+        data: ShardDataModule,
+        ckpt_path: str | None,
+        weights_only: bool | None,
+    ) -> None:
+        """Validate a checkpoint by a course of its own."""
+        self.tuning = functools.partial(course, self, model)
         given: Any = dict(ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
-        self.validate(model, datamodule=datamodule, **given)
+        self.validate(model, datamodule=data, **given)
 
     def _scoring(
         self, data: ShardDataModule

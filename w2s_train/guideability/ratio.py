@@ -107,8 +107,8 @@ def finish(numbers: dict[str, float]) -> dict[str, float]:
         result |= _ratio(f"{name}/{part}", **parts[name, part])
     for name, part in parts.keys() - {*single}:
         names, sums = name.split("+"), parts[name, part]
-        for each in names:  # what takes one source for all does not hold
-            for kind in ("progress" * ("h0,0" in sums), "scale_reached" * ("g0,0" in sums)):
+        for kind, mark in (("progress", "h0,0"), ("scale_reached", "g0,0")):
+            for each in names if mark in sums else ():  # what takes one for all does not hold
                 result.pop(f"{each}/{part}{kind}", None)
         result |= _joint(names, part, sums)
     return result
