@@ -13,8 +13,10 @@ a mean of ratios, whose deviation is several times larger.) The progress is
 
 Where several sources act on a row their differences are correlated; then the joint regression of
 v - strong on all d_k is solved, and for the progress that on all w_k d_k. With the joint gamma_k of
-a fixed point, -w_k, the guidance reached by each is 1 + w_k / (1 - W), W their sum. Differences
-that are alike but for one part in ``ALIKE`` say nothing about each: then there is no number.
+a fixed point, -w_k, the guidance reached by each is 1 + w_k / (1 - W), W their sum. Its standard
+errors are those of White (1980): with G and b the sums over rows and e = b - G gamma of a row, the
+roots of the diagonal of G^-1 (sum e e') G^-1. Differences that are alike but for one part in
+``ALIKE`` say nothing about each: then there is no number.
 """
 
 import itertools
@@ -77,12 +79,26 @@ def _note_joint(found: Sequence[Difference], t: Tensor, log: Log) -> None:
     along = torch.einsum("kbd,bd->kb", d, r) / size
     name = "+".join(each.name for each in found)
     pairs = list(itertools.product(range(len(found)), repeat=2))
+    terms = _terms(len(found))
+    values = [along[k] if j is None else gram[k, j] for k, j in terms]
     sums = {f"g{k},{j}": gram[k, j] for k, j in pairs}
-    _add(log, name, sums | {f"b{k}": b for k, b in enumerate(along)}, inside.all(0), t)
+    sums |= {f"b{k}": b for k, b in enumerate(along)}
+    sums |= {f"m{i},{j}": values[i] * values[j] for i, j in _squares(len(terms))}
+    _add(log, name, sums, inside.all(0), t)
     if all(each.goal is not None for each in found):
         sums = {f"h{k},{j}": goals[k] * goals[j] * gram[k, j] for k, j in pairs}
         sums |= {f"c{k}": goals[k] * b for k, b in enumerate(along)}
         _add(log, name, sums, inside.any(0), t)
+
+
+def _terms(number: int) -> list[tuple[int, int | None]]:
+    """The terms of a row: along each of the differences (None), then products of two of them."""
+    ends: list[tuple[int, int | None]] = [(k, None) for k in range(number)]
+    return ends + [*itertools.combinations_with_replacement(range(number), 2)]
+
+
+def _squares(terms: int) -> list[tuple[int, int]]:
+    return [*itertools.combinations_with_replacement(range(terms), 2)]
 
 
 def _add(log: Log, name: str, sums: dict[str, Tensor], rows: Tensor, t: Tensor) -> None:
@@ -147,7 +163,29 @@ def _joint(names: list[str], part: str, sums: dict[str, float]) -> dict[str, flo
         keys = [f"{names[k]}/{part}" for k in several]
         values = sign * torch.linalg.solve(matrix, right)
         result |= {f"{key}{kind}": x for key, x in zip(keys, values.tolist(), strict=True)}
+        if sign > 0:
+            errors = _joint_errors(sums, len(names), several, values, matrix)
+            result |= {f"{key}{kind}_error": x for key, x in zip(keys, errors, strict=True)}
         if sign > 0 and (left := 1 + values.sum().item()) > 0:
             reached = (1 - values / left).tolist()
             result |= {f"{key}scale_reached": x for key, x in zip(keys, reached, strict=True)}
     return result
+
+
+def _joint_errors(
+    sums: dict[str, float], number: int, several: list[int], values: Tensor, matrix: Tensor
+) -> list[float]:
+    """Standard errors of the joint ``values`` (n) of the sources in ``several``."""
+    terms = _terms(number)
+    moments = torch.zeros(len(terms), len(terms), dtype=torch.float64)
+    for i, j in _squares(len(terms)):
+        moments[i, j] = moments[j, i] = sums[f"m{i},{j}"]
+    of_row = torch.zeros(len(several), len(terms), dtype=torch.float64)  # e is this times the terms
+    gammas = dict(zip(several, values.tolist(), strict=True))
+    for place, k in enumerate(several):
+        of_row[place, k] = 1
+        for j, gamma in gammas.items():
+            of_row[place, terms.index((min(j, k), max(j, k)))] -= gamma
+    inverse = torch.linalg.inv(matrix)
+    spread = inverse @ of_row @ moments @ of_row.T @ inverse
+    return spread.diagonal().clamp(min=0).sqrt().tolist()
