@@ -14,6 +14,7 @@ from PIL import Image
 from refusals import parsers_built_once, refusal
 
 from w2s_train.cli import main
+from w2s_train.command.changes import check_drawn
 from w2s_train.command.scales import with_scales
 from w2s_train.errors import UserError
 from w2s_train.guidance import Autoguidance, Choice, Guidance, Inbuilt, Unguided
@@ -187,6 +188,34 @@ def test_weights_of_scales_in_another_order(network: DiT):
             ours.on_load_checkpoint(checkpoint)
 
 
+def test_laws_are_those_of_the_checkpoint():
+    """By the names of segments, wherever they stand; what has no drawn scale may differ."""
+    law = {"class_path": "w2s_train.inbuilt.UniformScale", "init_args": {"high": 0.75}}
+    other = {"class_path": "w2s_train.inbuilt.UniformScale", "init_args": {"high": 0.8}}
+
+    def settings(*segments: dict) -> dict:
+        parts = [
+            {"class_path": "w2s_train.segment.Extrapolation", "init_args": s} for s in segments
+        ]
+        return {"objective": {"init_args": {"segments": parts}}}
+
+    head, null = dict(name="head", low=0.2, scale=law), dict(low=0.0, scale=law)
+    fixed = dict(name="slow", low=0.1, scale=0.3)
+    before = settings(head, null, fixed)
+    check_drawn(before, before, "x.ckpt")
+    check_drawn(before, settings(head, null, fixed | {"low": 0.5}), "x.ckpt")
+    check_drawn(settings(fixed, head), settings(head, fixed), "x.ckpt")
+    check_drawn({"objective": {}}, before, "x.ckpt")  # weights from elsewhere
+    place = "model.objective.init_args.segments"
+    for changed, message in (
+        ((head | {"scale": other}, null), "[0].init_args.scale.init_args.high=0.8: must be 0.75"),
+        ((head, null | {"low": 0.1}), "[1].init_args.low=0.1: must be 0.0"),
+    ):
+        with pytest.raises(UserError) as error:
+            check_drawn(before, settings(*changed), "x.ckpt")
+        assert str(error.value) == f"{place}{message}, as in x.ckpt"
+
+
 def test_options_become_a_guidance():
     line = "sample --scale head=0.6:0.2-1 --scale 4 --seeds 0:4 --scale=class=.5".split()
     *kept, guidance = with_scales(line)
@@ -301,6 +330,11 @@ def test_sample_says_what_was_chosen(run: Path, tmp_path: Path, capsys):
         over = ["--scale=class=0.5", "--scale=head=0.6:0.2-1", f"--output={tmp_path / 'no'}"]
         main(["sample", f"--ckpt_path={run}", *over])
     assert not (tmp_path / "no").exists()
+    other = tmp_path / "other.yaml"
+    other.write_text((run / "config.yaml").read_text().replace("high: 0.75", "high: 0.8"))
+    with pytest.raises(SystemExit, match=r"scale.init_args.high=0.8: must be 0.75, as in .*ckpt$"):
+        over = [f"--config={other}", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]
+        main(["validate", *over, "--scale=head=0.78"])
 
 
 @pytest.mark.slow
@@ -308,8 +342,7 @@ def test_settings_have_scores_grids_and_arms_of_their_own(run: Path, compare, tm
     before = (run / "grids" / grid_name(6)).read_bytes()
     plain = read_scores(run)
     assert {score.guidance for score in plain} == {"none"}
-    validate = ["validate", f"--config={run / 'config.yaml'}", f"--trainer.default_root_dir={run}"]
-    validate += ["--ckpt_path=last", "--config"]
+    validate = ["validate", f"--ckpt_path={run}", "--config"]  # the run's own config comes first
     main([*validate, "configs/inbuilt/head_above.yaml"])
     head = "inbuilt(head 0.6 [0.2, 1))"
     assert [read_scores(run)[-1].guidance, read_scores(run)[-1].step] == [head, 6]

@@ -34,6 +34,7 @@ FREE = """
 """.split()
 # Where weights of the network, its averages and weak sources come from.
 WEIGHTS = ("model.network", "model.objective", "model.ema_decay")
+SEGMENTS = "model.objective.init_args.segments"
 SHOWN = 80  # characters of a value
 
 
@@ -114,6 +115,36 @@ def misfit(before: Any, now: Any, where: str) -> UserError | None:
         if change.key.startswith(WEIGHTS) and verdict(change.key) != "free":
             return change.refusal(where)
     return None
+
+
+def check_drawn(before: Any, now: Any, where: str) -> None:
+    """Refuse other scales as inputs than the network was trained with, where guidance is chosen.
+
+    Args:
+        before: Settings of a module, as its checkpoint has them.
+        now: Those of the config.
+        where: The checkpoint.
+
+    Raises:
+        UserError: A segment draws by another law, or in another range.
+    """
+    theirs = _drawn(before)
+    for name, (place, found) in _drawn(now).items():
+        trained = theirs.get(name, (0, found))[1]
+        for change in changes(trained, found, f"{SEGMENTS}[{place}].init_args"):
+            raise change.refusal(where)
+
+
+def _drawn(model: Any) -> dict[str, tuple[int, dict[str, Any]]]:
+    """Place, law and range of each segment that draws its scale, by its name."""
+    found = {}
+    segments = model.get("objective", {}).get("init_args", {}).get("segments") or []
+    for place, segment in enumerate(segments):
+        given = segment.get("init_args", {})
+        if isinstance(given.get("scale"), dict):
+            law = {key: given[key] for key in ("low", "high", "scale") if key in given}
+            found[str(given.get("name") or place)] = (place, law)
+    return found
 
 
 def _number(decays: Any) -> int:

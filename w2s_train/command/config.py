@@ -93,9 +93,10 @@ def tuning(args: list[str]) -> list[str]:
 
 
 def with_own_config(args: list[str]) -> list[str]:
-    """The arguments, with the config of the run whose checkpoint is asked for, where none is given.
+    """The arguments, with the config of the run whose checkpoint is asked for, where the configs
+    that are given, if any, are overlays: without a network.
 
-    It comes before all options, and may allow no more than any config.
+    It comes before all others, and may allow no more than any config.
 
     Args:
         args: The command line; the command first.
@@ -104,11 +105,7 @@ def with_own_config(args: list[str]) -> list[str]:
         UserError: There is none.
     """
     command, *given = args
-    if command not in SCORING or any(
-        arg.startswith(("-c", "--config", "-h", "--help", "--model.network"))
-        or arg.partition("=")[0] == "--model"
-        for arg in given
-    ):
+    if command not in SCORING or _has_network(given):
         return args
     path = _last_value("--ckpt_path", given)
     whole = path is not None and os.path.isdir(path)
@@ -123,6 +120,23 @@ def with_own_config(args: list[str]) -> list[str]:
         )
     added = [f"--config={run / 'config.yaml'}", f"--trainer.default_root_dir={run}"]
     return [command, *added, *given, *(["--ckpt_path=last"] if whole else [])]
+
+
+def _has_network(given: list[str]) -> bool:
+    """Whether options, or the configs among them, name a network; or help is asked for."""
+    for option, following in zip(given, [*given, ""][1:], strict=True):
+        name, equals, value = option.partition("=")
+        if option.startswith(("-h", "--help", "--model.network")) or name == "--model":
+            return True
+        if name not in ("-c", "--config") and not option.startswith("-c"):
+            continue
+        value = value if equals else following if name in ("-c", "--config") else option[2:]
+        if not os.path.isfile(value):  # YAML itself
+            return True
+        model = _read(Path(value)).get("model")
+        if isinstance(model, str) or "network" in (model or {}):
+            return True
+    return False
 
 
 def _last_value(name: str, args: list[str]) -> str | None:

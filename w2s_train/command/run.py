@@ -23,6 +23,7 @@ from w2s_train.autoencoder import PixelSpace, latents_beside
 from w2s_train.checkpoint_file import read_file
 from w2s_train.command import changes, list_keys
 from w2s_train.command.config import (
+    SCORING,
     StrictLoader,
     check_numbers,
     check_pipe,
@@ -295,6 +296,10 @@ class Command(LightningCLI):
                     self._check_reference(callback)
                 callback.check(self.model, self.datamodule, made_later=made_later)
         self._check_autoencoder(subcommand)
+        path = self.config[subcommand].get("ckpt_path")
+        if subcommand in SCORING and path:
+            before = read_file(path, mmap=True).get("hyper_parameters") or {}
+            changes.check_drawn(before, self._settings, path)
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as error:
@@ -303,7 +308,6 @@ class Command(LightningCLI):
             reason = " ".join(str(error).split())[:300]
             if "loading state_dict" not in reason:
                 raise
-            path = self.config[subcommand].get("ckpt_path")
             where = f"{path}, or without --ckpt_path" if subcommand == "fit" else path
             before = read_file(path, mmap=True).get("hyper_parameters") or {}
             named = changes.misfit({"model": before}, {"model": self._settings}, where)
