@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from conftest import ROOT, SHARED, images, loaded, moments, quick, shared
+from conftest import ROOT, SHARED, images, loaded, moments, shared
 from jsonargparse import ArgumentParser
 from PIL import Image
 from safetensors.torch import save_file
@@ -206,8 +206,9 @@ def stripes(n: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "regularization", quick([Regularization(), Regularization(1, True, 0.1, batch_norm=True)])
+    "regularization", [Regularization(), Regularization(1, True, 0.1, batch_norm=True)]
 )
 def test_a_classifier_learns(regularization: Regularization):
     """On images it has not seen; the same weights from the same seed."""

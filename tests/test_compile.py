@@ -112,11 +112,17 @@ def compiled_by(monkeypatch, backend: str) -> None:
 
 
 TODAY = dict(rope=True, swiglu=True, rmsnorm=True, qk_norm=True, class_tokens=2, data_on="linear")
+WITH_TODAY = [pytest.param(name, {}, id=name) for name in RECIPES]
+WITH_TODAY += [
+    pytest.param(
+        name, TODAY, marks=[] if name in ("drawn", "ema") else pytest.mark.long, id=f"{name}-today"
+    )
+    for name in RECIPES
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("switches", [{}, TODAY], ids=["plain", "today"])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name, switches", WITH_TODAY)
 def test_no_graph_breaks_and_no_recompilations(monkeypatch, name: str, switches: dict):
     """Strong, weak and averaged passes are one graph each, made in the first few steps."""
     torch._dynamo.reset()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import quick
 from shard_files import overwrite, png
 from test_resume import assert_same, checkpoint, launch
 
@@ -61,7 +60,8 @@ def test_skips_are_reported_at_the_end_of_the_epoch(
 
 
 @pytest.mark.fault("11  unreadable samples")
-@pytest.mark.parametrize("options", quick([[], ["--trainer.min_steps=200"]]))
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--trainer.min_steps=200"]])
 def test_too_many_skips_stop_the_run(command, tmp_path: Path, data: str, options: list[str]):
     """Faults row 11: the message names share, shard and key; the step that was reached is saved."""
     for key in ("00007", "00011"):

@@ -290,6 +290,7 @@ GRID = "{class_path: w2s_train.callbacks.SampleGrid, init_args: {num_images: 5}}
 FEW = f"--trainer.callbacks={GRID}"
 
 
+@pytest.mark.slow
 def test_no_image_is_planned_that_nobody_takes_in(digits: None, monkeypatch):
     """A grid asks for its own, once; who else looks at evaluations for all; nobody for nothing."""
     monkeypatch.chdir(ROOT)

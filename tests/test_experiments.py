@@ -52,6 +52,7 @@ def test_every_table_and_page_is_what_the_stored_scores_say():
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_check_sees_another_number_and_no_other_picture(tmp_path, monkeypatch, capsys):
     study = tmp_path / "experiments/mnist_unconditional"
     shutil.copytree(ROOT / "experiments/mnist_unconditional", study)
@@ -258,6 +259,7 @@ def test_mistakes_are_one_line(options, said, monkeypatch):
     assert str(caught.value.code).startswith(said) and "\n" not in str(caught.value.code)
 
 
+@pytest.mark.slow
 def test_a_study_may_set_keys_inside_lists():
     """In both forms of an arm; what the command makes of the words."""
     arms = ({"--model.objective.segments.0.scale": 0.25}, "--model.objective.segments.0.scale 0.25")

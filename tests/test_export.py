@@ -141,7 +141,9 @@ def test_weights_of_a_fit(tiny_run: Path, tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (-1.0, 1.0)])
+@pytest.mark.parametrize(
+    "scale, shift", [(1.0, 0.0), pytest.param(-1.0, 1.0, marks=pytest.mark.slow)]
+)
 def test_diffusers_predicts_the_same(tmp_path: Path, scale: float, shift: float):
     """The velocity, for times in [0, 1], all classes and the null class."""
     diffusers = pytest.importorskip("diffusers")

@@ -213,6 +213,7 @@ class FakeInception(nn.Module):
         return self.layers(x)
 
 
+@pytest.mark.slow
 def test_inception_sees_what_clean_fid_shows_it(tmp_path: Path, monkeypatch):
     """The real loading and resizing code around a stand-in for the 91 MB network."""
     torch.jit.script(FakeInception()).save(str(tmp_path / "inception-2015-12-05.pt"))

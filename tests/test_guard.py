@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import quick
 from faulty import bad_loss
 from test_resume import assert_same, checkpoint
 from torch.utils.tensorboard.writer import FileWriter as EventFileWriter
@@ -117,6 +116,7 @@ def test_it_goes_back_to_before_the_bad_steps(tmp_path: Path, in_a_row: int, exp
     assert found == (f"checkpoints/{expected}.ckpt" if expected else "")
 
 
+@pytest.mark.slow
 def test_the_host_waits_if_the_first_bad_step_is_one_too_many(command, monkeypatch, recwarn):
     """An accelerator's host would hear of it after the next step, which is good."""
     monkeypatch.setattr("w2s_train.running.guard.waits_cost", lambda trainer: True)
@@ -175,7 +175,8 @@ SOURCES = ["EMA, init_args: {decay: 0.9, lag: 3}", "CoTrained, init_args: {every
 SOURCES += ["Snapshot, init_args: {step: 3}"]
 
 
-@pytest.mark.parametrize("source", quick(SOURCES))
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_host_that_learns_of_a_bad_step_later_changes_nothing(command, monkeypatch, source: str):
     """As on an accelerator: the same weights, states and records, bit for bit."""
     bad_loss(dict.fromkeys((2, 3, 7), math.nan), patch=monkeypatch.setattr)

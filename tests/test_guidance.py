@@ -199,6 +199,7 @@ def test_the_learned_scale_starts_unguided(network: DiT):
     close(ours, plain(network, 0.5, NULL))
 
 
+@pytest.mark.slow
 def test_the_learned_scale_finds_the_true_field():
     """The network's label does half of what it should: the best scale is 2.
 

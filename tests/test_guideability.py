@@ -187,6 +187,7 @@ def test_no_value_without_a_difference():
     assert found == {}
 
 
+@pytest.mark.slow
 def test_the_joint_standard_errors_are_the_spread_over_draws():
     """Rows differ in size by far; three sources, one of which agrees with the strong one."""
     v, common, one, other = torch.randn(4, 100, *SHAPE) * torch.linspace(0.2, 3, 100).view(
@@ -294,6 +295,7 @@ class Half(WeakSource):
         return -0.5 * noisy.x_t
 
 
+@pytest.mark.slow
 def test_training_comes_to_the_fixed_point():
     """Of data whose E[v] is linear in x_t: gamma ends at -w, and begins far from there."""
     torch.manual_seed(0)

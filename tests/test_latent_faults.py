@@ -37,6 +37,7 @@ def lock(target: Path) -> FileLock:
     return FileLock(target.parent / ".locks" / f"{target.name}.lock")
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_one_shard(place: Path, tmp_path: Path):
     """Neither is the open file of the first deleted, nor does the second go on without it."""
     target = tmp_path / "train-000001.tar"

@@ -30,6 +30,7 @@ def segments(*given: str) -> list[dict[str, Any]]:
     return [each.as_dict()["init_args"] for each in found]
 
 
+@pytest.mark.slow
 def test_both_spellings_and_both_forms_set_one_item():
     """All else is as without; the index is that of the config, the weak source's key the same."""
     plain = segments()

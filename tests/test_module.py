@@ -112,6 +112,7 @@ def test_half_precision_networks_are_averaged_in_float32(network: DiT):
     torch.testing.assert_close(moved, torch.full_like(moved, 0.001), rtol=0.05, atol=0)
 
 
+@pytest.mark.slow
 def test_it_learns_two_classes():
     """The loss falls, and unguided samples have the brightness of their class."""
     fast = partial(torch.optim.AdamW, lr=1e-2)
@@ -132,6 +133,7 @@ def test_what_a_run_keeps_does_nothing_without_it():
         fit(module(), 1, ResumableEvaluation())
 
 
+@pytest.mark.slow
 def test_images_depend_on_seed_and_label_alone():
     """Bitwise: for any batch, any order, ODE and SDE, guided and not (faults row 17)."""
     seeds, labels = list(range(11)), [i % 2 for i in range(11)]

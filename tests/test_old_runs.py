@@ -101,6 +101,7 @@ def test_what_is_gone_has_no_constructor():
         assert name not in Extrapolation.__init__.__annotations__
 
 
+@pytest.mark.slow
 def test_settings_of_old_checkpoints(tmp_path: Path):
     """All of them hold ``share``, which is dropped at its default."""
     weak = "{class_path: w2s_train.weak.IntermediateHead, init_args: {block: 0}}"

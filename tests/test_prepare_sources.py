@@ -203,6 +203,7 @@ def test_huggingface_errors(prepare, rows, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name, mode", [("cifar10", "RGB"), ("mnist", "L")])
+@pytest.mark.slow
 def test_shared_shards(prepare, tmp_path: Path, name: str, mode: str):
     """Keys, labels and bytes as they were; with a size, the crop of each."""
     given = shared(f"data/{name}/test-000000.tar.gz")

@@ -57,7 +57,7 @@ def test_flops_are_the_published_ones(load, size: str):
     "sizes",
     [
         dict(input_size=8, in_channels=1, hidden_size=64, depth=4, num_heads=4, num_classes=10),
-        dict(hidden_size=384, depth=12, num_heads=6),
+        pytest.param(dict(hidden_size=384, depth=12, num_heads=6), marks=pytest.mark.slow),
     ],
     ids=["tiny", "s2"],
 )

@@ -74,6 +74,7 @@ def test_as_many_candidates_as_the_budget_allows():
             assert finalists == max(1, number // FINALISTS)
 
 
+@pytest.mark.slow
 def test_refused_candidates_cost_nothing():
     def refusal(values: dict) -> str | None:
         return "too strong" if values["scale"] > 1.5 else None
@@ -279,6 +280,7 @@ def test_a_killed_tuning_goes_on(course: Course):
     assert course("again", images=600, set_images=20) == again and len(course.seeds) == count
 
 
+@pytest.mark.slow
 def test_minutes_become_images(course: Course):
     """The first candidate took 2 s for 20 images: a minute has 600; also where it goes on."""
     course.left = 4

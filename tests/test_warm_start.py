@@ -62,6 +62,7 @@ def test_equal_networks_are_equal(tmp_path: Path):
     assert torch.equal(velocity(copy, y), velocity(source, y))
 
 
+@pytest.mark.slow
 def test_a_co_trained_network_still_learns(tmp_path: Path):
     saved(tmp_path / "x.ckpt", weak.CoTrained())
     ours = module(weak.CoTrained())
