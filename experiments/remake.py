@@ -61,13 +61,14 @@ SUMMARY_NOTE = (
     "`none` beyond the noise of seeds. Time is relative to `none`, evaluations are the network's "
     "for an image; – was not run."
 )
+SMALL = 0.15  # distances below it are shown with three decimals, where one run is every recipe
 PAIR, GAP = ("none", "head_above"), 20  # arms of MNIST whose samples the picture shows; pixels
 
 
-def interval(mean: float, std: float, n: int) -> str:
+def interval(mean: float, std: float, n: int, decimals: int = 2) -> str:
     """Mean and its 95 % t interval over training seeds."""
-    width = half_width(std, n)
-    return f"{mean:.2f} ({mean - width:.2f} to {mean + width:.2f})"
+    width, d = half_width(std, n), decimals
+    return f"{mean:.{d}f} ({mean - width:.{d}f} to {mean + width:.{d}f})"
 
 
 def compared(study: str) -> Comparison:
@@ -250,9 +251,10 @@ def _commits(scores: Sequence[Score]) -> str:
 
 
 def _interval_of(values: Sequence[float]) -> str:
+    decimals = 3 if max(values, default=0.0) < SMALL else 2
     if len(values) < 3:
-        return ", ".join(f"{value:.2f}" for value in values) or "–"
-    return interval(statistics.fmean(values), statistics.stdev(values), len(values))
+        return ", ".join(f"{value:.{decimals}f}" for value in values) or "–"
+    return interval(statistics.fmean(values), statistics.stdev(values), len(values), decimals)
 
 
 def _final(study: str, arm: str) -> list[float]:
