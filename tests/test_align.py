@@ -133,6 +133,7 @@ def refused(message: str, make, *arguments: object, **options) -> None:
 
 
 def test_mistakes_are_one_line(tmp_path: Path):
+    refused(r"weight=-1: must be at least 0", Alignment, Stored(), 2, weight=-1)
     refused("features=0: must be at least 1", Alignment, Stored(), 0)
     refused(r"alpha=2: must be in \[0, 1\]", Alignment, Stored(), 2, alpha=2)
     refused("name=a/b: must be letters", Alignment, Stored(), 2, name="a/b")

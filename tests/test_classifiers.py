@@ -137,8 +137,10 @@ def test_weights_of_the_shared_form(tmp_path: Path):
     x = images(50, size=32)
     with torch.no_grad():
         assert torch.equal(extractor(x), network.features(x))
+        assert torch.equal(loaded(ClassifierFeatures(str(path)))(x), extractor(x))  # by its shapes
+    save_file({"conv1.weight": torch.ones(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="network=None: .* states no layout"):
-        ClassifierFeatures(str(path)).load()
+        ClassifierFeatures(str(tmp_path / "other.safetensors")).load()
     with pytest.raises(ValueError, match="dataset=None: must name"):
         ClassifierFeatures(str(path), CIFAR10Classifier())
     with pytest.raises(ValueError, match="must fit ConvClassifier"):

@@ -119,6 +119,9 @@ def test_a_run_takes_what_was_measured_and_keeps_it(command, place: Path, tmp_pa
     overlay = tmp_path / "latents.yaml"
     model = {"network": network, "autoencoder": autoencoder}
     overlay.write_text(yaml.safe_dump({"model": model, "data": data | {"dataset": "digits"}}))
+    other = save_16(tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"autoencoder.path=.* \(16 channels\): must be 32, as"):
+        command("fit", "-c", str(overlay), f"--model.autoencoder.init_args.path={other}")
     folder = command("fit", "-c", str(overlay))
     settings = yaml.safe_load((folder / "config.yaml").read_text())["model"]["autoencoder"]
     assert {key: settings["init_args"][key] for key in made if key in ("mean", "std")} == {

@@ -1,6 +1,7 @@
 """LightningDiT's block: the reference's numbers, switch by switch, and its published weights."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,25 @@ def test_a_published_network_fine_tunes(golden: Forward, tmp_path: Path):
     y = torch.tensor([0, 3])
     out = network(torch.zeros(2, 8, 4, 4), torch.full((2,), 0.3), y).velocity
     assert torch.equal(out[0], out[1])  # every class begins as none
+
+
+@torch.no_grad()
+def test_what_else_a_file_holds_is_said(golden: Forward, tmp_path: Path):
+    """What only taught it is dropped; other parts are named, and so are positions that lack."""
+    path, state = tmp_path / "a.pt", golden.state("paper.p1/param/")
+    with warnings.catch_warnings(action="error"):
+        torch.save(state | {"projectors.0.weight": torch.ones(2)}, path)
+        network = published_lightningdit(str(path))
+    torch.save({key: x.bfloat16() for key, x in state.items()}, path)
+    rounded = published_lightningdit(str(path)).state_dict()
+    for name, x in network.state_dict().items():
+        torch.testing.assert_close(rounded[name].float(), x, rtol=1e-2, atol=1e-3, msg=name)
+    torch.save(state | {"final_layer_xr.linear.weight": torch.ones(2)}, path)
+    with pytest.warns(UserWarning, match="left out final_layer_xr, which a DiT does not have"):
+        published_lightningdit(str(path))
+    torch.save({k: x for k, x in state.items() if not k.startswith("feat_rope")}, path)
+    with pytest.warns(UserWarning, match="has no rotary positions"):
+        published_lightningdit(str(path), num_heads=4)
 
 
 def test_what_is_refused(golden: Forward, tmp_path: Path):

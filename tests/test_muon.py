@@ -15,6 +15,7 @@ from torch import nn
 from w2s_train import weak
 from w2s_train.errors import UserError
 from w2s_train.loading import optimizer_over
+from w2s_train.models import DiT
 from w2s_train.muon import MuonWithAdamW, orthogonal
 from w2s_train.segment import Extrapolation
 
@@ -88,6 +89,25 @@ def test_where_parameters_go():
     model.optimizer = partial(MuonWithAdamW, adamw=[])
     every = optimizer_over(model).matrices
     assert {p.ndim for p in every} == {2} and len(every) > 14
+
+
+SD3 = ("sequence.weight", "pooled.weight", "transformer.norm_out.linear.weight")
+
+
+def test_tables_of_networks_are_no_matrices():
+    """Of classes and of class tokens; and a pattern of the user's must fit something."""
+    sizes = dict(input_size=8, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    network = DiT(**sizes, class_tokens=3, scales=["head"], rope=True, swiglu=True)
+    named = dict(network.named_parameters())
+    named |= {f"sd3.{name}": nn.Parameter(torch.zeros(4, 4)) for name in SD3}
+    moved = MuonWithAdamW(named.items()).matrices
+    names = {name for name, p in named.items() if any(p is each for each in moved)}
+    tables = {"context.tokens", "y_embedder.embedding_table.weight", *(f"sd3.{n}" for n in SD3)}
+    assert not names & tables and all(name.startswith("blocks.") for name in names)
+    assert len(names) == 2 * 5
+    with pytest.raises(UserError, match="^adamw=mine.*: must fit the name of a parameter"):
+        MuonWithAdamW(named.items(), adamw=["*embed*", "mine*"])
+    assert MuonWithAdamW(named.items(), adamw=["*qkv*"]).matrices != moved
 
 
 def test_what_is_refused():

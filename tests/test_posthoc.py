@@ -56,6 +56,7 @@ def test_exponents(golden: Any):
     np.testing.assert_allclose(found, golden["std_to_exp/exp"], rtol=1e-12)
     np.testing.assert_allclose(std_of(golden["exp_to_std/exp"]), golden["exp_to_std/std"])
     assert exponent_of(WIDEST) == pytest.approx(0, abs=1e-9)
+    assert exponent_of(0.2887) == pytest.approx(0, abs=1e-9)  # as it is printed
     for std in (0.0, 0.3, math.nan):
         with pytest.raises(UserError, match=r"std=\S+: must be above 0 and at most 0.2887"):
             exponent_of(std)
@@ -285,6 +286,29 @@ def test_bad_input(run: Path, options: list[str], message: str):
     with pytest.raises(SystemExit, match=re.escape(message)) as stop:
         ema(run, *options)
     assert "\n" not in str(stop.value.code) and not (run / "ema").exists()
+
+
+@pytest.mark.slow
+def test_snapshots_outlive_what_changes_no_weights(run: Path, command):
+    """Memory was traded for time in the middle; and a kill has left half a file."""
+    (run / "posthoc" / "step-000006-std-0.05.safetensors.7.partial").touch()
+    folder = shutil.copytree(run, run.parent / "run", symlinks=True)
+    more = ["--model.network.init_args.gradient_checkpointing=1", "--trainer.max_steps=8"]
+    command("fit", *OPTIONS, *more, "--ckpt_path=last", folder=folder.name)
+    assert not [*(folder / "posthoc").glob("*.partial")]
+    network = saved_network(str(folder / "checkpoints/last.ckpt"))
+    assert {each.step for each in Kept(folder / "checkpoints/last.ckpt", network).snapshots} == {
+        2,
+        4,
+        6,
+    }
+
+
+def test_a_network_that_is_not_trained_has_no_averages():
+    frozen = SimpleNamespace(network=nn.Linear(2, 2).requires_grad_(False))
+    PowerAverages().setup(SimpleNamespace(), frozen, "validate")
+    with pytest.raises(UserError, match="PowerAverages: must follow a network that is trained"):
+        PowerAverages().setup(SimpleNamespace(), frozen, "fit")
 
 
 @pytest.mark.slow

@@ -72,6 +72,11 @@ def test_shifted_grid():
 
     assert math.log2(error(64) / error(128)) == pytest.approx(2, abs=0.2)
     assert ShiftedSampler(Heun(8), dim=9 * 4096).describe() == "Shifted(3, Heun)"
+    plain = EulerMaruyama(LinearInterpolant(), 50, last_step=0.1)
+    times, wrapped = plain.times(), ShiftedSampler(plain, shift=3)
+    assert wrapped.times()[-2:] == pytest.approx([0.1, 0.0]) and wrapped.times()[0] == 1
+    assert all(late > t for late, t in zip(wrapped.times()[1:-2], times[1:-2], strict=True))
+    assert ShiftedSampler(plain, shift=1).times() == pytest.approx(times)
 
 
 def count_rows(network: DiT) -> list[int]:

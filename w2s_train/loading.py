@@ -215,6 +215,8 @@ def check_optimizer(
     """
     try:
         return optimizer([nn.Parameter(torch.zeros(1))])
+    except UserError as error:
+        raise UserError(f"model.optimizer.init_args.{error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"optimizer: {error}; it must be callable, and its rates must be finite and at least 0"

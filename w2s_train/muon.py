@@ -18,7 +18,10 @@ from torch import Tensor
 from w2s_train.errors import UserError, require
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the iteration; Jordan et al., 2024
-ELSEWHERE = ("*embed*", "*final_layer*", "*proj_out*", "*.head.*", "objective.*")
+ELSEWHERE = """
+    *embed* *context.tokens *sequence.weight *pooled.weight
+    *final_layer* *norm_out* *proj_out* *.head.* objective.*
+""".split()
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -39,7 +42,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         adamw: Patterns (of `fnmatch`) of names that AdamW moves even if they are matrices.
 
     Raises:
-        UserError: A number out of its range, or a matrix without a name.
+        UserError: A number out of its range, a matrix without a name, or a pattern, other than
+            those that are given anyhow, that no name fits.
     """
 
     takes_names = True
@@ -61,6 +65,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         require("momentum", momentum, "[0, 1)")
         require("newton_schulz", newton_schulz, "[1, 100)")
         named = [each if isinstance(each, tuple) else ("", each) for each in params]
+        for pattern in {*adamw} - {*ELSEWHERE} if any(name for name, _ in named) else ():
+            if not any(fnmatch(name, pattern) for name, _ in named):
+                raise UserError(f"adamw={pattern}: must fit the name of a parameter; none is so")
         self.matrices, rest = list[Tensor](), list[Tensor]()
         for name, parameter in named:
             if parameter.ndim == 2 and not name:

@@ -67,7 +67,8 @@ class Shifted(TimestepDistribution):
 
 class ShiftedSampler(Sampler):
     """A solver whose grid of times is shifted: where s > 1, steps are short while there is much
-    noise, where `Shifted` training has most of its timesteps, and long at the end.
+    noise, where `Shifted` training has most of its timesteps, and long at the end. The last step
+    of `EulerMaruyama` keeps its length; what lies above it is shifted.
 
     Args:
         sampler: The solver.
@@ -88,7 +89,10 @@ class ShiftedSampler(Sampler):
         return f"Shifted({self.shift:g}, {self.sampler.describe()})"
 
     def times(self) -> list[float]:
-        return [self.shift * t / (1 + (self.shift - 1) * t) for t in self.sampler.times()]
+        last = getattr(self.sampler, "last_step", 0.0)
+        parts = [(t - last) / (1 - last) for t in self.sampler.times()]
+        moved = [last + (1 - last) * self.shift * u / (1 + (self.shift - 1) * u) for u in parts]
+        return [t if u >= 0 else 0.0 for t, u in zip(moved, parts, strict=True)]
 
     def step(self, velocity: VelocityField, x_t: Tensor, t: float, s: float, draw: Draw) -> Tensor:
         return self.sampler.step(velocity, x_t, t, s, draw)

@@ -67,7 +67,7 @@ class Alignment(nn.Module):
         features: Width F of a token of the encoder; 768 for DINOv2-B.
         projector: P; None is an `MLP`.
         block: Whose tokens h are, counted from 0; None is the end of the first third.
-        weight: Of the term; 0.5 in REPA.
+        weight: Of the term; 0.5 in REPA. A run that goes on may end it with 0.
         alpha: Of `spatial_norm`, 0.6 in iREPA on latents; None leaves the encoder's tokens alone.
         name: In logs.
 
@@ -88,7 +88,7 @@ class Alignment(nn.Module):
         super().__init__()
         self.encoder, self.features = encoder, require("features", features, "[1, inf)")
         self.projector, self.block = projector or MLP(), block
-        self.weight = require("weight", weight, "(0, inf)")
+        self.weight = require("weight", weight, "[0, inf)")
         self.alpha = None if alpha is None else require("alpha", alpha, "[0, 1]")
         if not re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII):
             raise UserError(f"name={name}: must be letters, digits, _ and -, a letter first")

@@ -3,7 +3,9 @@
 from typing import Any
 
 from w2s_train.autoencoder import DiffusersVAE, StableDiffusionVAE, latents_beside
+from w2s_train.autoencoder.of_diffusers import read_config
 from w2s_train.errors import UserError
+from w2s_train.files import expanded
 from w2s_train.imports import found
 from w2s_train.shards import Storage, expand_urls
 
@@ -19,7 +21,7 @@ def fill_in(model: Any, data: Any) -> None:
         data: Part ``data``.
 
     Raises:
-        UserError: Shards of several encodings.
+        UserError: Shards of several encodings, or of another number of channels.
     """
     autoencoder = model.autoencoder
     kind = found(autoencoder.class_path) if autoencoder else None
@@ -33,5 +35,11 @@ def fill_in(model: Any, data: Any) -> None:
     made = latents_beside(urls, storage)
     if len({str(each["statistics"]) for each in made.values()}) > 1:
         raise UserError(f"train_urls={data.train_urls}: must be of one encoding, not {[*made]}")
-    for each in made.values():
+    folder = expanded("autoencoder.path", settings.path)
+    for where, each in made.items():
+        if folder.is_dir() and (channels := len(each["statistics"]["mean"])) != (
+            mine := read_config(settings.path, "autoencoder.path")["latent_channels"]
+        ):
+            named = f"autoencoder.path={settings.path} ({mine} channels)"
+            raise UserError(f"{named}: must be {channels}, as {where} says of the shards")
         settings.mean, settings.std = (list(each["statistics"][key]) for key in ("mean", "std"))

@@ -121,7 +121,8 @@ class ClassifierFeatures(FeatureExtractor):
     Args:
         weights: A file written by `Classifier.write`, or one of ``shared/features`` (float16, cast
             to float32; convolution n is ``conv<n>`` there and ``convs.<n-1>`` here).
-        network: The layout of the weights; None: a `ConvClassifier` whose layout the file states.
+        network: The layout of the weights; None: a `ConvClassifier` whose layout the file states,
+            or a `CIFAR10Classifier` if the weights have its shapes.
         dataset: Names the distance, "fd_<dataset>"; None: the folder of the weights names it.
     """
 
@@ -148,9 +149,9 @@ class ClassifierFeatures(FeatureExtractor):
             raise UserError(f"weights={path}: must be a safetensors file") from error
         network = self.layout
         if network is None:
-            if stated is None:
-                raise UserError(f"network=None: must be a classifier, as {path} states no layout")
-            network = ConvClassifier(**json.loads(stated))
+            network = ConvClassifier(**json.loads(stated)) if stated else _recognized(state)
+        if network is None:
+            raise UserError(f"network=None: must be a classifier, as {path} states no layout")
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
@@ -171,6 +172,13 @@ class ClassifierFeatures(FeatureExtractor):
     def probabilities(self, features: Tensor) -> Tensor:
         """Softmax of the last layer, (B, F) to (B, num_classes)."""
         return self.network.fc(features).softmax(1)
+
+
+def _recognized(state: dict[str, Tensor]) -> Classifier | None:
+    """The layout of a file that states none, if it can be told by the shapes."""
+    network = CIFAR10Classifier(len(state.get("fc.bias", ())) or 1)
+    shapes = ({key: x.shape for key, x in each.items()} for each in (state, network.state_dict()))
+    return network if len({str(sorted(each.items())) for each in shapes}) == 1 else None
 
 
 def _ours(key: str) -> str:

@@ -69,6 +69,14 @@ class PowerAverages(Callback):
         self.time = state_dict["time"].clone()
         self.averages = [[tensor.clone() for tensor in each] for each in state_dict["averages"]]
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a fit that trains nothing of the network."""
+        if stage == "fit" and not any(p.requires_grad for p in pl_module.network.parameters()):
+            raise UserError(
+                "trainer.callbacks=PowerAverages: must follow a network that is trained; "
+                "of this one nothing is"
+            )
+
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begin with the weights as they are, or go on."""
@@ -131,7 +139,7 @@ class PowerAverages(Callback):
         try:
             for std, average in zip(self.stds, self.averages, strict=True):
                 tensors = {n: x.to("cpu", self.dtype) for n, x in zip(names, average, strict=True)}
-                write(folder, Snapshot(self.step, images, std), tensors, network)
+                write(folder, Snapshot(self.step, images, std), tensors)
         except OSError as error:
             if error.errno not in FULL:
                 raise

@@ -24,9 +24,9 @@ def exponent_of(std: float) -> float:
     Raises:
         UserError: A std out of its range.
     """
-    if not 0 < std <= WIDEST:
+    if not 0 < std <= round(WIDEST, 4):
         raise UserError(f"std={std:g}: must be above 0 and at most {WIDEST:.4f}, a plain mean's")
-    s = float(std) ** -2
+    s = min(float(std), WIDEST) ** -2
     return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
 
 

@@ -1,11 +1,9 @@
 """Files of averages, each written whole or not at all, and what can be made of them."""
 
-import hashlib
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +12,6 @@ from torch import Tensor
 
 from w2s_train.errors import UserError
 from w2s_train.files import atomic_write
-from w2s_train.models.saved import made_of
 
 FOLDER = "posthoc"  # of the run folder
 NAME = re.compile(r"step-(\d+)-std-.*\.safetensors")
@@ -29,31 +26,34 @@ class Snapshot(NamedTuple):
     path: Path | None = None
 
 
-def fingerprint(network: Any) -> str:
-    """Stands for an architecture, and the shapes of its weights."""
-    shapes = [[name, list(p.shape)] for name, p in network.named_parameters()]
-    text = json.dumps([made_of(network), shapes], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write(folder: Path, about: Snapshot, tensors: dict[str, Tensor], network: Any) -> None:
+def write(folder: Path, about: Snapshot, tensors: dict[str, Tensor]) -> None:
     """Write weights by the network's names, with what is known of them."""
     path = folder / f"step-{about.step:06d}-std-{about.std:g}.safetensors"
     known = {"step": str(about.step), "images": str(about.images), "std": repr(about.std)}
     with atomic_write(path) as file:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        file.write(save(contiguous, known | {"network": fingerprint(network)}))
+        file.write(save(contiguous, known))
 
 
 def forget(folder: Path, step: int) -> None:
-    """Remove those after ``step``: the run goes on from there, and they are of a part given up."""
+    """Remove those after ``step``: the run goes on from there, and they are of a part given up.
+
+    So is what a kill has left half written.
+    """
+    for path in folder.glob("step-*.partial"):
+        path.unlink()
     for path in folder.glob("*.safetensors"):
         if (found := NAME.fullmatch(path.name)) and int(found[1]) > step:
             path.unlink()
 
 
-def read(folder: Path, network: Any, step: int) -> list[Snapshot]:
+def read(folder: Path, weights: Mapping[str, Tensor], step: int) -> list[Snapshot]:
     """Those up to a step, in its order.
+
+    Args:
+        folder: Where they lie.
+        weights: Of the network, by the names that each must have.
+        step: Of a checkpoint.
 
     Raises:
         UserError: One cannot be read, or is of another network.
@@ -63,11 +63,12 @@ def read(folder: Path, network: Any, step: int) -> list[Snapshot]:
         try:
             with safe_open(path, "pt") as file:
                 known = file.metadata() or {}
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
             about = Snapshot(int(known["step"]), int(known["images"]), float(known["std"]), path)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise UserError(f"{path}: must be a whole snapshot; remove it ({error})") from error
-        if known.get("network") != fingerprint(network):
-            raise UserError(f"{path}: must be of the network of the run; remove it")
+        if shapes != {name: list(weight.shape) for name, weight in weights.items()}:
+            raise UserError(f"{path}: must hold the weights of the run's network; it is of another")
         if about.step <= step:
             found.append(about)
     return sorted(found)

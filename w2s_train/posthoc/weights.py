@@ -14,7 +14,7 @@ from w2s_train.posthoc.averages import KEY, trained
 from w2s_train.posthoc.power import Mix, mix
 from w2s_train.posthoc.snapshots import FOLDER, Read, Snapshot, combined, read
 
-MISS = 0.5  # of a profile, beyond which another one would go by its name
+MISS = 0.25  # of a profile, beyond which another one would go by its name
 TRAINING = ("optimizer_states", "lr_schedulers", "callbacks")  # what an average has no part in
 
 
@@ -38,7 +38,7 @@ class Kept:
                 "trainer.callbacks of its fit must name (docs/ema.md)"
             )
         self.time, self.stds = int(state["time"]), list(state["stds"])
-        before = read(path.parent.parent / FOLDER, network, step)
+        before = read(path.parent.parent / FOLDER, trained(network), step)
         self.snapshots = [each for each in before if each.step < step]
         now = zip(self.stds, state["averages"], strict=True)
         reads = [dict(zip(self.names, tensors, strict=True)).__getitem__ for _, tensors in now]
