@@ -79,22 +79,15 @@ def _note_joint(found: Sequence[Difference], t: Tensor, log: Log) -> None:
     along = torch.einsum("kbd,bd->kb", d, r) / size
     name = "+".join(each.name for each in found)
     pairs = list(itertools.product(range(len(found)), repeat=2))
-    terms = _terms(len(found))
-    values = [along[k] if j is None else gram[k, j] for k, j in terms]
+    terms = torch.cat([along, gram.flatten(0, 1)])
     sums = {f"g{k},{j}": gram[k, j] for k, j in pairs}
     sums |= {f"b{k}": b for k, b in enumerate(along)}
-    sums |= {f"m{i},{j}": values[i] * values[j] for i, j in _squares(len(terms))}
+    sums |= {f"m{i},{j}": terms[i] * terms[j] for i, j in _squares(len(terms))}
     _add(log, name, sums, inside.all(0), t)
     if all(each.goal is not None for each in found):
         sums = {f"h{k},{j}": goals[k] * goals[j] * gram[k, j] for k, j in pairs}
         sums |= {f"c{k}": goals[k] * b for k, b in enumerate(along)}
         _add(log, name, sums, inside.any(0), t)
-
-
-def _terms(number: int) -> list[tuple[int, int | None]]:
-    """The terms of a row: along each of the differences (None), then products of two of them."""
-    ends: list[tuple[int, int | None]] = [(k, None) for k in range(number)]
-    return ends + [*itertools.combinations_with_replacement(range(number), 2)]
 
 
 def _squares(terms: int) -> list[tuple[int, int]]:
@@ -176,16 +169,14 @@ def _joint_errors(
     sums: dict[str, float], number: int, several: list[int], values: Tensor, matrix: Tensor
 ) -> list[float]:
     """Standard errors of the joint ``values`` (n) of the sources in ``several``."""
-    terms = _terms(number)
-    moments = torch.zeros(len(terms), len(terms), dtype=torch.float64)
-    for i, j in _squares(len(terms)):
+    terms = number + number**2
+    moments = torch.zeros(terms, terms, dtype=torch.float64)
+    for i, j in _squares(terms):
         moments[i, j] = moments[j, i] = sums[f"m{i},{j}"]
-    of_row = torch.zeros(len(several), len(terms), dtype=torch.float64)  # e is this times the terms
-    gammas = dict(zip(several, values.tolist(), strict=True))
+    of_row = torch.zeros(len(several), terms, dtype=torch.float64)  # e is this times the terms
     for place, k in enumerate(several):
         of_row[place, k] = 1
-        for j, gamma in gammas.items():
-            of_row[place, terms.index((min(j, k), max(j, k)))] -= gamma
+        of_row[place, [number + number * k + j for j in several]] = -values
     inverse = torch.linalg.inv(matrix)
     spread = inverse @ of_row @ moments @ of_row.T @ inverse
     return spread.diagonal().clamp(min=0).sqrt().tolist()
