@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,13 @@ def test_a_name_of_a_segment_makes_no_other_recipe(tmp_path: Path):
         for name, segments in (("a", BRANCH), ("b", named), ("c", other))
     )
     assert plain == same != differs
+
+
+def test_arguments_that_came_later_make_no_other_recipe(tmp_path: Path):
+    """At what runs before them had."""
+    run = read(write_run(tmp_path / "a", segments=BRANCH))
+    later = {"model.network.shift": True, "model.network.class_tokens": 0}
+    assert replace(run, settings=run.settings | later).recipe == run.recipe
+    for key, value in (("shift", False), ("class_tokens", 2)):
+        other = replace(run, settings=run.settings | later | {f"model.network.{key}": value})
+        assert other.recipe != run.recipe

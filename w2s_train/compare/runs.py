@@ -26,6 +26,8 @@ EVALUATION = re.compile(
     r"|trainer\.(callbacks|logger|log_every_n_steps|enable_|val_check_interval)|checkpoint\."
     r"|model\.(scored_weights|generation_block|guidance|sampler|objective\.segments\.\d+\.name$)"
 )
+# Arguments that came later, and what runs before them had.
+LATER = {"model.network.shift": True, "model.network.class_tokens": 0}
 LOOK_ON = "w2s_train.look_on.LookOn"
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
@@ -57,11 +59,12 @@ class Run:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The settings of the training; absent, null and false are the same."""
+        """The settings of the training; absent, null, false and what was so before are the same."""
         return {
             key: value
             for key, value in self.acting.items()
-            if value is not None and value is not False and not EVALUATION.match(key)
+            if (value != LATER[key] if key in LATER else value is not None and value is not False)
+            if not EVALUATION.match(key)
         }
 
     @property
