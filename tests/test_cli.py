@@ -501,6 +501,7 @@ def test_no_advice_of_the_trainer_on_a_terminal(folder: Path):
     path = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     for words in (
         ["fit", *tiny, monitor, "--trainer.max_steps=7"],
+        ["fit", *tiny, "--trainer.max_steps=8"],
         ["validate", *tiny],
     ):
         command = [sys.executable, "-c", code, *words]

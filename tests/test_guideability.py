@@ -234,7 +234,7 @@ def test_processes_count_as_one_with_all_rows():
     parts = numbers(part(slice(0, 25)), part(slice(25, 40)))
     whole = numbers(of(found, t))
     for key, value in whole.items():  # in an error what is large cancels
-        rel = 2e-3 if key.endswith("error") else 1e-4
+        rel = 2e-3 if key.endswith("joint_error") else 1e-4
         assert parts.pop(key) == pytest.approx(value, rel=rel, abs=1e-6)
     assert not parts
     assert len(whole) > 20

@@ -1,6 +1,7 @@
 """LightningDiT's block: the reference's numbers, switch by switch, and its published weights."""
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -183,6 +184,10 @@ def test_what_is_refused(golden: Forward, tmp_path: Path):
     torch.save(state | {"feat_rope.freqs_cos": state["feat_rope.freqs_cos"].roll(1, 0)}, path)
     with pytest.raises(UserError, match="^path=.*: must have rotary positions of a grid of 8x8$"):
         published_lightningdit(str(path))
+    for wrong in (math.nan, 2e-3):
+        torch.save(state | {"feat_rope.freqs_sin": state["feat_rope.freqs_sin"] + wrong}, path)
+        with pytest.raises(UserError, match="must have rotary positions of a grid of 8x8$"):
+            published_lightningdit(str(path))
     torch.save(state, path)
     with pytest.raises(UserError, match="^num_heads=2: must be null or 4"):
         published_lightningdit(str(path), num_heads=2)
