@@ -2,16 +2,16 @@
 
 import copy
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
 from run_folders import BRANCH, write_run
+from test_old_runs import NEWER
 
 from w2s_train.compare import numbers
-from w2s_train.compare.runs import read
+from w2s_train.compare.runs import LATER, Run, read
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 3), (2, 5), (8, 3)])
@@ -147,9 +147,16 @@ def test_a_name_of_a_segment_makes_no_other_recipe(tmp_path: Path):
 
 def test_arguments_that_came_later_make_no_other_recipe(tmp_path: Path):
     """At what runs before them had."""
-    run = read(write_run(tmp_path / "a", segments=BRANCH))
-    later = {"model.network.shift": True, "model.network.class_tokens": 0}
-    assert replace(run, settings=run.settings | later).recipe == run.recipe
-    for key, value in (("shift", False), ("class_tokens", 2)):
-        other = replace(run, settings=run.settings | later | {f"model.network.{key}": value})
-        assert other.recipe != run.recipe
+    own = {key: value for key, value in NEWER.items() if value is not None and value is not False}
+    assert own == LATER
+    network = {"class_path": "w2s_train.models.DiT", "init_args": {"depth": 4}}
+
+    def run(**arguments: object) -> Run:
+        made = copy.deepcopy(network)
+        made["init_args"] |= arguments  # type: ignore[operator]
+        return read(write_run(tmp_path / f"{arguments}", segments=BRANCH, network=made))
+
+    before, same = run(), run(**LATER)
+    assert same.recipe == before.recipe and same.settings == before.settings
+    for key, value in (("shift", False), ("class_tokens", 2), ("scales_from", 1)):
+        assert run(**LATER | {key: value}).recipe != before.recipe

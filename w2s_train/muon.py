@@ -65,8 +65,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         require("momentum", momentum, "[0, 1)")
         require("newton_schulz", newton_schulz, "[1, 100)")
         named = [each if isinstance(each, tuple) else ("", each) for each in params]
-        for pattern in {*adamw} - {*ELSEWHERE} if any(name for name, _ in named) else ():
-            if not any(fnmatch(name, pattern) for name, _ in named):
+        names = [name for name, _ in named if name]
+        for pattern in adamw:
+            if names and pattern not in ELSEWHERE and not any(fnmatch(n, pattern) for n in names):
                 raise UserError(f"adamw={pattern}: must fit the name of a parameter; none is so")
         self.matrices, rest = list[Tensor](), list[Tensor]()
         for name, parameter in named:

@@ -32,6 +32,8 @@ class Sampler(abc.ABC):
         UserError: Fewer steps.
     """
 
+    last_step = 0.0  # its length, where it has one of its own
+
     def __init__(self, steps: int = 50) -> None:
         self.steps = require("steps", steps, "[1, inf)")
 

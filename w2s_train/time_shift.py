@@ -10,6 +10,7 @@ as in RAE (Zheng et al., 2025), whose latents of 768 x 16 x 16 have s = 6.93.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ def shift_of(dim: int | None, shift: float | None) -> float:
     return require("shift", shift, "(0, inf)")
 
 
+def later(t: Any, shift: float) -> Any:
+    """The t' of a time, or of a tensor of times."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 class Shifted(TimestepDistribution):
     """Timesteps t' of another distribution's t.
 
@@ -58,8 +64,7 @@ class Shifted(TimestepDistribution):
         return self.timesteps.cdf(t / (self.shift - (self.shift - 1) * t), interpolant)
 
     def quantile(self, u: Tensor, interpolant: Interpolant) -> Tensor:
-        t = self.timesteps.quantile(u, interpolant)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return later(self.timesteps.quantile(u, interpolant), self.shift)
 
     def draw(self, n: int, device: torch.device, interpolant: Interpolant) -> Tensor:
         return super().draw(n, device, interpolant).clamp_(max=1 - 2**-24)  # rounding reaches 1
@@ -84,15 +89,17 @@ class ShiftedSampler(Sampler):
     ) -> None:
         super().__init__(sampler.steps)
         self.sampler, self.shift = sampler, shift_of(dim, shift)
+        self.last_step = sampler.last_step
 
     def describe(self) -> str:
         return f"Shifted({self.shift:g}, {self.sampler.describe()})"
 
     def times(self) -> list[float]:
-        last = getattr(self.sampler, "last_step", 0.0)
-        parts = [(t - last) / (1 - last) for t in self.sampler.times()]
-        moved = [last + (1 - last) * self.shift * u / (1 + (self.shift - 1) * u) for u in parts]
-        return [t if u >= 0 else 0.0 for t, u in zip(moved, parts, strict=True)]
+        last, (*times, end) = self.last_step, self.sampler.times()
+        return [
+            *(last + (1 - last) * later((t - last) / (1 - last), self.shift) for t in times),
+            end,
+        ]
 
     def step(self, velocity: VelocityField, x_t: Tensor, t: float, s: float, draw: Draw) -> Tensor:
         return self.sampler.step(velocity, x_t, t, s, draw)

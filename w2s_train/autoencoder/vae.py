@@ -17,6 +17,7 @@ from w2s_train.autoencoder.of_diffusers import (
     weights_digest,
 )
 from w2s_train.errors import UserError, require
+from w2s_train.files import expanded
 from w2s_train.shards.samples import to_float
 
 FAR = 1.5  # from 1, for the std of scaled latents; Stable Diffusion's are at 0.8 to 1 of photos
@@ -54,13 +55,17 @@ class DiffusersVAE(Autoencoder):
         super().__init__()
         if (mean is None) != (std is None):
             raise UserError(f"mean={mean}: must be given with std={std}, or neither")
+        name, given = "autoencoder.path", mean
         if mean is None or std is None:
-            name = "autoencoder.path"
             mean, std = normalization(read_config(path, name), f"{name}={path}")
         if len(mean) != len(std) or not mean:
             raise UserError(f"mean={mean}: must have as many channels as std={std}")
         if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
             raise UserError(f"std={std}: must be finite, as mean={mean}, and above 0")
+        if given and expanded(name, path).is_dir():
+            if (own := read_config(path, name)["latent_channels"]) != len(given):
+                rule = f"must be {len(given)}, as mean and std have"
+                raise UserError(f"{name}={path} ({own} channels): {rule}")
         self._take(path, torch.tensor(mean), 1 / torch.tensor(std), decode_batch)
 
     def _take(self, path: str, mean: Tensor, factor: Tensor, decode_batch: int) -> None:

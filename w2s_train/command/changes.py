@@ -128,14 +128,14 @@ def check_drawn(before: Any, now: Any, where: str) -> None:
     Raises:
         UserError: A segment draws by another law, or in another range.
     """
-    theirs = _drawn(before)
-    for name, (place, found) in _drawn(now).items():
+    theirs = drawn(before)
+    for name, (place, found) in drawn(now).items():
         trained = theirs.get(name, (0, found))[1]
         for change in changes(trained, found, f"{SEGMENTS}[{place}].init_args"):
             raise change.refusal(where)
 
 
-def _drawn(model: Any) -> dict[str, tuple[int, dict[str, Any]]]:
+def drawn(model: Any) -> dict[str, tuple[int, dict[str, Any]]]:
     """Place, law and range of each segment that draws its scale, by its name."""
     found = {}
     segments = model.get("objective", {}).get("init_args", {}).get("segments") or []

@@ -69,13 +69,9 @@ class StrictLoader(yaml.SafeLoader):
 
 def check_arguments(args: list[str]) -> None:
     """Refuse files, and first words of keys, that cannot be meant."""
-    for option, following in zip(args, [*args, ""][1:], strict=True):
-        name, equals, value = option.partition("=")
-        value = value if equals else following
-        if name in ("-c", "--config"):
+    for option, name, value in _options(args):
+        if name == "--config":
             _check_config(value)
-        elif option.startswith("-c"):
-            _check_config(option[2:])
         elif option.startswith("--") and len(option) > 2:
             _check_key(name[2:], f"unrecognized arguments: {option}")
             _check_part(Path(value))
@@ -124,28 +120,31 @@ def with_own_config(args: list[str]) -> list[str]:
 
 def _has_network(given: list[str]) -> bool:
     """Whether options, or the configs among them, name a network; or help is asked for."""
-    for option, following in zip(given, [*given, ""][1:], strict=True):
-        name, equals, value = option.partition("=")
+    for option, name, value in _options(given):
         if option.startswith(("-h", "--help", "--model.network")) or name == "--model":
             return True
-        if name not in ("-c", "--config") and not option.startswith("-c"):
-            continue
-        value = value if equals else following if name in ("-c", "--config") else option[2:]
-        if not os.path.isfile(value):  # YAML itself
-            return True
-        model = _read(Path(value)).get("model")
-        if isinstance(model, str) or "network" in (model or {}):
-            return True
+        if name == "--config":
+            if not os.path.isfile(value):  # YAML itself
+                return True
+            model = _read(Path(value)).get("model")
+            if isinstance(model, str) or "network" in (model or {}):
+                return True
     return False
+
+
+def _options(args: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Each word, with name and value as if it were an option; ``-c`` is ``--config``."""
+    for word, following in zip(args, [*args, ""][1:], strict=True):
+        name, equals, value = word.partition("=")
+        value = value if equals else following
+        if name.startswith("-c"):
+            name, value = "--config", value if name == "-c" else word[2:]
+        yield word, name, value
 
 
 def _last_value(name: str, args: list[str]) -> str | None:
     """What an option is set to last."""
-    found = None
-    for option, following in zip(args, [*args, ""][1:], strict=True):
-        if option.partition("=")[0] == name:
-            found = option.partition("=")[2] if "=" in option else following
-    return found
+    return dict(((option, value) for _, option, value in _options(args))).get(name)
 
 
 def _check_config(value: str) -> None:

@@ -3,9 +3,7 @@
 from typing import Any
 
 from w2s_train.autoencoder import DiffusersVAE, StableDiffusionVAE, latents_beside
-from w2s_train.autoencoder.of_diffusers import read_config
 from w2s_train.errors import UserError
-from w2s_train.files import expanded
 from w2s_train.imports import found
 from w2s_train.shards import Storage, expand_urls
 
@@ -21,7 +19,7 @@ def fill_in(model: Any, data: Any) -> None:
         data: Part ``data``.
 
     Raises:
-        UserError: Shards of several encodings, or of another number of channels.
+        UserError: Shards of several encodings.
     """
     autoencoder = model.autoencoder
     kind = found(autoencoder.class_path) if autoencoder else None
@@ -35,11 +33,5 @@ def fill_in(model: Any, data: Any) -> None:
     made = latents_beside(urls, storage)
     if len({str(each["statistics"]) for each in made.values()}) > 1:
         raise UserError(f"train_urls={data.train_urls}: must be of one encoding, not {[*made]}")
-    folder = expanded("autoencoder.path", settings.path)
-    for where, each in made.items():
-        if folder.is_dir() and (channels := len(each["statistics"]["mean"])) != (
-            mine := read_config(settings.path, "autoencoder.path")["latent_channels"]
-        ):
-            named = f"autoencoder.path={settings.path} ({mine} channels)"
-            raise UserError(f"{named}: must be {channels}, as {where} says of the shards")
+    for each in made.values():
         settings.mean, settings.std = (list(each["statistics"][key]) for key in ("mean", "std"))

@@ -297,7 +297,7 @@ class Command(LightningCLI):
                 callback.check(self.model, self.datamodule, made_later=made_later)
         self._check_autoencoder(subcommand)
         path = self.config[subcommand].get("ckpt_path")
-        if subcommand in SCORING and path:
+        if subcommand in SCORING and path and changes.drawn(self._settings):
             before = read_file(path, mmap=True).get("hyper_parameters") or {}
             changes.check_drawn(before, self._settings, path)
         try:

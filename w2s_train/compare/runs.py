@@ -26,8 +26,9 @@ EVALUATION = re.compile(
     r"|trainer\.(callbacks|logger|log_every_n_steps|enable_|val_check_interval)|checkpoint\."
     r"|model\.(scored_weights|generation_block|guidance|sampler|objective\.segments\.\d+\.name$)"
 )
-# Arguments that came later, and what runs before them had.
-LATER = {"model.network.shift": True, "model.network.class_tokens": 0}
+DIT = "w2s_train.models.DiT"
+# Its arguments that came later, and what runs before them had.
+LATER = {"shift": True, "class_tokens": 0, "scales_from": 0}
 LOOK_ON = "w2s_train.look_on.LookOn"
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
@@ -59,12 +60,11 @@ class Run:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The settings of the training; absent, null, false and what was so before are the same."""
+        """The settings of the training; absent, null and false are the same."""
         return {
             key: value
             for key, value in self.acting.items()
-            if (value != LATER[key] if key in LATER else value is not None and value is not False)
-            if not EVALUATION.match(key)
+            if value is not None and value is not False and not EVALUATION.match(key)
         }
 
     @property
@@ -207,6 +207,8 @@ def read(folder: Path) -> Run:
     if not isinstance(seed, int):
         raise UserError(f"config.yaml: seed_everything={seed}: must be a whole number")
     settings = {k: v for k, v in flatten(config).items() if k not in SEEDS_AND_PLACES}
+    if settings.get("model.network") == DIT:
+        settings = {f"model.network.{k}": v for k, v in LATER.items()} | settings
     record = read_record(folder)
     if not record.scores:
         raise UserError(record.faults[0].message)

@@ -177,8 +177,8 @@ class ClassifierFeatures(FeatureExtractor):
 def _recognized(state: dict[str, Tensor]) -> Classifier | None:
     """The layout of a file that states none, if it can be told by the shapes."""
     network = CIFAR10Classifier(len(state.get("fc.bias", ())) or 1)
-    shapes = ({key: x.shape for key, x in each.items()} for each in (state, network.state_dict()))
-    return network if len({str(sorted(each.items())) for each in shapes}) == 1 else None
+    theirs, ours = ({k: x.shape for k, x in d.items()} for d in (state, network.state_dict()))
+    return network if theirs == ours else None
 
 
 def _ours(key: str) -> str:
