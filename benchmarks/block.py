@@ -32,23 +32,22 @@ ARMS: dict[str, list[str]] = {
 }
 
 
-def measure(setting: Setting, arms: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Seconds per step of each arm, and ratios to the first."""
+def measure(setting: Setting, arms: dict[str, list[str]], rounds: int) -> list[dict[str, Any]]:
+    """Seconds per step of each arm, options of the command, and ratios to the first."""
     timed, steps = dict[str, Timed](), dict[str, list[float]]()
-    for name in arms:
-        options = [f"--model.network.init_args.{switch}=true" for switch in ARMS[name]]
+    for name, options in arms.items():
         own = Setting(**(vars(setting) | dict(options=[*setting.options, *options])))
         timed[name], steps[name] = Timed("none", own), []
         timed[name].block(3 if setting.compile else 1)
-    order = list(arms)
+    first, order = next(iter(arms)), list(arms)
     for i in range(rounds):
         random.Random(i).shuffle(order)
         for name in order:
             steps[name].append(timed[name].block() / timed[name].steps)
     entries = []
     for name in arms:
-        pairs = zip(steps[name], steps[arms[0]], strict=True)
-        low, ratio, high = statistics.quantiles([mine / first for mine, first in pairs], n=4)
+        pairs = zip(steps[name], steps[first], strict=True)
+        low, ratio, high = statistics.quantiles([mine / its for mine, its in pairs], n=4)
         learned = timed[name].module.network.parameters()
         entry: dict[str, Any] = dict(network=setting.network, arm=name)
         entry |= dict(precision=setting.precision)
@@ -86,7 +85,11 @@ def main() -> None:
         batch = args.batch or (network.gpu_batch if gpu else network.batch)
         steps = network.gpu_steps if gpu else network.steps
         own = Setting(name, precision, COMPILE[switch], batch, steps, args.options, device)
-        found = measure(own, args.arms, args.rounds)
+        switches = {
+            arm: [f"--model.network.init_args.{switch}=true" for switch in ARMS[arm]]
+            for arm in args.arms
+        }
+        found = measure(own, switches, args.rounds)
         entries += [entry | about() for entry in found]
         for e in found:
             low, high = e["ratio_quartiles"]

@@ -12,6 +12,7 @@ from common import ROOT, synchronize
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from w2s_train.autoencoder import PixelSpace
 from w2s_train.command.run import compose
 from w2s_train.module import DiffusionModule
 
@@ -111,8 +112,11 @@ class Timed:
         self.steps = math.lcm(setting.steps, *intervals)  # of blocks that all cost the same
         self.device = self.module.device
         classes = self.module.network.num_classes
+        images = torch.randn(setting.batch, *self.module.input_shape, device=self.device)
+        if isinstance(self.module.autoencoder, PixelSpace):
+            images = (64 * images + 128).clamp(0, 255).to(torch.uint8)  # as they come from shards
         self.batch = {
-            "image": torch.randn(setting.batch, *self.module.input_shape, device=self.device),
+            "image": images,
             "label": torch.randint(classes, (setting.batch,), device=self.device),
         }
 

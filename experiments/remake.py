@@ -7,8 +7,10 @@
                                                     (figures and comparison.html are not read)
 
 A study of trainings gets comparison/ (as `lightning compare` makes it, with the times of
-step_time.json), table.md and, if it has a `figure`, wall_clock.png; one of guidance at sampling,
-or of runs with drawn scales (`separately` names runs with one recipe each), gets table.md.
+step_time.json), table.md and, if it has a `figure`, wall_clock.png; pairs.md, if its `pairs` say
+which arms are to be set against each other; one of guidance at sampling, or of runs with drawn
+scales (`separately` names runs with one recipe each), gets table.md. `baseline` is `none`, if it
+is not said.
 experiments/table.md has the recipes that README.md shows, docs/mnist.png the samples of two.
 Pages show tables between two comments,
 <!-- experiments/STUDY/table.md --> and <!-- end -->.
@@ -16,6 +18,7 @@ Pages show tables between two comments,
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -71,17 +74,23 @@ def interval(mean: float, std: float, n: int, decimals: int = 2) -> str:
     return f"{mean:.{d}f} ({mean - width:.{d}f} to {mean + width:.{d}f})"
 
 
-def compared(study: str) -> Comparison:
+def compared(study: str, *arms: str) -> Comparison:
     """The runs of a study against its baseline, retired arms left out; one that fails is an error.
+
+    Args:
+        study: Its name.
+        arms: These only, against the first; none are all, against the study's baseline.
 
     Raises:
         SystemExit: A run is left out, or there are too few.
     """
-    recorded = sorted(str(j.record.relative_to(ROOT)) for j in jobs(study) if j.record.is_dir())
-    findings, times = read_all(recorded), step_times(study)
+    wanted = (job for job in jobs(study, list(arms) or None) if job.record.is_dir())
+    findings = read_all(sorted(str(job.record.relative_to(ROOT)) for job in wanted))
+    times = step_times(study)
     runs = [with_times(run, times) for run in findings.runs]
     try:
-        found = compare(replace(findings, runs=runs), Options(baseline="none"))
+        against = arms[0] if arms else baseline(study)
+        found = compare(replace(findings, runs=runs), Options(baseline=against))
     except UserError as error:
         sys.exit(f"error: {study}: {error}")
     if found.refused:
@@ -92,9 +101,14 @@ def compared(study: str) -> Comparison:
     return found
 
 
+def baseline(study: str) -> str:
+    """The arm that the others are compared with."""
+    return str(load(study).get("baseline", "none"))
+
+
 @cache
 def measured_steps(study: str) -> list[dict[str, Any]]:
-    """What benchmarks/step.py measured for the study's network, a recipe an entry; else nothing."""
+    """What benchmarks/step.py or arms.py measured, an arm an entry; nothing if they did not."""
     path = ROOT / "experiments" / study / "step_time.json"
     return list(json.loads(path.read_text())) if path.is_file() else []
 
@@ -111,7 +125,7 @@ def step_times(study: str) -> dict[str, float | None]:
     if not entries:
         return {}
     same = {arm: about.get("timed_as", {}).get(arm, arm) for arm in about["arms"]}
-    alone = entries["none"]["seconds"]
+    alone = entries[baseline(study)]["seconds"]
     return {arm: alone * entries[name]["ratio"] for arm, name in same.items() if name in entries}
 
 
@@ -144,6 +158,26 @@ def training_table(study: str, comparison: Comparison) -> str:
         cells += [*_cells(row.at_seconds), f"{row.time_ratio:.2f}"] if timed else []
         lines.append(f"| `{row.name}` | {' | '.join(cells)} |")
     return "\n".join([*lines, "", _footnote(study, comparison, timed)]) + "\n"
+
+
+def pairs_table(study: str) -> str:
+    """What an arm adds to the one that it differs from, a pair a line; each with its verdict."""
+    pairs: dict[str, str] = load(study)["pairs"]
+    lines, sections = [], ("equal steps", "equal time")
+    for plain, other in pairs.items():
+        found = compared(study, plain, other)
+        below, above = found.rows
+        cells = [f"`{plain}`, `{other}`"]
+        for one, two in ((below.at_step, above.at_step), (below.at_seconds, above.at_seconds)):
+            cells += [_cells(one)[0], *_cells(two)]
+        lines.append(f"| {' | '.join(cells)} | {above.time_ratio or math.nan:.2f} |")
+    heads = [f"{name}: without | with | verdict" for name in sections]
+    head = f"| without, with | {' | '.join(heads)} | time per step |"
+    text = (
+        "Each pair by itself: at the last step of both, and at the time that the faster one took; "
+        "mean and 95 % t interval over training seeds."
+    )
+    return "\n".join([head, "|---" * 8 + "|", *lines, "", text]) + "\n"
 
 
 def _cells(result: Result | None) -> list[str]:
@@ -384,6 +418,8 @@ def texts(study: str, comparison: Comparison | None) -> dict[Path, str]:
         table = settings_table if "separately" in load(study) else guidance_table
         return {folder / "table.md": table(study)}
     files = {folder / "comparison" / name: text for name, text in reports(comparison).items()}
+    if "pairs" in load(study):
+        files[folder / "pairs.md"] = pairs_table(study)
     return {folder / "table.md": training_table(study, comparison), **files}
 
 
