@@ -1,7 +1,7 @@
 """A Stable Diffusion 3 pipeline of small random parts, built without a network connection.
 
-``python tests/text2image/pipeline.py DIR`` writes it: 16x16 images, six blocks of width 32, all three
-text encoders, tokenizers that know letters.
+``python tests/text2image/pipeline.py DIR`` writes it: 16x16 images, six blocks of width 32, all
+three text encoders, tokenizers that know letters.
 """
 
 import string
