@@ -66,6 +66,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 3 pipeline of random parts; not to be written to."""
+    from pipeline import make
+
+    return make(tmp_path_factory.mktemp("sd3"))
+
+
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
     """Of shards, with a cache of its own."""

@@ -1,0 +1,1 @@
+"""Guidance, without training, for text-to-image models that diffusers' pipelines run."""
