@@ -155,7 +155,17 @@ def test_mistakes_are_one_line(tmp_path: Path):
     small = Extractor(ClassifierFeatures(classifier(tmp_path)))
     wrong = Alignments([Alignment(small, 7)])
     refused("features=7: must be 12, as the encoder has", wrong.load)
+    aligned.bind(network)
     aligned.plan(10)
+    stored = Stored()
+    stored.made = {"encoder": "x", "tokens": [15, 12]}
+    fifteen = WeakToStrongObjective(
+        LinearInterpolant(), Uniform(), align=[Alignment(stored, 12, MLP(16))]
+    )
+    fifteen.bind(network)
+    refused("encoder, 15, as in the network, 16, or square numbers", fifteen.plan, 10)
+    fifteen.align.terms[0].weight = 0  # ended: its tokens are not read
+    fifteen.plan(10)
     judge = encoder.describe()
     refused("must not have the extractor of the scores as its", aligned.align.refuse_judge, judge)
     aligned.align.refuse_judge("another one")

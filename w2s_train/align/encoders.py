@@ -25,6 +25,10 @@ class Encoder(abc.ABC):
     def check(self, made: dict[str, Any], where: str) -> None:  # noqa: B027
         """Look at the ``latents.json`` beside the shards; UserError: its data will not do."""
 
+    def number(self, shape: tuple[int, int, int]) -> int | None:
+        """How many tokens it has of one sample of the network's ``shape``; None: not known yet."""
+        return None
+
     @abc.abstractmethod
     def describe(self) -> str:
         """Name and version of the weights, once they are known."""
@@ -60,6 +64,9 @@ class Extractor(Encoder):
             "encoder=w2s_train.align.Stored reads them"
         )
 
+    def number(self, shape: tuple[int, int, int]) -> int:
+        return self.tokens({"image": torch.zeros(1, *shape, dtype=torch.uint8)}).shape[1]
+
     def describe(self) -> str:
         self.load()
         return self.extractor.describe()
@@ -89,6 +96,9 @@ class Stored(Encoder):
                 f"encoder=Stored: must have tokens beside the latents of {where}; {MAKE}"
             )
         self.made, self.width = made["align"], int(made["align"]["tokens"][1])
+
+    def number(self, shape: tuple[int, int, int]) -> int | None:
+        return int(self.made["tokens"][0]) if self.made else None
 
     def describe(self) -> str:
         return str(self.made["encoder"]) if self.made else "stored tokens"

@@ -45,18 +45,23 @@ def resampled(tokens: Tensor, number: int, name: str) -> Tensor:
     Raises:
         UserError: The numbers differ and are not both squares.
     """
-    given = tokens.shape[1]
-    if given == number:
+    if (given := tokens.shape[1]) == number:
         return tokens
+    old, new = _sides(given, number, name)
+    grid = tokens.transpose(1, 2).unflatten(2, (old, old)).float()
+    grid = F.interpolate(grid, (new, new), mode="bilinear", antialias=True)
+    return grid.flatten(2).transpose(1, 2)
+
+
+def _sides(given: int, number: int, name: str) -> tuple[int, int]:
+    """Of two square grids, the encoder's and the network's."""
     old, new = math.isqrt(given), math.isqrt(number)
-    if old * old != given or new * new != number:
+    if given != number and (old * old != given or new * new != number):
         raise UserError(
             f"align={name}: must have as many tokens in the encoder, {given}, as in the network, "
             f"{number}, or square numbers in both; choose another image or patch size"
         )
-    grid = tokens.transpose(1, 2).unflatten(2, (old, old)).float()
-    grid = F.interpolate(grid, (new, new), mode="bilinear", antialias=True)
-    return grid.flatten(2).transpose(1, 2)
+    return old, new
 
 
 class Alignment(nn.Module):
@@ -93,6 +98,9 @@ class Alignment(nn.Module):
         if not re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII):
             raise UserError(f"name={name}: must be letters, digits, _ and -, a letter first")
         self.name, self.kept = name, 0
+        # Of the network's input, (C, H, W), where it says, and the number of its tokens then.
+        self.shape: tuple[int, int, int] | None = None
+        self.number = 0
 
     def bind(self, network: Network) -> None:
         """Make the projector; UserError: the network has no such block, or offers no tokens."""
@@ -104,6 +112,9 @@ class Alignment(nn.Module):
                 f"block={self.block}: must be in [0, {depth - 1}], the network has {depth} blocks"
             )
         self.projector.bind(width, self.features)
+        shape, patch = getattr(network, "shape", None), getattr(network, "patch_size", 0)
+        if shape is not None and patch > 0:  # else found at the first step
+            self.shape, self.number = shape, math.prod(n // patch for n in shape[1:])
 
     def forward(self, batch: Mapping[str, Any] | None, out: DiTOutput, log: Log) -> Tensor:
         """The weighted term of each row (B,).
@@ -128,9 +139,16 @@ class Alignment(nn.Module):
         return self.weight * found
 
     def load(self) -> None:
-        """Read the encoder's weights; UserError: they cannot be read, or ``features`` is wrong."""
+        """Read the encoder's weights, and compare its tokens with the network's where they say.
+
+        Raises:
+            UserError: They cannot be read; ``features`` is wrong; the tokens are not as many.
+        """
         self.encoder.load()
         self._check_width(self.encoder.width)
+        if self.shape is not None and self.weight > 0:
+            given = self.encoder.number(self.shape)
+            _sides(self.number if given is None else given, self.number, self.name)
 
     def _check_width(self, width: int | None) -> None:
         if width not in (None, self.features):
