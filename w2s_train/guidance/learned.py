@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from w2s_train.checkpoint_file import read_checkpoint
 from w2s_train.errors import UserError, require
-from w2s_train.guidance.base import Guidance, VelocityField, evaluate_both
+from w2s_train.guidance.base import Guidance, VelocityField, evaluate_both, extrapolate
 from w2s_train.interpolant import Interpolant, right_pad
 from w2s_train.log import Log
 from w2s_train.models import Network, offered
@@ -116,7 +116,7 @@ class GuidanceObjective(Objective):
         with torch.no_grad():
             v_class, v_null = (network(noisy.x_t, t, label).velocity.float() for label in (y, null))
         scale = self.scales(s, t, y, self.interpolant)
-        velocity = v_null + right_pad(scale, x) * (v_class - v_null)
+        velocity = extrapolate(v_null, v_class, right_pad(scale, x))
         stepped = noisy.x_t + right_pad(s - t, x) * velocity
         groups = [a.flatten(1).unflatten(0, (-1, self.particles)) for a in (stepped, x_s)]
         loss = energy_distance(*groups)
@@ -163,7 +163,7 @@ class Learned(Guidance):
             s, now = (torch.full((len(y),), time, device=y.device) for time in (ends[start], start))
             scale = right_pad(scales(s, now, y, self.interpolant), x_t).to(x_t.dtype)
             v_class, v_null = evaluate_both(network, x_t, t, y)
-            return v_null + scale * (v_class - v_null)
+            return extrapolate(v_null, v_class, scale)
 
         return velocity
 
