@@ -1,0 +1,1 @@
+"""Text-to-image models that others have trained: guidance, images, scores."""
