@@ -26,7 +26,7 @@ from w2s_train.text2image.imagine import Imagine
 from w2s_train.text2image.judge import Judge
 from w2s_train.text2image.painter import Painter, Settings
 from w2s_train.text2image.record import Item
-from w2s_train.text2image.sheet import LABEL
+from w2s_train.text2image.sheet import HEAD, LABEL
 
 CAT, DOG, OWL = "a red cat", "A dog: tall & blue", "eine Eule im Wald"
 SMALL = {"steps": 2, "height": 16, "width": 16, "max_sequence_length": 16}
@@ -303,20 +303,27 @@ def test_scores_that_are_missing_are_added(imagine, tmp_path: Path, painted: lis
         imagine(CAT, scores=[judge, judge])
 
 
-def test_the_record_and_the_sheet(imagine, tmp_path: Path):
+def test_the_record_and_the_sheet(imagine, tmp_path: Path, monkeypatch, capfd):
     """Prompts are rows, seeds columns; each image is what it shows of that place."""
+    monkeypatch.setattr("w2s_train.text2image.imagine.LINES", -1.0)
     run = imagine(CAT, DOG, seeds="3:6")
     run()
+    out, err = capfd.readouterr()
+    *lines, last = out.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [f"{i} of 6 images" for i in range(1, 7)]
+    assert last == f"written: 6 images to {tmp_path / 'images'}" and "it/s" not in err
     sheet = pil_to_tensor(Image.open(tmp_path / "images" / "sheet.png"))
-    assert sheet.shape == (3, 2 * 18 + 2, LABEL + 3 * 18 + 2)
+    assert sheet.shape == (3, HEAD + 2 * 18 + 2, LABEL + 3 * 18 + 2)
     for row, prompt in enumerate((CAT, DOG)):
         for column in range(3):
             file = tmp_path / "images" / Item(prompt, None, 3 + column).file
-            top, left = 2 + 18 * row, LABEL + 2 + 18 * column
+            top, left = HEAD + 2 + 18 * row, LABEL + 2 + 18 * column
             part = sheet[:, top : top + 16, left : left + 16]
             assert (part.int() - pil_to_tensor(Image.open(file)).int()).abs().max() <= 1
-    labels = sheet[:, :, :LABEL].amin(0)
-    assert (labels[:19] < 128).any() and (labels[19:] < 128).any()
+    dark = sheet.amax(0) < 128
+    rows = [dark[HEAD + 18 * row : HEAD + 18 * (row + 1), :LABEL].sum() for row in range(2)]
+    assert dark[:HEAD, :LABEL].sum() == 0 < min(rows) and rows[0] != rows[1]
+    assert dark[:HEAD, LABEL:].sum() > 0
     content = record(tmp_path / "images")
     assert [*content] == ["schema", "protocol", "judges", "images"] and content["schema"] == 1
     assert content["protocol"]["guidance"] == "ClassifierFreeGuidance(guidance_scale=4.0)"
@@ -415,7 +422,12 @@ BAD = {
     "other class": ([CLASS, "w2s_train.weak.NullClass"], ["guidance"]),
     "strange class": ([CLASS, "os.system"], ["os.system", "allow_imports"]),
     "argument": (["--guidance.init_args.scale", "3"], ["scale"]),
-    "value": (["--guidance.init_args.start", "2"], ["start", "2"]),
+    "value": (["--guidance.init_args.start", "2"], ["guidance: ", "`start`", "2"]),
+    "our value": (
+        ["-c", str(ROOT / "configs/text2image/guidance/segmented.yaml")]
+        + ["--guidance.init_args.border", "2"],
+        ["guidance.init_args.border=2.0: must be in [0, 1]"],
+    ),
     "dtype": (["--dtype", "int8"], ["dtype", "int8", "bfloat16"]),
     "device": (["--device", "gpu"], ["device=gpu: must be a device of torch"]),
     "offload": (["--offload", "model"], ["offload=model: must be null where the device is"]),

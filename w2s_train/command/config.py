@@ -274,8 +274,9 @@ def explain(message: str, parts: dict[str, Any], own: Sequence[str] = ()) -> str
     line = " ".join(message.replace("Parser key ", "").split())
     if denied := re.search(r"Importing '([\w.]+)' is not allowed", line):
         return (
-            f"class_path={denied[1]}: must be a class of w2s_train, torch.optim or Lightning's "
-            f"trainer; --allow_imports={denied[1].split('.')[0]} allows it, if you trust its code"
+            f"class_path={denied[1]}: must be a class of w2s_train, torch.optim, Lightning's "
+            f"trainer or diffusers' guiders; --allow_imports={denied[1].split('.')[0]} allows it, "
+            "if you trust its code"
         )
     if other := re.search(r"Import path ([\w.]+) does not implement protocol Network", line):
         return (

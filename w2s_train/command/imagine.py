@@ -62,7 +62,8 @@ def _imagine(args: list[str]) -> None:
         made = parser.instantiate_classes(config)
         imagine = Imagine(**{key: made[key] for key in names})
     except ValueError as error:
-        raise UserError(locate(str(error), config)) from error
+        line = locate(str(error), config)  # diffusers' guiders name no key
+        raise UserError(line if isinstance(error, UserError) else f"guidance: {line}") from error
     imagine(*_place())
 
 

@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from w2s_train.text2image.described import described, settings_of
 from w2s_train.text2image.folder import ModelFolder
 from w2s_train.text2image.judge import Judge
 from w2s_train.text2image.painter import Dtype, Offload, Painter, Settings, meta_network
-from w2s_train.text2image.prompts import read_prompts
+from w2s_train.text2image.prompts import Prompt, read_prompts
 from w2s_train.text2image.record import ImageRecord, Item
 from w2s_train.text2image.sheet import contact_sheet
 
@@ -113,7 +112,7 @@ class Imagine:
         REQUESTS.listen(signal.SIGINT, *PREEMPTION)
         device = self._on(local)
         self.record.begin(self.protocol(device))
-        items = [Item(*prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        items = [self._item(prompt, seed) for prompt in self.prompts for seed in self.seeds]
         mine = items[rank::world]
         there = self.record.entries()
         missing = [item for item in mine if (item.prompt, item.seed) not in there]
@@ -196,15 +195,15 @@ class Imagine:
 
     def _sheet(self) -> None:
         """By whoever finishes last, of the first prompts and seeds."""
-        rows = [
-            (prompt.text, [self._path(prompt, seed) for seed in self.seeds[:COLUMNS]])
-            for prompt in self.prompts[:ROWS]
-        ]
-        with atomic_write(self.record.folder / "sheet.png") as file:
-            contact_sheet(rows).save(file, "png")
+        folder = self.record.folder
+        prompts, seeds = self.prompts[:ROWS], self.seeds[:COLUMNS]
+        files = [folder / self._item(prompt, seed).file for prompt in prompts for seed in seeds]
+        with atomic_write(folder / "sheet.png") as file:
+            contact_sheet([prompt.text for prompt in prompts], seeds, files).save(file, "png")
 
-    def _path(self, prompt: Any, seed: int) -> Path:
-        return self.record.folder / Item(*prompt, seed).file
+    @staticmethod
+    def _item(prompt: Prompt, seed: int) -> Item:
+        return Item(prompt.text, prompt.category, seed)
 
 
 def _device(name: str) -> torch.device:

@@ -82,9 +82,10 @@ class Painter:
         classic = _read(folder, dtype)
         _place(classic, device, offload)
         parts = {key: part for key, part in classic.components.items() if part is not None}
-        self.pipeline: Any = StableDiffusion3AutoBlocks().init_pipeline()
+        blocks: Any = StableDiffusion3AutoBlocks()
+        _silence(blocks)
+        self.pipeline = blocks.init_pipeline()
         self.pipeline.update_components(**parts, guider=guider)
-        _silence(self.pipeline.blocks)
         self.network: nn.Module = self.pipeline.transformer
         self.own = {name for _, registry in self._registries() for name in registry.hooks}
         self.evaluations = Evaluations(self.network)
