@@ -311,7 +311,7 @@ def test_the_record_and_the_sheet(imagine, tmp_path: Path, monkeypatch, capfd):
     out, err = capfd.readouterr()
     *lines, last = out.splitlines()
     assert [line.partition(",")[0] for line in lines] == [f"{i} of 6 images" for i in range(1, 7)]
-    assert last == f"written: 6 images to {tmp_path / 'images'}" and "it/s" not in err
+    assert last == f"written: 6 images to {tmp_path / 'images'}" and "/2 [" not in err
     sheet = pil_to_tensor(Image.open(tmp_path / "images" / "sheet.png"))
     assert sheet.shape == (3, HEAD + 2 * 18 + 2, LABEL + 3 * 18 + 2)
     for row, prompt in enumerate((CAT, DOG)):
@@ -403,6 +403,7 @@ def test_no_blocks_are_shipped_for_the_large_model():
     assert "skip_layers" not in json.dumps(large)
 
 
+CLIP = "w2s_train.text2image.clip_judges.CLIPScore"
 CLASS = "--guidance.class_path"
 BAD = {
     "no model": (["--model", "nowhere"], ["model=nowhere: must be a folder", "hf download"]),
@@ -422,11 +423,15 @@ BAD = {
     "other class": ([CLASS, "w2s_train.weak.NullClass"], ["guidance"]),
     "strange class": ([CLASS, "os.system"], ["os.system", "allow_imports"]),
     "argument": (["--guidance.init_args.scale", "3"], ["scale"]),
-    "value": (["--guidance.init_args.start", "2"], ["guidance: ", "`start`", "2"]),
+    "value": (["--guidance.init_args.start", "2"], ["error: guidance: ", "`start`", "2"]),
     "our value": (
         ["-c", str(ROOT / "configs/text2image/guidance/segmented.yaml")]
         + ["--guidance.init_args.border", "2"],
-        ["guidance.init_args.border=2.0: must be in [0, 1]"],
+        ["error: guidance.init_args.border=2.0: must be in [0, 1]"],
+    ),
+    "no weights of a score": (
+        [f"--scores=[{{class_path: {CLIP}, init_args: {{weights: nowhere}}}}]"],
+        ["error: weights=nowhere/config.json: must be an existing file"],
     ),
     "dtype": (["--dtype", "int8"], ["dtype", "int8", "bfloat16"]),
     "device": (["--device", "gpu"], ["device=gpu: must be a device of torch"]),

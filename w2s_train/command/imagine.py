@@ -1,7 +1,7 @@
 """``lightning imagine``: images of a text-to-image model, one per prompt and seed."""
 
 import argparse
-import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -50,8 +50,10 @@ def _imagine(args: list[str]) -> None:
     check_arguments(args, KEYS)
     with needed("'w2s_train[text2image]'", "command=imagine"):
         from w2s_train.text2image.imagine import Imagine
+        from w2s_train.text2image.painter import quiet_libraries
     args = restrict_imports(args)
-    _quieten()
+    quiet_libraries()
+    warnings.formatwarning = lambda text, kind, *_, **__: f"{kind.__name__}: {text}\n"
     set_loader("strict", read_strictly, exceptions=(yaml.YAMLError,))
     parser = _parser(Imagine)
     config = parser.parse_args(args)
@@ -62,8 +64,9 @@ def _imagine(args: list[str]) -> None:
         made = parser.instantiate_classes(config)
         imagine = Imagine(**{key: made[key] for key in names})
     except ValueError as error:
-        line = locate(str(error), config)  # diffusers' guiders name no key
-        raise UserError(line if isinstance(error, UserError) else f"guidance: {line}") from error
+        line = locate(str(error), config)
+        named = re.match(r"[\w.]+=", line)  # diffusers' guiders name no key
+        raise UserError(line if named else f"guidance: {line}") from error
     imagine(*_place())
 
 
@@ -89,15 +92,3 @@ def _place() -> Sequence[int]:
     given: list[Any] = [TorchElasticEnvironment()] if TorchElasticEnvironment.detect() else []
     (place,) = given or cluster_environments() or [LightningEnvironment()]
     return place.global_rank(), place.world_size(), place.local_rank()
-
-
-def _quieten() -> None:
-    """Drop what libraries say about themselves."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    of_diffusers.disable_progress_bar()
-    of_transformers.disable_progress_bar()
-    for name in ("guiders.guider_utils", "modular_pipelines.modular_pipeline_utils"):
-        logging.getLogger(f"diffusers.{name}").setLevel(logging.ERROR)  # say what is known
-    warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"

@@ -1,5 +1,6 @@
 """One image of a text-to-image model, which depends on its prompt and seed alone."""
 
+import logging
 import time
 from typing import Any, Literal, NamedTuple
 
@@ -127,6 +128,17 @@ class Painter:
         """Modules with hooks of diffusers, and these."""
         found = [(each, getattr(each, "_diffusers_hook", None)) for each in self.network.modules()]
         return [(module, registry) for module, registry in found if registry is not None]
+
+
+def quiet_libraries() -> None:
+    """Drop what diffusers and transformers say about themselves; for a process of one's own."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    for name in ("guiders.guider_utils", "modular_pipelines.modular_pipeline_utils"):
+        logging.getLogger(f"diffusers.{name}").setLevel(logging.ERROR)
 
 
 def _silence(blocks: Any) -> None:
