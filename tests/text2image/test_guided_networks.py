@@ -12,6 +12,8 @@ diffusers = pytest.importorskip("diffusers", reason="needs the extra [text2image
 from w2s_train.errors import UserError  # noqa: E402
 from w2s_train.text2image import SegmentedGuidance  # noqa: E402
 
+pytestmark = pytest.mark.slow  # importing all of diffusers' networks takes seconds
+
 
 def noise(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=seeded(sum(shape)))

@@ -182,6 +182,7 @@ def untouched(network) -> bool:
     return not any({"forward", "_diffusers_hook"} & vars(m).keys() for m in network.modules())
 
 
+@pytest.mark.slow
 def test_block_evaluations():
     """In whole networks a step, of 24 blocks: 1.79 half and half, where CFG has 2."""
     network = transformer(blocks=24)
@@ -202,6 +203,7 @@ def test_block_evaluations():
     assert untouched(network)
 
 
+@pytest.mark.slow
 def test_attention_perturbed():
     """Each token of the chosen blocks sees itself alone, wherever the weak pass starts."""
     network = transformer()
@@ -232,6 +234,7 @@ class Boom(Exception):
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 @pytest.mark.parametrize("fails", range(1, 4))
 @pytest.mark.fault
+@pytest.mark.slow
 def test_a_step_that_fails_leaves_the_network(error, fails):
     """In the strong pass, in the weak one, and between preparing and running."""
     network, guider = transformer(), sgg()
@@ -301,6 +304,7 @@ def test_what_cannot_be_meant(options, message):
         sgg(**options)
 
 
+@pytest.mark.slow
 def test_networks_that_cannot_be_guided():
     network = transformer()
     for options, message in [

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError
@@ -18,6 +19,11 @@ from w2s_train.text2image.forwards import Armed, Forward, disarm
 
 PROMPT, NEGATIVE, WEAK = "pred_cond", "pred_uncond", "pred_weak"  # passes, as diffusers names them
 TIMESTEPS = 1000  # of noise alone; diffusers' schedulers for flow matching count so
+
+
+def is_unet(network: nn.Module) -> bool:
+    """Whether a network is one of diffusers' UNets, of which none is imported for this."""
+    return type(unwrap_module(network)).__module__.startswith("diffusers.models.unets.")
 
 
 class Guider(BaseGuidance, abc.ABC):

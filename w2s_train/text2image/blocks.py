@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Collection
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from diffusers.hooks._common import _ATTENTION_CLASSES
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
@@ -13,6 +12,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError
+from w2s_train.text2image.base import is_unet
 from w2s_train.text2image.forwards import Forward, replaced
 
 OFFLOADING = "group_offloading"  # diffusers' name of its hook
@@ -162,7 +162,7 @@ def _check(
 ) -> None:
     if chosen[-1] >= len(blocks):
         raise UserError(f"skip_layers={chosen}: must be below {len(blocks)}, the blocks of {fqn}")
-    if share_prefix and isinstance(network, UNet2DConditionModel):
+    if share_prefix and is_unet(network):
         raise UserError("share_prefix=True: must be false for a UNet, whose blocks are no one row")
     for block in blocks:
         cls = type(unwrap_module(block))
