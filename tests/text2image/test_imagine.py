@@ -88,20 +88,20 @@ def record(folder: Path) -> dict[str, Any]:
 
 def test_an_image_depends_on_prompt_and_seed_alone(imagine, tmp_path: Path, painted: list):
     """Not on other prompts, their order, the number of processes or what was made before."""
-    imagine(CAT, DOG)()
+    imagine(CAT, DOG, seeds="0:2")()
     alone = images(tmp_path / "images")
     assert len({*alone.values()}) == 4
-    more = imagine(OWL, DOG, CAT, output="more", seeds="1:3")
+    more = imagine(OWL, DOG, CAT, output="more", seeds="1:2")
     more(rank=1, world=2)
     assert not (tmp_path / "more" / "sheet.png").exists()
-    assert len(images(tmp_path / "more")) == 3
+    assert [*images(tmp_path / "more")] == [Item(DOG, None, 1).file]
     more(rank=0, world=2)
     assert (tmp_path / "more" / "sheet.png").exists()
     others = images(tmp_path / "more")
     common = alone.keys() & others.keys()
     assert common == {Item(prompt, None, 1).file for prompt in (CAT, DOG)}
     assert all(alone[name] == others[name] for name in common)
-    assert len(painted) == len({*painted}) + 2 == 10
+    assert len(painted) == len({*painted}) + 2 == 7
 
 
 STATUS = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
@@ -282,6 +282,7 @@ class Brightness(Judge):
         return pil_to_tensor(image).float().mean() + 1000 * len(prompt)
 
 
+@pytest.mark.slow
 def test_scores_that_are_missing_are_added(imagine, tmp_path: Path, painted: list):
     weights = tmp_path / "weights"
     weights.write_text("1")

@@ -124,8 +124,9 @@ class Imagine:
         for judge in self.scores:
             self._judge(judge, mine)
         if rank == 0:
-            print(f"written: {len(missing):,} images to {self.record.folder}", end="")
-            print(f"; {len(mine) - len(missing):,} were there" if len(mine) > len(missing) else "")
+            there = f"; {len(mine) - len(missing):,} were there" if len(mine) > len(missing) else ""
+            share = " by this process" if world > 1 else ""
+            print(f"written: {len(missing):,} images to {self.record.folder}{share}{there}")
 
     def protocol(self, device: torch.device) -> dict[str, Any]:
         """What all images depend on, as plain values.
