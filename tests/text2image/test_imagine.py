@@ -457,18 +457,23 @@ def test_bad_input(name: str, sd3_folder: Path, tmp_path: Path, monkeypatch):
     assert not (tmp_path / "images").exists()
 
 
-@pytest.mark.parametrize("change", ["class", "part", "settings"])
+@pytest.mark.parametrize("change", ["class", "part", "settings", "library"])
 def test_folders_that_are_no_pipeline(change: str, sd3_folder: Path, tmp_path: Path):
     copy = shutil.copytree(sd3_folder, tmp_path / "model")
     index = copy / "model_index.json"
     if change == "class":
         index.write_text(index.read_text().replace("StableDiffusion3P", "StableDiffusionXLP"))
+    elif change == "library":
+        index.write_text(
+            index.read_text().replace('"transformers",\n    "T5E', '"mine",\n    "T5E')
+        )
     elif change == "part":
         shutil.rmtree(copy / "tokenizer_2")
     else:
         (copy / "vae" / "config.json").write_text("{}")
     line = {
         "class": "must hold a StableDiffusion3Pipeline; model_index.json has StableDiffusionXL",
+        "library": "must have parts of diffusers and transformers alone; text_encoder_3 is of mine",
         "part": "must have tokenizer_2/",
         "settings": "must have whole settings, lacks 'block_out_channels'",
     }

@@ -12,6 +12,7 @@ from w2s_train.files import expanded, sha256_of
 INDEX = "model_index.json"
 KIND = "StableDiffusion3"
 NETWORK = "transformer"
+LIBRARIES = ("diffusers", "transformers")
 SETTINGS = (".json", ".txt", ".model")  # small files, of tokenizers, too
 
 
@@ -39,7 +40,13 @@ class ModelFolder:
             )
         named = {key: part for key, part in index.items() if isinstance(part, list)}
         self.parts = sorted(key for key, part in named.items() if part and part[0] is not None)
-        for part in {*self.parts, NETWORK, "vae"}:
+        for part in sorted({*self.parts, NETWORK, "vae"}):
+            library = str(named.get(part, [None])[0])
+            if library not in LIBRARIES:  # would be imported
+                raise UserError(
+                    f"model={path}: must have parts of {' and '.join(LIBRARIES)} alone; {part} is "
+                    f"of {library}"
+                )
             if not (self.path / part).is_dir():
                 raise UserError(f"model={path}: must have {part}/, as {INDEX} says")
         self.network, vae = self._read(f"{NETWORK}/config.json"), self._read("vae/config.json")

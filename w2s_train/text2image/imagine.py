@@ -124,9 +124,10 @@ class Imagine:
         for judge in self.scores:
             self._judge(judge, mine)
         if rank == 0:
-            there = f"; {len(mine) - len(missing):,} were there" if len(mine) > len(missing) else ""
+            before = len(mine) - len(missing)
             share = " by this process" if world > 1 else ""
-            print(f"written: {len(missing):,} images to {self.record.folder}{share}{there}")
+            share += f"; {before:,} were there" if before else ""
+            print(f"written: {len(missing):,} images to {self.record.folder}{share}")
 
     def protocol(self, device: torch.device) -> dict[str, Any]:
         """What all images depend on, as plain values.
@@ -172,9 +173,8 @@ class Imagine:
                 if shown and not sys.stderr.isatty() and now - printed > LINES:
                     pace, printed = (now - began) / number, now
                     left = pace * (len(missing) - number)
-                    print(
-                        f"{done + number} of {total} images, {pace:.1f} s each, {left:.0f} s left"
-                    )
+                    line = f"{done + number} of {total} images, {pace:.1f} s each"
+                    print(f"{line}, {left:.0f} s left", flush=True)
 
     def _judge(self, judge: Judge, items: Sequence[Item]) -> None:
         """What is missing of its scores."""

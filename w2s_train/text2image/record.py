@@ -12,7 +12,7 @@ from w2s_train.files import atomic_write, locked
 
 SCHEMA = 1
 NAME = "imagine.json"
-FREE = ("git_commit",)  # of the protocol, may change while a folder is filled
+FREE = ("git_commit", "model.name")  # of the protocol, may change while a folder is filled
 SHORT = 100  # characters of a value in an error
 
 
