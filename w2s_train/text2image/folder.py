@@ -41,7 +41,7 @@ class ModelFolder:
         named = {key: part for key, part in index.items() if isinstance(part, list)}
         self.parts = sorted(key for key, part in named.items() if part and part[0] is not None)
         for part in sorted({*self.parts, NETWORK, "vae"}):
-            library = str(named.get(part, [None])[0])
+            library = str((named.get(part) or [None])[0])
             if library not in LIBRARIES:  # would be imported
                 raise UserError(
                     f"model={path}: must have parts of {' and '.join(LIBRARIES)} alone; {part} is "
