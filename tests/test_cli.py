@@ -339,7 +339,7 @@ def test_answers_without_a_heavy_import(tmp_path: Path):
     """Helps, and errors that need no parser: well below a second, where torch alone takes two."""
     twice = tmp_path / "twice.yaml"
     twice.write_text("data: {batch_size: 3}\ndata: {}\n")
-    names = "fit, validate, test, predict, sample, tune, ema, reference, export, compare"
+    names = "fit, validate, test, predict, sample, tune, ema, reference, imagine, export, compare"
     expected = {
         ("train",): f"error: command=train: must be one of {names}",
         ("fit", "-c", "none.yaml"): "error: config=none.yaml: must be an existing file",

@@ -25,6 +25,7 @@ commands:
   tune        find the best guidance at sampling:  lightning tune RUN --guidance cfg
   ema         score averages made after training:  lightning ema RUN --std 0.03:0.25
   reference   write the statistics of a data set that scores compare with
+  imagine     images of a text-to-image model, guided without training: docs/imagine.md
   export      write weights for programs without Lightning, or for diffusers
   compare     judge runs against a baseline:  lightning compare RUN [RUN ...]
 
@@ -60,7 +61,7 @@ without Lightning, or as a pipeline of diffusers.
 try:  lightning export --ckpt_path runs/digits_w2s --output exported
 """
 EXPORT_CHOICES = {"weights": ("ema", "raw"), "format": ("safetensors", "diffusers")}
-COMMANDS = "fit validate test predict sample tune ema reference export compare".split()
+COMMANDS = "fit validate test predict sample tune ema reference imagine export compare".split()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -78,15 +79,15 @@ def main(args: list[str] | None = None) -> None:
         compare(args[1:])
     elif args[0] == "export":
         _export(args[1:])
+    elif args[0] == "imagine":
+        _imagine(args[1:])
     else:
         _run(args)
 
 
 def _run(args: list[str]) -> None:
     if args[0] in ("fit", "validate", "test", "tune", "ema"):
-        # From now on, and not only when everything is loaded: jobs are preempted at any time.
-        REQUESTS.reset()
-        REQUESTS.listen(*PREEMPTION)
+        _listen()
     from w2s_train.command.config import check_arguments, tuning, with_own_config
     from w2s_train.command.scales import with_scales
 
@@ -103,6 +104,21 @@ def _run(args: list[str]) -> None:
     from w2s_train.command.run import run
 
     run(None if args == sys.argv[1:] else args)
+
+
+def _listen() -> None:
+    """From now on, and not only when everything is loaded: jobs are preempted at any time."""
+    REQUESTS.reset()
+    REQUESTS.listen(*PREEMPTION)
+
+
+def _imagine(args: list[str]) -> None:
+    _listen()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
+    from w2s_train.command.imagine import run as imagine
+
+    imagine(args)
 
 
 def _check_temporary() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from w2s_train.autoencoder import Autoencoder
+from w2s_train.errors import UserError
 from w2s_train.guidance import Guidance
 from w2s_train.models import Network, WeightAverage
 from w2s_train.sampler import Sampler
@@ -109,3 +110,18 @@ def standard_normal(
     for row, generator in zip(noise, generators, strict=True):
         row.normal_(generator=generator)
     return noise.to(device, non_blocking=True)
+
+
+def parse_seeds(seeds: str) -> range:
+    """FIRST:LAST as a range.
+
+    Args:
+        seeds: The last one is not included.
+
+    Raises:
+        UserError: It is not of that form, or holds none.
+    """
+    first, _, last = seeds.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise UserError(f"seeds={seeds}: must be FIRST:LAST with FIRST < LAST, such as 0:64")
+    return range(int(first), int(last))

@@ -16,7 +16,7 @@ from w2s_train.errors import UserError
 SWITCH = "--allow_imports"
 OURS = """
     align autoencoder callbacks consistency features guidance inbuilt interpolant look_on metrics
-    models muon objective sampler schedule segment time_shift timesteps weak
+    models muon objective sampler schedule segment text2image time_shift timesteps weak
 """
 TRAINERS = "accelerators callbacks loggers plugins profilers strategies cli.ReduceLROnPlateau"
 ALLOWED = [
@@ -24,6 +24,7 @@ ALLOWED = [
     *(f"lightning.pytorch.{name}" for name in TRAINERS.split()),
     "lightning.fabric.plugins",  # where environments and the writing of checkpoints are defined
     "torch.optim",
+    "diffusers.guiders",
 ]
 trusted = list[str]()  # packages that the switch adds
 

@@ -10,7 +10,7 @@ import math
 import os
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,32 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def check_arguments(args: list[str]) -> None:
-    """Refuse files, and first words of keys, that cannot be meant."""
+def check_arguments(args: list[str], own: Sequence[str] = ()) -> None:
+    """Refuse files, and first words of keys, that cannot be meant.
+
+    Args:
+        args: Options of the command line.
+        own: Keys of a command that has none of a trainer's.
+
+    Raises:
+        UserError: There is one.
+    """
     for option, name, value in _options(args):
         if name == "--config":
-            _check_config(value)
+            _check_config(value, own)
         elif option.startswith("--") and len(option) > 2:
-            _check_key(name[2:], f"unrecognized arguments: {option}")
+            _check_key(name[2:], f"unrecognized arguments: {option}", own)
             _check_part(Path(value))
+
+
+def read_strictly(text: str) -> Any:
+    """What a parser reads a config, and every value, with: YAML without what cannot be meant."""
+    from jsonargparse import get_loader
+
+    from w2s_train.loading import without_removed
+
+    yaml.load(text, StrictLoader)
+    return without_removed(get_loader("yaml")(text))
 
 
 def tuning(args: list[str]) -> list[str]:
@@ -147,7 +165,7 @@ def _last_value(name: str, args: list[str]) -> str | None:
     return dict(((option, value) for _, option, value in _options(args))).get(name)
 
 
-def _check_config(value: str) -> None:
+def _check_config(value: str, own: Sequence[str]) -> None:
     if not os.path.isfile(value):
         if ": " in value:
             return  # no path, but YAML itself: the parser reads it
@@ -156,7 +174,7 @@ def _check_config(value: str) -> None:
     if not isinstance(content, dict):
         raise UserError(f"config={value}: must hold keys with values")
     for key, part in content.items():
-        _check_key(str(key), f"{value}: does not accept option '{key}'")
+        _check_key(str(key), f"{value}: does not accept option '{key}'", own)
         if isinstance(part, str):
             _check_part(Path(value).parent / part)
 
@@ -166,13 +184,14 @@ def _check_part(path: Path) -> None:
         _read(path)
 
 
-def _check_key(key: str, message: str) -> None:
-    if key.partition(".")[0].rstrip("+") not in [*PARTS, *KEYS]:
-        raise UserError(f"{message}; {_keys()}")
+def _check_key(key: str, message: str, own: Sequence[str]) -> None:
+    if key.partition(".")[0].rstrip("+") not in (own or [*PARTS, *KEYS]):
+        raise UserError(f"{message}; {keys_are(own)}")
 
 
-def _keys() -> str:
-    return f"keys are {', '.join(PARTS)}, seed_everything, ckpt_path"
+def keys_are(own: Sequence[str] = ()) -> str:
+    """What an unknown key could have been."""
+    return f"keys are {', '.join(own or [*PARTS, 'seed_everything', 'ckpt_path'])}"
 
 
 def _read(path: Path) -> Any:
@@ -244,18 +263,20 @@ def locate(message: str, config: Any) -> str:
     return max(keys, key=lambda key: key.count(".")).removesuffix(name) + line if keys else line
 
 
-def explain(message: str, parts: dict[str, Any]) -> str:
+def explain(message: str, parts: dict[str, Any], own: Sequence[str] = ()) -> str:
     """An error of the parser as one line, with what would have been accepted.
 
     Args:
         message: The error, of any number of lines.
         parts: The classes behind the top-level keys.
+        own: Keys of a command that has none of a trainer's.
     """
     line = " ".join(message.replace("Parser key ", "").split())
     if denied := re.search(r"Importing '([\w.]+)' is not allowed", line):
         return (
-            f"class_path={denied[1]}: must be a class of w2s_train, torch.optim or Lightning's "
-            f"trainer; --allow_imports={denied[1].split('.')[0]} allows it, if you trust its code"
+            f"class_path={denied[1]}: must be a class of w2s_train, torch.optim, Lightning's "
+            f"trainer or diffusers' guiders; --allow_imports={denied[1].split('.')[0]} allows it, "
+            "if you trust its code"
         )
     if other := re.search(r"Import path ([\w.]+) does not implement protocol Network", line):
         return (
@@ -293,7 +314,7 @@ def explain(message: str, parts: dict[str, Any]) -> str:
         part = unknown[1].split(".")[0]
         if part in parts:
             return f"{line}; {part} accepts {_parameters(parts[part])}"
-        return f"{line}; {_keys()}"
+        return f"{line}; {keys_are(own)}"
     return line
 
 

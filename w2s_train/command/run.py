@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import set_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -24,12 +24,12 @@ from w2s_train.checkpoint_file import read_file
 from w2s_train.command import changes, list_keys
 from w2s_train.command.config import (
     SCORING,
-    StrictLoader,
     check_numbers,
     check_pipe,
     explain,
     innermost,
     locate,
+    read_strictly,
 )
 from w2s_train.command.flags import check_callbacks, check_flags, check_precision, seed_of
 from w2s_train.command.latents import fill_in
@@ -42,7 +42,7 @@ from w2s_train.evaluation.images import ImageWriter
 from w2s_train.evaluation.scorer import ResumableEvaluation, Scorer, looks_at_images
 from w2s_train.files import OF_THE_DISK
 from w2s_train.imports import found
-from w2s_train.loading import check_functions, restrict_imports, without_removed
+from w2s_train.loading import check_functions, restrict_imports
 from w2s_train.models import offered
 from w2s_train.models.warm_start import warm_start
 from w2s_train.module import DiffusionModule
@@ -460,12 +460,6 @@ def compose(args: list[str] | None, run: bool = True) -> Command:
             "use_distributed_sampler": False,
         },
     )
-
-
-def read_strictly(text: str) -> Any:
-    """What a parser reads a config, and every value, with: YAML without what cannot be meant."""
-    yaml.load(text, StrictLoader)
-    return without_removed(get_loader("yaml")(text))
 
 
 def run(args: list[str] | None) -> None:

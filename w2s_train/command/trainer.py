@@ -25,6 +25,7 @@ from w2s_train.evaluation.images import (
 )
 from w2s_train.evaluation.reference import ReferenceWriter
 from w2s_train.features import KEEP
+from w2s_train.generation import parse_seeds
 from w2s_train.models import offered
 from w2s_train.module import DiffusionModule
 from w2s_train.posthoc.snapshots import FOLDER
@@ -303,14 +304,6 @@ def check_statistics(
             f"keep_features={keep_features}: must be left out where statistics={statistics} are "
             "given, which hold no features of single images"
         )
-
-
-def parse_seeds(seeds: str) -> range:
-    """FIRST:LAST as a range."""
-    first, _, last = seeds.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise UserError(f"seeds={seeds}: must be FIRST:LAST with FIRST < LAST, such as 0:64")
-    return range(int(first), int(last))
 
 
 def quiet_lightning() -> None:

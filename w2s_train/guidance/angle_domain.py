@@ -7,7 +7,7 @@ from torch import Tensor
 
 from w2s_train.errors import require
 from w2s_train.guidance.base import Guidance, VelocityField, evaluate_both
-from w2s_train.interpolant import right_pad
+from w2s_train.interpolant import Interpolant, right_pad
 from w2s_train.models import Network
 from w2s_train.objective import Objective
 
@@ -52,14 +52,17 @@ class AngleDomain(Guidance):
         kept = right_pad(torch.cos(turned), across) * x_c.double()
         return kept + right_pad(ratio, across) * across
 
+    def guided(
+        self, v_class: Tensor, v_null: Tensor, x_t: Tensor, t: float, interpolant: Interpolant
+    ) -> Tensor:
+        """The guided velocity, from those with and without label at x_t, all (B, C, H, W)."""
+        time = torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device)
+        x_c, x_u = (interpolant.velocity_to_data(v, x_t, time) for v in (v_class, v_null))
+        return interpolant.data_to_velocity(self.rotate(x_c, x_u).to(x_t.dtype), x_t, time)
+
     def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
         def velocity(x_t: Tensor, t: float, start: float) -> Tensor:
-            time = torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device)
-            v_class, v_null = evaluate_both(network, x_t, t, y)
-            x_c = self.interpolant.velocity_to_data(v_class, x_t, time)
-            x_u = self.interpolant.velocity_to_data(v_null, x_t, time)
-            guided = self.rotate(x_c, x_u).to(x_t.dtype)
-            return self.interpolant.data_to_velocity(guided, x_t, time)
+            return self.guided(*evaluate_both(network, x_t, t, y), x_t, t, self.interpolant)
 
         return velocity
 

@@ -11,6 +11,7 @@ from w2s_train.guidance.base import (
     VelocityField,
     check_scale,
     evaluate,
+    extrapolate,
     network_inputs,
     run_network,
 )
@@ -105,7 +106,7 @@ class Autoguidance(Guidance):
             noisy = NoisySample(seen, time, torch.full_like(seen, torch.nan))
             v_weak = weak.predict_at(network, noisy, y, strong, seeded.at(t))
             v_weak = v_weak.to(x_t.dtype)
-            return v_weak + self.scale * (strong.velocity.to(x_t.dtype) - v_weak)
+            return extrapolate(v_weak, strong.velocity.to(x_t.dtype), self.scale)
 
         return velocity
 

@@ -46,6 +46,11 @@ def evaluate_both(network: Network, x_t: Tensor, t: float, y: Tensor) -> tuple[T
     return v_class, v_null
 
 
+def extrapolate(weak: Tensor, strong: Tensor, scale: float | Tensor) -> Tensor:
+    """The velocity weak + scale (strong - weak), of two of one shape."""
+    return weak + scale * (strong - weak)
+
+
 class Guidance(abc.ABC):
     """How a network and labels become a velocity field."""
 

@@ -11,6 +11,7 @@ from w2s_train.guidance.base import (
     check_scale,
     evaluate,
     evaluate_both,
+    extrapolate,
 )
 from w2s_train.models import Network
 
@@ -37,7 +38,7 @@ class ClassifierFree(Guidance):
             if self.scale == 1 or not self.low <= start <= self.high:
                 return evaluate(network, x_t, t, y)
             v_class, v_null = evaluate_both(network, x_t, t, y)
-            return v_null + self.scale * (v_class - v_null)
+            return extrapolate(v_null, v_class, self.scale)
 
         return velocity
 
@@ -73,7 +74,7 @@ class StageWise(Guidance):
 
         def velocity(x_t: Tensor, t: float, start: float) -> Tensor:
             v_class, v_null = evaluate_both(network, x_t, t, y)
-            return v_null + scale_at[start] * (v_class - v_null)
+            return extrapolate(v_null, v_class, scale_at[start])
 
         return velocity
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from w2s_train.checkpoint_file import read_checkpoint
 from w2s_train.errors import UserError, require
-from w2s_train.guidance.base import Guidance, VelocityField, evaluate_both
-from w2s_train.interpolant import Interpolant, right_pad
+from w2s_train.guidance.base import Guidance, VelocityField, evaluate_both, extrapolate
+from w2s_train.interpolant import Interpolant, NoisySample, right_pad
 from w2s_train.log import Log
 from w2s_train.models import Network, offered
 from w2s_train.objective import Objective
@@ -27,11 +27,17 @@ class ScaleNetwork(nn.Module):
     Args:
         num_classes: Number of classes; the null class has an embedding, too.
         hidden_size: Width of the class embedding and of the two hidden layers.
+        vectors: Length of vectors that stand in the place of labels, such as a prompt's; None if
+            labels do.
     """
 
-    def __init__(self, num_classes: int, hidden_size: int = 64) -> None:
+    def __init__(self, num_classes: int, hidden_size: int = 64, vectors: int | None = None) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(num_classes + 1, hidden_size)
+        self.embedding: nn.Embedding | nn.Linear = (
+            nn.Embedding(num_classes + 1, hidden_size)
+            if vectors is None
+            else nn.Linear(vectors, hidden_size, bias=False)
+        )
         last = nn.Linear(hidden_size, 1)
         nn.init.zeros_(last.weight)
         nn.init.ones_(last.bias)
@@ -44,7 +50,7 @@ class ScaleNetwork(nn.Module):
         )
 
     def forward(self, s: Tensor, t: Tensor, y: Tensor, interpolant: Interpolant) -> Tensor:
-        """Scales (B,) for steps from times t (B,) to s (B,) with labels y (B,)."""
+        """Scales (B,) for steps from times t (B,) to s (B,) with labels (B,) or vectors (B, D)."""
         levels = [log_snr(time.float(), interpolant) / 10 for time in (s, t)]
         return self.mlp(torch.cat([torch.stack(levels, 1), self.embedding(y)], 1)).squeeze(1).relu()
 
@@ -68,6 +74,17 @@ def energy_distance(one: Tensor, other: Tensor) -> Tensor:
 
     between = torch.cdist(one, other).mean((1, 2))
     return (2 * between - within(one) - within(other)) / d**0.5
+
+
+def step_distance(
+    velocity: Tensor, noisy: NoisySample, s: Tensor, x_s: Tensor, particles: int
+) -> Tensor:
+    """The energy distance between x_t after one Euler step to times s (B,), and x_s: one number
+    for each ``particles`` rows.
+    """
+    stepped = noisy.x_t + right_pad(s - noisy.t, x_s) * velocity
+    groups = [a.flatten(1).unflatten(0, (-1, particles)) for a in (stepped, x_s)]
+    return energy_distance(*groups)
 
 
 class GuidanceObjective(Objective):
@@ -116,10 +133,8 @@ class GuidanceObjective(Objective):
         with torch.no_grad():
             v_class, v_null = (network(noisy.x_t, t, label).velocity.float() for label in (y, null))
         scale = self.scales(s, t, y, self.interpolant)
-        velocity = v_null + right_pad(scale, x) * (v_class - v_null)
-        stepped = noisy.x_t + right_pad(s - t, x) * velocity
-        groups = [a.flatten(1).unflatten(0, (-1, self.particles)) for a in (stepped, x_s)]
-        loss = energy_distance(*groups)
+        velocity = extrapolate(v_null, v_class, right_pad(scale, x))
+        loss = step_distance(velocity, noisy, s, x_s, self.particles)
         log.add(("loss",), loss[None])
         log.add(("guidance_scale",), scale[None])
         return loss
@@ -151,7 +166,7 @@ class Learned(Guidance):
             raise UserError(
                 "path=None: must be a checkpoint of a fit with w2s_train.guidance.GuidanceObjective"
             )
-        classes = self.scales.embedding.num_embeddings - 1
+        classes = len(self.scales.embedding.weight) - 1
         known = offered(network, "Learned", "num_classes")
         if classes != known:
             raise UserError(f"path={self.path}: has {classes} classes, must have {known}")
@@ -163,7 +178,7 @@ class Learned(Guidance):
             s, now = (torch.full((len(y),), time, device=y.device) for time in (ends[start], start))
             scale = right_pad(scales(s, now, y, self.interpolant), x_t).to(x_t.dtype)
             v_class, v_null = evaluate_both(network, x_t, t, y)
-            return v_null + scale * (v_class - v_null)
+            return extrapolate(v_null, v_class, scale)
 
         return velocity
 

@@ -1,0 +1,177 @@
+"""``imagine.json``: how the images of a folder came about, and what is known of each."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from w2s_train.errors import UserError
+from w2s_train.files import atomic_write, locked
+
+SCHEMA = 1
+NAME = "imagine.json"
+FREE = ("git_commit", "model.name")  # of the protocol, may change while a folder is filled
+SHORT = 100  # characters of a value in an error
+
+
+class Item(NamedTuple):
+    """One image to be made.
+
+    Args:
+        prompt: What it shows.
+        category: Of the prompt, if its file has one.
+        seed: Of the noise.
+    """
+
+    prompt: str
+    category: str | None
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Its name, by prompt and seed alone: words to read, and a hash to tell prompts apart."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower())[:40].strip("-")
+        digest = hashlib.sha256(self.prompt.encode()).hexdigest()[:8]
+        return "-".join(filter(None, (words, digest, f"{self.seed:06d}.png")))
+
+
+class ImageRecord:
+    """The file in a folder of images; any number of processes write to it, one at a time.
+
+    Args:
+        folder: Of the images.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / NAME
+
+    def begin(self, protocol: dict[str, Any]) -> None:
+        """Take the folder for images of one protocol, whether there are some or not.
+
+        Args:
+            protocol: What all images depend on, as plain values.
+
+        Raises:
+            UserError: The folder has images of another protocol, or holds something else.
+        """
+        now = json.loads(json.dumps(protocol))
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"output={self.folder}: must be a folder, not a file")
+        held = {p.name for p in self.folder.glob("*")} if self.folder.is_dir() else set()
+        held = {name for name in held if not name.startswith(".")}
+        if held and NAME not in held:
+            raise UserError(
+                f"output={self.folder}: must be new, empty, or a folder of `lightning imagine`; it "
+                f"holds {sorted(held)[0]}"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+        def start(content: dict[str, Any]) -> None:
+            content["protocol"] = content["protocol"] or now
+            self._compare(content["protocol"], now)
+
+        self._update(start)
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        old, new = dict(_leaves(before)), dict(_leaves(now))
+        for key in [*new, *(key for key in old if key not in new)]:
+            if key not in FREE and old.get(key) != new.get(key):
+                raise UserError(
+                    f"{key}={_short(new.get(key))}: must be {_short(old.get(key))}, as in "
+                    f"{self.path}; another --output begins other images"
+                )
+
+    def entries(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """What is known of the images that are there, by prompt and seed."""
+        images = self._read()["images"]
+        there = [entry for entry in images if (self.folder / entry["file"]).is_file()]
+        return {(entry["prompt"], entry["seed"]): entry for entry in there}
+
+    def add(self, item: Item, **about: Any) -> None:
+        """An image is there.
+
+        Args:
+            item: Which.
+            about: What is to be known of it.
+        """
+
+        def change(content: dict[str, Any]) -> None:
+            key = (item.prompt, item.seed)
+            content["images"] = [e for e in content["images"] if (e["prompt"], e["seed"]) != key]
+            content["images"].append(item._asdict() | {"file": item.file} | about | {"scores": {}})
+
+        self._update(change)
+
+    def judge(self, name: str, fingerprint: str) -> None:
+        """Scores of a judge are going to be added.
+
+        Args:
+            name: Of the scores.
+            fingerprint: Of its weights.
+
+        Raises:
+            UserError: Images were scored by others of that name.
+        """
+
+        def change(content: dict[str, Any]) -> None:
+            before = content["judges"].setdefault(name, fingerprint)
+            if before != fingerprint:
+                raise UserError(
+                    f"scores={name}: must come from weights {before}, as in {self.path}; these are "
+                    f"{fingerprint}"
+                )
+
+        self._update(change)
+
+    def score(self, item: Item, name: str, value: float) -> None:
+        """Add a score of an image that is there.
+
+        Args:
+            item: Which image.
+            name: Of the score.
+            value: It.
+        """
+
+        def change(content: dict[str, Any]) -> None:
+            for entry in content["images"]:
+                if (entry["prompt"], entry["seed"]) == (item.prompt, item.seed):
+                    entry["scores"][name] = value
+
+        self._update(change)
+
+    def _update(self, change: Callable[[dict[str, Any]], None]) -> None:
+        with locked(self.folder / ".imagine.lock"):
+            content = self._read()
+            change(content)
+            text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+            with atomic_write(self.path) as file:
+                file.write(text.encode() + b"\n")
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.is_file():
+            return {"schema": SCHEMA, "protocol": None, "judges": {}, "images": []}
+        try:
+            content: dict[str, Any] = json.loads(self.path.read_text("utf-8"))
+            for entry in content["images"]:
+                _ = entry["prompt"], entry["seed"], entry["file"], entry["scores"]
+            schema, _, _ = content["schema"], content["protocol"], content["judges"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path}: must be a record of `lightning imagine`") from error
+        if schema != SCHEMA:
+            raise UserError(f"{self.path}: schema={schema}: must be {SCHEMA}, for this w2s_train")
+        return content
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= SHORT else f"{text[:SHORT]}..."
