@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parent / "golden",
         help="folder with sit_forward.npz, dit_forward.npz, samplers.npz and w2s_loss.npz",
     )
+
+
+def pytest_pycollect_makemodule(module_path: Path) -> None:
+    """Skips what needs an extra that is not there, before its files are imported."""
+    if module_path.parent.name == "text2image" and not find_spec("transformers"):
+        pytest.skip("needs the extra [text2image]")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

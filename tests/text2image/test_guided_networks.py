@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 
+import diffusers
 import pytest
 import torch
 from guided import counted, less, passes, seeded
 from pipeline import transformer
 
-diffusers = pytest.importorskip("diffusers", reason="needs the extra [text2image]")
-
-from w2s_train.errors import UserError  # noqa: E402
-from w2s_train.text2image import SegmentedGuidance  # noqa: E402
+from w2s_train.errors import UserError
+from w2s_train.text2image import SegmentedGuidance
 
 pytestmark = pytest.mark.slow  # importing all of diffusers' networks takes seconds
 

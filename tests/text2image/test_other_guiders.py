@@ -7,12 +7,10 @@ import torch
 from guided import PROMPT, classic, counted, latents, modular, passes, seeded
 from pipeline import transformer
 
-pytest.importorskip("diffusers", reason="needs the extra [text2image]")
-
-from w2s_train.errors import UserError  # noqa: E402
-from w2s_train.guidance import AngleDomain, StageWise  # noqa: E402
-from w2s_train.interpolant import LinearInterpolant  # noqa: E402
-from w2s_train.text2image import (  # noqa: E402
+from w2s_train.errors import UserError
+from w2s_train.guidance import AngleDomain, StageWise
+from w2s_train.interpolant import LinearInterpolant
+from w2s_train.text2image import (
     AngleDomainGuidance,
     LearnedGuidance,
     PromptScales,

@@ -2,18 +2,15 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
 from guided import PROMPT, STEPS, classic, counted, latents, less, modular, passes, seeded
 from pipeline import transformer
 
-diffusers = pytest.importorskip("diffusers", reason="needs the extra [text2image]")
-pytest.importorskip("transformers", reason="needs the extra [text2image]")
-
-from diffusers.guiders import ClassifierFreeGuidance  # noqa: E402
-
-from w2s_train.errors import UserError  # noqa: E402
-from w2s_train.text2image import SegmentedGuidance  # noqa: E402
+from w2s_train.errors import UserError
+from w2s_train.text2image import SegmentedGuidance
 
 BLOCKS = (2, 3, 4)
 PROMPTS = [PROMPT, "two dogs"]
