@@ -38,6 +38,12 @@ def test_as_published(tmp_path: Path):
     assert [prompt.text for prompt in prompts] == ["bond", '"G I G G L E" on a wall', 'the word "A']
 
 
+def test_a_prompt_counts_once(tmp_path: Path):
+    with pytest.warns(UserWarning, match="line 3: the prompt of line 1 again, which counts once"):
+        prompts = read_prompts(written(tmp_path, "b.txt", "a\nb\n a\n"))
+    assert [prompt.text for prompt in prompts] == ["a", "b"]
+
+
 def test_ours():
     prompts = read_prompts(ROOT / "configs" / "text2image" / "prompts.txt")
     assert 28 <= len(prompts) <= 34
@@ -48,7 +54,6 @@ HEAD = "Prompt\tCategory\n"
 BAD = {
     "a.csv": ("x", "must be a file that ends in .txt, .tsv, .jsonl"),
     "a.txt": ("# only\n\n", "must hold at least one prompt"),
-    "b.txt": ("a\nb\n a\n", "line 3: must have a prompt of its own; line 1 has the same"),
     "c.txt": (b"a\nb\xff\n", "line 2: must be UTF-8"),
     "a.tsv": ("Prompt\tChallenge\nx\ty", "line 1: must name the columns Prompt and Category; "),
     "b.tsv": (HEAD + "a\tb\nc\n", "line 3: must have a prompt and a category"),

@@ -1,6 +1,7 @@
 """Lists of prompts in files."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,8 @@ class _Line(NamedTuple):
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a file, in its order. Space around them and empty lines are left out.
+    """The prompts of a file, in its order. Space around them and empty lines are left out; a
+    prompt that stands there again counts once, with a warning.
 
     Args:
         path: A UTF-8 file. ``.txt`` has a prompt a line; lines that start with # are left out.
@@ -45,8 +47,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             columns and keys are passed over.
 
     Raises:
-        UserError: The file is missing or of another kind, a line is not as above, a prompt stands
-            there twice, or there is none.
+        UserError: The file is missing or of another kind, a line is not as above, or there is no
+            prompt.
     """
     file = expanded("prompts", path)
     if file.suffix not in SUFFIXES:
@@ -58,10 +60,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     first = dict[str, int]()
     prompts = []
     for number, prompt in read(lines):
-        if prompt.text in first:
-            raise lines[number].refused(
-                f"have a prompt of its own; line {first[prompt.text] + 1} has the same"
-            )
+        if prompt.text in first:  # as in published lists
+            same = f"the prompt of line {first[prompt.text] + 1} again, which counts once"
+            warnings.warn(f"{lines[number].place}: {same}", stacklevel=2)
+            continue
         first[prompt.text] = number
         prompts.append(prompt)
     if not prompts:
