@@ -227,6 +227,31 @@ def test_attention_perturbed():
     assert not torch.equal(weak, strong)
 
 
+@pytest.mark.slow
+def test_attention_that_cannot_be_perturbed():
+    network = transformer()
+    network.transformer_blocks[3].attn.processor = (
+        lambda attn, hidden_states, encoder_hidden_states, **_: (
+            hidden_states,
+            encoder_hidden_states,
+        )
+    )
+    with pytest.raises(UserError, match="^perturb=True: must be false, the attention here has no"):
+        passes(sgg(perturb=True), network, sd3_inputs())
+    assert untouched(network)
+
+
+@pytest.mark.slow
+def test_blocks_replaced_between_steps():
+    """What stands in a block's place, such as one compiled alone, is left out as well."""
+    network, guider = transformer(), sgg()
+    weak = passes(guider, network, sd3_inputs())[1]
+    for i in (1, 3):
+        block = network.transformer_blocks[i]
+        network.transformer_blocks[i] = torch.compile(block, backend="eager")
+    assert torch.equal(passes(guider, network, sd3_inputs())[1], weak)
+
+
 class Boom(Exception):
     pass
 
