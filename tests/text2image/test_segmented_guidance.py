@@ -3,6 +3,7 @@
 import math
 
 import diffusers
+import PIL.Image
 import pytest
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
@@ -100,6 +101,19 @@ class TestSD3:
                 assert torch.equal(latents(modular(full, guider)), unguided)
             assert rows == [1] * STEPS
 
+    def test_image_to_image(self, half):
+        """Takes the last steps alone, of which a border finds its own."""
+        make = dict(image=PIL.Image.new("RGB", (16, 16), "red"), strength=0.6, steps=10)
+        cfg = latents(modular(half, sgg(border=0.0)), **make)
+        theirs = ClassifierFreeGuidance(guidance_scale=4.5)
+        assert torch.equal(cfg, latents(modular(half, theirs), **make))
+        with counted(type(half.transformer.transformer_blocks[0])) as rows:
+            segmented = latents(modular(half, sgg()), **make)
+        assert not torch.equal(segmented, cfg)
+        sigmas = half.scheduler.sigmas[4:10]
+        high = int((sigmas >= 0.75).sum())
+        assert 0 < high < 6 and len(rows) == 12 * high + (6 - high) * (6 + 6 - 5)
+
     def test_saved_and_loaded(self, full, tmp_path):
         guider = sgg(border=None, switch=0.25, guidance_delta=1.0)
         guider.save_pretrained(tmp_path)
@@ -180,21 +194,21 @@ def untouched(network) -> bool:
 
 
 @pytest.mark.slow
-def test_block_evaluations():
-    """In whole networks a step, of 24 blocks: 1.79 half and half, where CFG has 2."""
-    network = transformer(blocks=24)
+@pytest.mark.parametrize(("blocks", "shared", "unshared"), [(24, 1.79, 1.94), (38, 1.87, 1.96)])
+def test_block_evaluations(blocks, shared, unshared):
+    """In whole networks a step, half and half, where CFG has 2."""
+    network = transformer(blocks=blocks)
     block = type(network.transformer_blocks[0])
 
     def evaluated(guider) -> float:
         with counted(block) as rows:
             for sigma in (0.9, 0.5):
                 passes(guider, network, sd3_inputs(), sigma)
-        return sum(rows) / 24 / 2
+        return sum(rows) / blocks / 2
 
-    release = SegmentedGuidance()
-    assert evaluated(release) == (48 + 24 + 24 - 10) / 48
-    assert round(evaluated(release), 2) == 1.79
-    assert round(evaluated(SegmentedGuidance(share_prefix=False)), 2) == 1.94
+    assert evaluated(SegmentedGuidance()) == (4 * blocks - 10) / (2 * blocks)
+    assert round(evaluated(SegmentedGuidance()), 2) == shared
+    assert round(evaluated(SegmentedGuidance(share_prefix=False)), 2) == unshared
     assert evaluated(SegmentedGuidance(border=0.0)) == 2
     assert evaluated(SegmentedGuidance(guidance_scale=1.0, weak_scale=0.0)) == 1
     assert untouched(network)
@@ -222,6 +236,31 @@ def test_attention_perturbed():
         attention.forward = blind
     assert torch.equal(weak, network(**sd3_inputs()).sample)
     assert not torch.equal(weak, strong)
+
+
+@pytest.mark.slow
+def test_attention_that_cannot_be_perturbed():
+    network = transformer()
+    network.transformer_blocks[3].attn.processor = (
+        lambda attn, hidden_states, encoder_hidden_states, **_: (
+            hidden_states,
+            encoder_hidden_states,
+        )
+    )
+    with pytest.raises(UserError, match="^perturb=True: must be false, the attention here has no"):
+        passes(sgg(perturb=True), network, sd3_inputs())
+    assert untouched(network)
+
+
+@pytest.mark.slow
+def test_blocks_replaced_between_steps():
+    """What stands in a block's place, such as one compiled alone, is left out as well."""
+    network, guider = transformer(), sgg()
+    weak = passes(guider, network, sd3_inputs())[1]
+    for i in (1, 3):
+        block = network.transformer_blocks[i]
+        network.transformer_blocks[i] = torch.compile(block, backend="eager")
+    assert torch.equal(passes(guider, network, sd3_inputs())[1], weak)
 
 
 class Boom(Exception):
@@ -276,6 +315,23 @@ def test_a_low_step_needs_no_negative_prompt():
     assert sgg(border=None, switch=0.0).num_conditions == 1
     assert sgg(guidance_scale=1.0).num_conditions == 1
     assert sgg(enabled=False).num_conditions == 1
+
+
+def test_batches_from_a_block_state():
+    """Of pipelines that name their fields, such as Wan's, LTX's and Z-Image's."""
+    from diffusers.modular_pipelines.modular_pipeline import BlockState
+
+    guider, fields = sgg(), dict(encoder_hidden_states=("prompt_embeds", "negative_prompt_embeds"))
+    embeds = torch.zeros(1), torch.ones(1)
+    state = BlockState(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])
+    for sigma, expected in ((0.9, embeds), (0.5, embeds[:1] * 2)):
+        guider.set_state(3, STEPS, torch.tensor(1000 * sigma))
+        batches = guider.prepare_inputs_from_block_state(state, fields)
+        given = [batch.encoder_hidden_states for batch in batches]
+        assert all(one is other for one, other in zip(given, expected, strict=True))
+    guider.set_state(3, STEPS, torch.tensor(900.0))
+    with pytest.raises(UserError, match="negative_prompt=None"):
+        guider.prepare_inputs_from_block_state(BlockState(prompt_embeds=embeds[0]), fields)
 
 
 @pytest.mark.parametrize(

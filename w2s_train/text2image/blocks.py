@@ -99,13 +99,20 @@ class Stack:
         share_prefix: bool,
         perturb: bool,
     ) -> None:
-        self.network = network
+        self.network, self.fqn = network, fqn
         self.chosen, self.perturb, self.tokens = sorted(chosen), perturb, Tokens()
         blocks = _blocks(unwrap_module(network), fqn)
         _check(unwrap_module(network), fqn, blocks, self.chosen, share_prefix)
         self.blocks = [Block(block, self.tokens) for block in blocks[: self.chosen[-1] + 1]]
         self.first = self.chosen[0] if share_prefix else 0
         self.attentions = self._attentions() if perturb else []
+
+    def fits(self, network: nn.Module) -> bool:
+        """Whether these are the network's blocks still: compiled ones may stand in their place."""
+        if network is not self.network:
+            return False
+        there = _blocks(unwrap_module(network), self.fqn)
+        return all(block.block is own for block, own in zip(self.blocks, there, strict=False))
 
     def strong(self, former: Forward, *args: Any, **kwargs: Any) -> Any:
         """The network itself, of which the weak pass uses the first blocks."""
@@ -142,14 +149,37 @@ class Stack:
         return found
 
 
+class Perturbation(AttentionScoreSkipFunctionMode):
+    """Diffusers' mode, which may find no attention to change: this one knows."""
+
+    found = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = super().__torch_function__(func, types, args, kwargs)
+        if func is nn.functional.scaled_dot_product_attention:
+            value = (kwargs or {}).get("value", args[2] if len(args) > 2 else None)
+            self.found |= output is value
+        return output
+
+
 def _attend_to_itself(former: Forward, *args: Any, **kwargs: Any) -> Any:
     """An attention whose every token sees its own value alone."""
-    with AttentionScoreSkipFunctionMode():
-        return former(*args, **kwargs)
+    with Perturbation() as mode:
+        output = former(*args, **kwargs)
+    if not mode.found:
+        raise UserError(
+            "perturb=True: must be false, the attention here has no scores to leave out"
+        )
+    return output
 
 
 def _blocks(network: nn.Module, fqn: str) -> nn.ModuleList:
-    found = dict(network.named_modules()).get(fqn)
+    try:
+        found = network.get_submodule(fqn)
+    except AttributeError:
+        found = network
     if not isinstance(found, nn.ModuleList):
         there = [name for name, m in network.named_modules() if isinstance(m, nn.ModuleList)]
         stacks = [name for name in there if "." not in name]

@@ -120,7 +120,7 @@ class SegmentedGuidance(Guider):
 
     def check(self, denoiser: nn.Module) -> None:
         idle = not self._enabled or self.all_high or not (self.weak_scale or self.weak_delta)
-        if self.weak or idle or (self._stack is not None and self._stack.network is denoiser):
+        if self.weak or idle or (self._stack is not None and self._stack.fits(denoiser)):
             return
         stacked = (self.fqn, self.skip_layers, self.share_prefix, self.perturb)
         self._stack = Stack(denoiser, *stacked)
