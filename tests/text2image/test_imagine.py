@@ -26,7 +26,7 @@ from w2s_train.text2image.imagine import Imagine
 from w2s_train.text2image.judge import Judge
 from w2s_train.text2image.painter import Painter, Settings
 from w2s_train.text2image.record import Item
-from w2s_train.text2image.sheet import HEAD, LABEL
+from w2s_train.text2image.sheet import HEAD, LABEL, read_image
 
 CAT, DOG, OWL = "a red cat", "A dog: tall & blue", "eine Eule im Wald"
 SMALL = {"steps": 2, "height": 16, "width": 16, "max_sequence_length": 16}
@@ -506,3 +506,12 @@ def test_places_of_processes(launcher: str, monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert [*_place()] == ([0, 1, 0] if launcher == "alone" else [5, 8, 1])
+
+
+def test_a_broken_image_is_one_line(tmp_path: Path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (16, 16), "red").save(path)
+    assert read_image(path).getpixel((3, 3)) == (255, 0, 0)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"a\.png: .*; delete it, and it is made again$"):
+        read_image(path)

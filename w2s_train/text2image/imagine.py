@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers.guiders import BaseGuidance
-from PIL import Image
 from tqdm import tqdm
 
 from w2s_train import __version__
@@ -25,7 +24,7 @@ from w2s_train.text2image.judge import Judge
 from w2s_train.text2image.painter import Dtype, Offload, Painter, Settings, meta_network
 from w2s_train.text2image.prompts import Prompt, read_prompts
 from w2s_train.text2image.record import ImageRecord, Item
-from w2s_train.text2image.sheet import contact_sheet
+from w2s_train.text2image.sheet import contact_sheet, read_image
 
 PIPELINE = "StableDiffusion3ModularPipeline"
 ROWS, COLUMNS = 40, 8  # of the contact sheet, at most
@@ -184,8 +183,8 @@ class Imagine:
             if judge.name in there[item.prompt, item.seed]["scores"]:
                 continue
             self._stop_if_asked(f"images are there, scores of {judge.name} are missing")
-            with Image.open(self.record.folder / item.file) as image:
-                (value,) = judge.score([image], [item.prompt]).tolist()
+            image = read_image(self.record.folder / item.file)
+            (value,) = judge.score([image], [item.prompt]).tolist()
             self.record.score(item, judge.name, value)
 
     @staticmethod

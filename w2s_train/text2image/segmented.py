@@ -165,7 +165,7 @@ class SegmentedGuidance(Guider):
         if self.switch == 0:
             return low
         where = f"sigma < {self.border:g}" if self.switch is None else f"from {self.switch:g} on"
-        return f"sgg({where}: {low}, before: {high})"
+        return f"segmented({where}: {low}, before: {high})"
 
 
 def _said(scale: float, delta: float) -> str:

@@ -8,7 +8,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from w2s_train.errors import UserError
 from w2s_train.evaluation.images import image_grid
+from w2s_train.shards.decode import BrokenImage, open_image
 
 SIDE = 256  # pixels of the longer side of an image, at most
 LABEL, HEAD, FONT = 240, 20, 15  # pixels, of the column of prompts, the row of seeds, letters
@@ -24,6 +26,9 @@ def contact_sheet(
         prompts: Of the rows.
         seeds: Of the columns.
         files: Of the images, row by row; all of one size.
+
+    Raises:
+        UserError: One cannot be read.
     """
     images = [_read(path) for path in files]
     width, height = (side + PADDING for side in images[0].size)
@@ -41,8 +46,19 @@ def contact_sheet(
     return sheet
 
 
+def read_image(path: Path) -> Image.Image:
+    """One that was made, in RGB.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return open_image(path.read_bytes()).convert("RGB")
+    except BrokenImage as error:
+        raise UserError(f"{path}: {error}; delete it, and it is made again") from error
+
+
 def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        small = image.convert("RGB")
+    small = read_image(path)
     small.thumbnail((SIDE, SIDE))
     return small
