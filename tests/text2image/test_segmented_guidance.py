@@ -387,7 +387,8 @@ def test_networks_that_cannot_be_guided():
 
 def test_protocols():
     assert sgg().describe() == (
-        "segmented(sigma < 0.75: slg(3, less blocks [2, 3, 4] of transformer_blocks), before: cfg(4.5))"
+        "segmented(sigma < 0.75: slg(3, less blocks [2, 3, 4] of transformer_blocks), "
+        "before: cfg(4.5))"
     )
     assert sgg(border=0.0).describe() == "cfg(4.5)"
     assert sgg(border=None, switch=0.0).describe().startswith("slg(3, less blocks")
