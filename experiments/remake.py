@@ -162,22 +162,27 @@ def training_table(study: str, comparison: Comparison) -> str:
 
 def pairs_table(study: str) -> str:
     """What an arm adds to the one that it differs from, a pair a line; each with its verdict."""
-    pairs: dict[str, str] = load(study)["pairs"]
-    lines, sections = [], ("equal steps", "equal time")
-    for plain, other in pairs.items():
-        found = compared(study, plain, other)
-        below, above = found.rows
-        cells = [f"`{plain}`, `{other}`"]
-        for one, two in ((below.at_step, above.at_step), (below.at_seconds, above.at_seconds)):
-            cells += [_cells(one)[0], *_cells(two)]
-        lines.append(f"| {' | '.join(cells)} | {above.time_ratio or math.nan:.2f} |")
-    heads = [f"{name}: without | with | verdict" for name in sections]
-    head = f"| without, with | {' | '.join(heads)} | time per step |"
-    text = (
-        "Each pair by itself: at the last step of both, and at the time that the faster one took; "
-        "mean and 95 % t interval over training seeds."
-    )
-    return "\n".join([head, "|---" * 8 + "|", *lines, "", text]) + "\n"
+    there = {job.arm for job in jobs(study) if job.is_recorded}
+    timed = load(study).get("times", True)
+    head = ["without, with", *(f"equal steps: {name}" for name in ("without", "with", "verdict"))]
+    if timed:
+        head += [*(f"equal time: {name}" for name in ("without", "with", "verdict")), "step"]
+    lines = []
+    for plain, other in load(study)["pairs"].items():
+        if not {plain, other} <= there:
+            continue  # not run yet
+        below, above = compared(study, plain, other).rows
+        cells = [f"`{plain}`, `{other}`", _cells(below.at_step)[0], *_cells(above.at_step)]
+        if timed:
+            cells += [_cells(below.at_seconds)[0], *_cells(above.at_seconds)]
+            cells.append(f"{above.time_ratio or math.nan:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    text = "Each pair by itself, at its last step"
+    if timed:
+        text += ", and at the time that the faster one took to it; step: its time over that without"
+    text += "; mean and 95 % t interval over training seeds."
+    top = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*top, *lines, "", text]) + "\n"
 
 
 def _cells(result: Result | None) -> list[str]:

@@ -233,10 +233,26 @@ def test_options_become_a_guidance():
 
 
 @pytest.mark.parametrize(
-    "text", ["head", "head=", "=0.3", "head=x", "head=-0.1", "head=0.3:0.2", "0=1", "h=1:0.2-", ""]
+    "text",
+    [
+        "head",
+        "head=",
+        "=0.3",
+        "head=x",
+        "head=-0.1",
+        "head=nan",
+        "head=3e-1",
+        "head=0.3:0.2",
+        "0=1",
+        "h=1:0.2-",
+        "",
+    ],
 )
 def test_text_that_is_no_choice(text: str):
-    message = f"scale={text}: must be NAME=SCALE or NAME=SCALE:LOW-HIGH, such as head=0.6:0.2-1"
+    message = (
+        f"scale={text}: must be NAME=SCALE or NAME=SCALE:LOW-HIGH, in plain decimals from 0 on"
+    )
+    message += ", such as head=0.6:0.2-1"
     for line in (["sample", "--scale", text], ["validate", f"--scale={text}"]):
         with pytest.raises(UserError) as error:
             with_scales(line)

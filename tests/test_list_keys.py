@@ -14,6 +14,7 @@ from refusals import parsed, refusal
 from test_objective import batch, objective
 from test_settings import LAST
 
+from w2s_train.command.config import explain
 from w2s_train.command.list_keys import ListKey, options, split
 from w2s_train.errors import UserError
 from w2s_train.guideability.ratio import finish
@@ -235,3 +236,9 @@ def test_a_run_records_what_it_ran_and_says_a_new_name(command, caplog):
     assert {"train/high/effective_scale", "train/top/effective_scale"} <= {*columns}
     starts = json.loads((folder / "environment.json").read_text())
     assert len(starts) == 2
+
+
+def test_a_value_that_is_no_number():
+    said = "Parser key \"images\":\n  - Expected a <class '{}'>\n  Given value: nan"
+    assert explain(said.format("int"), {}) == "images=nan: must be a whole number"
+    assert explain(said.format("float"), {}) == "images=nan: must be a number"

@@ -29,6 +29,9 @@ KEYS = """
 """.split()
 # How the parser, or a package of ours, says that a class is missing.
 NO_CLASS = r"module '([\w.]+)' has no attribute '(\w+)'|no file of ([\w.]+) defines (\w+)"
+# How it says that a value is no number, where nothing else may stand.
+NUMBER = r"\"[\w.]+\": - Expected a <class '(int|float)'> Given value: (\S+)"
+WORDS = {"int": "whole number", "float": "number"}
 CHOSEN = [
     f"w2s_train.{name}"
     for name in "models weak segment inbuilt sampler guidance interpolant timesteps".split()
@@ -307,6 +310,8 @@ def explain(message: str, parts: dict[str, Any], own: Sequence[str] = ()) -> str
     line = re.sub(r" Given value: (\[|\{|Namespace).*", "", line)
     line = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: ", "", line)
     line = re.sub(r" - Expected a <class 'NoneType'>| Given value type: <class '[^']*'>", "", line)
+    if alone := re.fullmatch(NUMBER, line):
+        return f"{key}={alone[2]}: must be a {WORDS[alone[1]]}"
     if unknown := re.search(r"class_path '([\w.]+)': Option '[\w.]+' is not accepted", line):
         module, _, name = unknown[1].rpartition(".")
         return f"{line}; {name} accepts {_parameters(getattr(import_module(module), name))}"

@@ -37,7 +37,8 @@ def with_scales(args: list[str]) -> list[str]:
             kept.append(f"--scale={value}")
         elif not (choice := CHOICE.fullmatch(value)):
             raise UserError(
-                f"scale={value}: must be NAME=SCALE or NAME=SCALE:LOW-HIGH, such as head=0.6:0.2-1"
+                f"scale={value}: must be NAME=SCALE or NAME=SCALE:LOW-HIGH, in plain decimals from "
+                "0 on, such as head=0.6:0.2-1"
             )
         elif choice[1] in scales:
             raise UserError(f"scale={value}: {choice[1]} stands twice, must stand once")

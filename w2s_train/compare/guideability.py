@@ -110,7 +110,7 @@ def figure(found: Found) -> Figure:
     for axes in grid[-1]:
         axes.set_xlabel("t (0 is data, 1 is noise)", color=SOFT)
     for axes in grid[:, 0]:
-        axes.set_ylabel("γ", color=SOFT)
+        axes.set_ylabel("γ of each source by itself", color=SOFT)
     next(axes for axes in grid.flat if axes.lines[1:]).legend(frameon=False, fontsize=7)
     return made
 
