@@ -108,8 +108,12 @@ def overlays(words: list[str]) -> list[str]:
 
 
 def merged(below: object, above: object) -> object:
-    """Two configs as the command reads them: objects key by key, everything else replaced."""
+    """Two configs as the command reads them: objects key by key, everything else replaced; another
+    class has none of the arguments of the one before.
+    """
     if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    if "class_path" in above and above["class_path"] != below.get("class_path"):
         return above
     return below | {key: merged(below.get(key), value) for key, value in above.items()}
 
