@@ -34,7 +34,7 @@ def run(args: list[str]) -> None:
     except argparse.ArgumentError as error:
         sys.exit(f"error: {redacted(explain(str(error), {}, KEYS))}")
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {redacted(str(error))}")
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise
