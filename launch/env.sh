@@ -34,3 +34,5 @@ if [ ! -f "$stamp" ]; then
     touch "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
+# Containers often set it; then each command compiles the 5,000 files that it imports, for 20 seconds.
+unset PYTHONDONTWRITEBYTECODE
