@@ -221,7 +221,9 @@ def _with_first(scores: list[str], metric: str | None, refused: list[str]) -> li
     """The scores, the one that decides first."""
     if not scores:
         raise UserError(
-            "\n".join([*refused, "metric=null: must be a score that all folders have; there is none"])
+            "\n".join(
+                [*refused, "metric=null: must be a score that all folders have; there is none"]
+            )
         )
     if metric is None:
         metric = next((name for name in PREFERRED if name in scores), scores[0])
@@ -248,9 +250,7 @@ def _find_baseline(
         raise UserError(
             f"baseline=null: no folder has classifier-free guidance; must be one of {names}, or {HOW}"
         )
-    best = max(
-        sweep.folders, key=lambda each: statistics.fmean(table.score(each, metric).values())
-    )
+    best = max(sweep.folders, key=lambda each: statistics.fmean(table.score(each, metric).values()))
     if count > 1:
         scale = sweep.scales[sweep.folders.index(best)]
         notes.append(

@@ -87,7 +87,9 @@ def are_images(patterns: Sequence[str]) -> bool:
     """
     folders = [path for each in patterns for path in _found(each)]
     with_images = [path for path in folders if (path / NAME).is_file()]
-    runs = [path for path in folders if (path / "config.yaml").is_file() and path not in with_images]
+    runs = [
+        path for path in folders if (path / "config.yaml").is_file() and path not in with_images
+    ]
     if with_images and runs:
         raise UserError(
             f"run={runs[0]}: must be a folder of `lightning imagine`, as {with_images[0]} is; runs "
@@ -140,6 +142,8 @@ def _read(path: Path, name: str) -> Folder:
         distances = dict(content.get("distances", {}))
         _ = [(float(each["value"]), each["images"]) for each in distances.values()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{file}: must be a record of `lightning imagine`; {error!r}") from error
     if not images:
         raise UserError(f"{file}: must have at least one image")

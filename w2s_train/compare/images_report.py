@@ -81,9 +81,14 @@ def verdict(row: ImageRow, comparison: ImageComparison) -> str:
 
 def title(comparison: ImageComparison) -> str:
     """What is compared, in words."""
+    return f"{comparison.metric}, higher is better, {size(comparison)}"
+
+
+def size(comparison: ImageComparison) -> str:
+    """Of how much it is."""
     prompts, images = len(comparison.prompts), len(comparison.keys)
-    words = f"{images:,} image{'s'[: images != 1]} of {prompts:,} prompt{'s'[: prompts != 1]} an arm"
-    return f"{comparison.metric}, higher is better, {words}"
+    some = f"{images:,} image{'s'[: images != 1]} of {prompts:,} prompt{'s'[: prompts != 1]}"
+    return f"{some} in each of {len(comparison.rows)} arms"
 
 
 def tables(comparison: ImageComparison) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -96,9 +101,7 @@ def tables(comparison: ImageComparison) -> list[tuple[str, list[str], list[list[
     if comparison.categories:
         heads = ["category", "prompts", *(n for n in names if n != comparison.baseline)]
         made.append(("Difference from the baseline by category", heads, _by_category(comparison)))
-    settings = [["guidance", *(row.folder.guidance for row in comparison.rows)]]
-    settings += difference_rows(comparison)
-    made.append(("Settings that differ", ["setting", *names], settings))
+    made.append(("Settings that differ", *_settings(comparison)))
     shared = [[key, short(value)] for key, value in comparison.protocol.items()]
     made.append(("Protocol of all images", ["key", "value"], shared))
     return made
@@ -125,13 +128,18 @@ def _cell(row: ImageRow, value: Estimate, comparison: ImageComparison) -> str:
     return signed(value, row.scores[comparison.metric].mean)
 
 
-def difference_rows(comparison: ImageComparison) -> list[list[str]]:
-    """One line per setting but for the guidance in words; a dash where an arm does not have it."""
-    return [
-        [key, *(short(by_arm[row.name]) if row.name in by_arm else "–" for row in comparison.rows)]
-        for key, by_arm in comparison.differences.items()
-        if key != "guidance"
+def _settings(comparison: ImageComparison) -> tuple[list[str], list[list[str]]]:
+    """A line per arm; arguments of guidance stand there where its words do not tell arms apart."""
+    rows, differing = comparison.rows, comparison.differences
+    alike = len({row.folder.guidance for row in rows}) < len(rows)
+    keys = [key for key in differing if alike or not key.startswith("guidance_settings.")]
+    keys = [key for key in keys if key != "guidance"]
+    lines = [
+        [row.name, row.folder.guidance]
+        + [short(differing[key][row.name]) if row.name in differing[key] else "–" for key in keys]
+        for row in rows
     ]
+    return ["arm", "guidance", *keys], lines
 
 
 def terminal(comparison: ImageComparison) -> list[Table]:

@@ -122,7 +122,12 @@ def markdown(comparison: Comparison) -> str:
     text += ["", "## Settings that differ", ""]
     text += markdown_table(["setting", *names], difference_rows(comparison))
     if comparison.tuned:
-        text += ["", "## Guidance, tuned", "", *markdown_table(tuned.COLUMNS, tuned_rows(comparison))]
+        text += [
+            "",
+            "## Guidance, tuned",
+            "",
+            *markdown_table(tuned.COLUMNS, tuned_rows(comparison)),
+        ]
     for title, entries in (("Left out", comparison.refused), ("Notes", comparison.notes)):
         if entries:
             text += ["", f"## {title}", "", *(f"- {entry}" for entry in entries)]

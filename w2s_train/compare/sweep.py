@@ -59,4 +59,6 @@ def _rest(settings: dict[str, Any]) -> str:
     usual = {"guidance_rescale": 0.0, "start": 0.0, "stop": 1.0}
     if settings["class"].rpartition(".")[2] != "ClassifierFreeGuidance":
         return "{}"
-    return json.dumps({key: x for key in usual if (x := settings.get(key)) not in (None, usual[key])})
+    return json.dumps(
+        {key: x for key in usual if (x := settings.get(key)) not in (None, usual[key])}
+    )
