@@ -248,7 +248,8 @@ def _find_baseline(
         return named[0]
     if not sweep.folders:
         raise UserError(
-            f"baseline=null: no folder has classifier-free guidance; must be one of {names}, or {HOW}"
+            "baseline=null: no folder has classifier-free guidance; must be one of "
+            f"{names}, or {HOW}"
         )
     best = max(sweep.folders, key=lambda each: statistics.fmean(table.score(each, metric).values()))
     if count > 1:

@@ -168,8 +168,8 @@ def _check_protocols(folders: Sequence[Folder]) -> None:
             usual = max(sorted({*values}), key=values.count)
             odd = next(i for i, value in enumerate(values) if value != usual)
             raise UserError(
-                f"run={folders[odd].path}: {key}={values[odd][:SHORT]}: must be {usual[:SHORT]}, as "
-                f"in {folders[values.index(usual)].path}"
+                f"run={folders[odd].path}: {key}={values[odd][:SHORT]}: must be {usual[:SHORT]}, "
+                f"as in {folders[values.index(usual)].path}"
             )
 
 
