@@ -118,7 +118,7 @@ def _samples(comparison: ImageComparison, broken: list[str]) -> list[Samples]:
     made = []
     for prompt in comparison.prompts[:SAMPLES]:
         key = min(key for key in comparison.keys if key[0] == prompt)
-        images = []
+        images = list[str | None]()
         for row in comparison.rows:
             path = row.folder.path / row.folder.images[key].file
             try:

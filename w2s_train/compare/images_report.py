@@ -13,7 +13,7 @@ from w2s_train.compare.report import STYLES, markdown_table, ratio, score, secon
 
 SCHEMA = 1
 METHOD = (
-    "Images are paired by prompt and seed. A prompt's score is its mean over seeds; a difference is "
+    "Images are paired by prompt and seed. A prompt's score is its mean over seeds, a difference "
     "the mean over prompts of the paired differences, ± half its "
     f"{percent(CONFIDENCE)} t interval over prompts. An arm is better or worse where that interval "
     "excludes 0; each arm is tested by itself, so of twenty arms without an effect one may pass. "

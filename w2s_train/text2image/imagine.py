@@ -1,10 +1,13 @@
 """One image per prompt and seed: the course of ``lightning imagine``."""
 
+import hashlib
 import importlib.metadata
+import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,8 @@ from tqdm import tqdm
 
 from w2s_train import __version__
 from w2s_train.errors import INTERRUPTED, PREEMPTED, Stopped, UserError, distinct, require
+from w2s_train.evaluation.fid import FID
+from w2s_train.evaluation.folder import score_files
 from w2s_train.files import atomic_write, expanded
 from w2s_train.generation import parse_seeds
 from w2s_train.scores import git_commit
@@ -54,6 +59,8 @@ class Imagine:
         offload: What waits in host memory for its turn: model (whole parts), group (blocks), or
             sequential (single layers, slow); nothing if not given.
         scores: Judges of the images; only what is missing is scored.
+        distances: Fréchet distances of all images together to a reference, and what else their
+            features tell.
 
     Raises:
         UserError: A number out of its range, a missing file or folder, or one of something else.
@@ -75,6 +82,7 @@ class Imagine:
         device: str | None = None,
         offload: Offload | None = None,
         scores: list[Judge] | None = None,
+        distances: list[FID] | None = None,
     ) -> None:
         self.seeds = parse_seeds(seeds)
         self.model = ModelFolder(model)
@@ -92,6 +100,11 @@ class Imagine:
             raise UserError(f"offload={offload}: must be null where the device is the CPU")
         self.scores = scores or []
         distinct("scores", [judge.name for judge in self.scores])
+        self.distances = distances or []
+        if self.distances and len(self.prompts) * len(self.seeds) < 2:
+            raise UserError(f"seeds={seeds}: must be two images or more for distances")
+        for distance in self.distances:
+            distance.check_files()
         self.record = ImageRecord(expanded("output", output))
         if isinstance(guidance, Guider):
             guidance.check(meta_network(self.model))
@@ -110,6 +123,9 @@ class Imagine:
         """
         REQUESTS.listen(signal.SIGINT, *PREEMPTION)
         device = self._on(local)
+        for distance in self.distances:
+            distance.load(None, None)
+            distance.check_shape(torch.empty(0, 3, self.settings.height, self.settings.width))
         self.record.begin(self.protocol(device))
         items = [self._item(prompt, seed) for prompt in self.prompts for seed in self.seeds]
         mine = items[rank::world]
@@ -120,6 +136,8 @@ class Imagine:
         there = self.record.entries()
         if all((item.prompt, item.seed) in there for item in items):
             self._sheet()
+            for distance in self.distances:
+                self._measure(distance, items, device)
         for judge in self.scores:
             self._judge(judge, mine)
         if rank == 0:
@@ -186,6 +204,24 @@ class Imagine:
             image = read_image(self.record.folder / item.file)
             (value,) = judge.score([image], [item.prompt]).tolist()
             self.record.score(item, judge.name, value)
+
+    def _measure(self, distance: FID, items: Sequence[Item], device: torch.device) -> None:
+        """What all images are together, unless the record has it; by whoever finishes last."""
+        pairs = json.dumps(sorted((item.prompt, item.seed) for item in items))
+        about = {
+            "images": f"{len(items)}, sha256:{hashlib.sha256(pairs.encode()).hexdigest()[:12]}",
+            "extractor": distance.describe(),
+            "reference": distance.fingerprint,
+        }
+        if self.record.has_distance(about):
+            return
+        distance.extractor.to(device)
+        self.record.measure(score_files(distance, self._files(items), self.record.folder), about)
+
+    def _files(self, items: Sequence[Item]) -> Iterator[Path]:
+        for item in items:
+            self._stop_if_asked("images are there, distances are missing")
+            yield self.record.folder / item.file
 
     @staticmethod
     def _stop_if_asked(state: str) -> None:
