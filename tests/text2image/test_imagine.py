@@ -14,6 +14,7 @@ import yaml
 from conftest import ROOT, loaded, quick
 from conftest import images as random_images
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -523,7 +524,7 @@ def test_a_broken_image_is_one_line(tmp_path: Path):
 
 @pytest.mark.slow
 def test_distances_and_the_comparison_of_folders(imagine, tmp_path: Path, compare, monkeypatch):
-    """A folder's distance is that of `score_folder`, once; `lightning compare` reads what is there."""
+    """A folder's distance is that of `score_folder`; `lightning compare` reads what is there."""
     from w2s_train.evaluation import folder as scoring
     from w2s_train.evaluation.fid import FID
     from w2s_train.evaluation.reference import write_reference
@@ -531,8 +532,9 @@ def test_distances_and_the_comparison_of_folders(imagine, tmp_path: Path, compar
     from w2s_train.features.classifiers import CIFAR10Classifier
 
     (tmp_path / "judge").write_text("1")
-    CIFAR10Classifier().save(tmp_path / "classifier.safetensors")
-    features = loaded(ClassifierFeatures(str(tmp_path / "classifier.safetensors")))
+    network = CIFAR10Classifier()
+    save_file(network.state_dict(), weights := tmp_path / "classifier.safetensors")
+    features = loaded(ClassifierFeatures(str(weights), network, "toys"))
     reference = tmp_path / "reference.npz"
     write_reference(reference, features, random_images(50), dataset="toys", split="train")
     distances = [FID(str(reference), features)]

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from w2s_train.compare.images import Folder, Image, Key, common_scores
@@ -140,10 +140,12 @@ class Table:
     Args:
         folders: Of the comparison.
         keys: Prompts and seeds.
+        known: Scores that were looked up before.
     """
 
     folders: Sequence[Folder]
     keys: list[Key]
+    known: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
 
     def of(self, folder: Folder, value: Callable[[Image], float]) -> dict[str, float]:
         """By prompt."""
@@ -154,7 +156,9 @@ class Table:
 
     def score(self, folder: Folder, name: str) -> dict[str, float]:
         """A score by prompt."""
-        return self.of(folder, lambda image: image.scores[name])
+        if (key := (folder.name, name)) not in self.known:
+            self.known[key] = self.of(folder, lambda image: image.scores[name])
+        return self.known[key]
 
     def difference(
         self, folder: Folder, other: Folder, name: str, prompts: Sequence[str] | None = None
@@ -256,8 +260,9 @@ def _find_baseline(
         scale = sweep.scales[sweep.folders.index(best)]
         notes.append(
             f"baseline: {best.name}, scale {scale:g}, has the best {metric} of {count} scales of "
-            "classifier-free guidance; it was chosen on these very images, which favours it over "
-            "the other arms"
+            "classifier-free guidance; it was chosen on these very images, which favours it: a "
+            "verdict better stands all the more, a verdict worse may come of that alone (see the "
+            "differences from each scale)"
         )
         if scale in (sweep.scales[0], sweep.scales[-1]):
             side = "smallest" if scale == sweep.scales[0] else "largest"

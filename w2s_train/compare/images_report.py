@@ -97,10 +97,10 @@ def tables(comparison: ImageComparison) -> list[tuple[str, list[str], list[list[
     names, swept = [row.name for row in comparison.rows], comparison.sweep
     if len(swept.folders) > 1:
         heads = ["arm", *(f"{scale:g}" for scale in swept.scales)]
-        made.append(("Difference from each scale of the sweep", heads, _against(comparison)))
+        made.append(("Differences from each scale of the sweep", heads, _against(comparison)))
     if comparison.categories:
         heads = ["category", "prompts", *(n for n in names if n != comparison.baseline)]
-        made.append(("Difference from the baseline by category", heads, _by_category(comparison)))
+        made.append(("Differences from the baseline by category", heads, _by_category(comparison)))
     made.append(("Settings that differ", *_settings(comparison)))
     shared = [[key, short(value)] for key, value in comparison.protocol.items()]
     made.append(("Protocol of all images", ["key", "value"], shared))
@@ -143,11 +143,14 @@ def _settings(comparison: ImageComparison) -> tuple[list[str], list[list[str]]]:
 
 
 def terminal(comparison: ImageComparison) -> list[Table]:
-    """One table; verdicts are coloured."""
+    """One table, narrower than that of the files; verdicts are coloured."""
     table = Table(title=Text(title(comparison)), title_justify="left")
     for i, heading in enumerate(columns(comparison)):
         table.add_column(heading, justify="left" if i < 1 else "right", overflow="fold")
-    for line in lines(comparison):
+    others = comparison.scores[1:]
+    for row, line in zip(comparison.rows, lines(comparison), strict=True):
+        line[3] = line[3].partition(":")[0]
+        line[4 : 4 + len(others)] = [score(row.scores[name].mean) for name in others]
         table.add_row(*(Text(text, style=STYLES.get(text, "")) for text in line))
     return [table]
 
