@@ -1,85 +1,130 @@
-"""Folders of `lightning imagine`, written by hand."""
+"""Images of all sorts, and the command that turns them into shards, for tests."""
 
-import copy
-import json
-from collections.abc import Callable
+import contextlib
+import importlib.util
+import io
+import resource
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import pytest
+import webdataset as wds
+from conftest import ROOT
 from PIL import Image
 
-CFG = "diffusers.guiders.classifier_free_guidance.ClassifierFreeGuidance"
-SEGMENTED = "w2s_train.text2image.segmented.SegmentedGuidance"
-PROTOCOL = {
-    "model": {"name": "sd35_medium", "sha256": "aa"},
-    "pipeline": "StableDiffusion3ModularPipeline",
-    "guidance": "",
-    "guidance_settings": {},
-    "steps": 28,
-    "height": 16,
-    "width": 16,
-    "max_sequence_length": 256,
-    "negative_prompt": "",
-    "dtype": "bfloat16",
-    "device": "cuda",
-    "versions": {"torch": "2.15.0"},
-    "git_commit": "6b7eb92",
+from w2s_train.shards.samples import read_shard
+
+SCRIPT = ROOT / "data" / "prepare.py"
+ORIENTATION = 0x0112
+
+
+def encode(pixels: np.ndarray | Image.Image, kind: str = "png", **options) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def samples(folder: Path, split: str = "train") -> list[dict]:
+    return [sample for path in sorted(folder.glob(f"{split}-*.tar")) for sample in read_shard(path)]
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """All files but locks."""
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix != ".lock"]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def write_tar(path: Path, *members: dict) -> Path:
+    with open(path, "wb") as file, contextlib.closing(wds.TarWriter(file, encoder=False)) as tar:
+        for number, fields in enumerate(members):
+            tar.write({"__key__": f"{number:03d}", **fields})
+    return path
+
+
+@contextlib.contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """Files cannot grow beyond this many bytes; as a full disk, but with another message."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def preparer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs the command in this process; gives what it printed."""
+    spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*args: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args)])
+        module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def bomb() -> bytes:
+    """A PNG whose header asks for 400 million pixels."""
+    content = bytearray(encode(np.zeros((1, 1), np.uint8)))
+    header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + content[24:29]
+    content[12:33] = header + struct.pack(">I", zlib.crc32(header))
+    return bytes(content)
+
+
+BROKEN = {
+    "empty.png": (b"", "empty file"),
+    "text.jpg": (b"no image at all", "no image of a known type"),
+    "cut.jpg": (encode(noise(64, 64, 3), "jpeg")[:900], "truncated"),
+    "cut.png": (encode(noise(64, 64, 3))[:900], "OSError|truncated|SyntaxError"),
+    "bomb.png": (bomb(), "DecompressionBombError"),
+    "float.tiff": (encode(noise(8, 8).astype(np.float32), "tiff"), "floating-point"),
+    "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image of a known"),
 }
 
 
-def cfg(scale: float, **more: Any) -> dict[str, Any]:
-    """Settings of diffusers' classifier-free guidance."""
-    usual = {"guidance_rescale": 0.0, "use_original_formulation": False, "start": 0.0, "stop": 1.0}
-    return {"class": CFG, "guidance_scale": scale, **usual, "enabled": True} | more
-
-
-def segmented(**more: Any) -> dict[str, Any]:
-    """Settings of our segmented guidance."""
-    usual = {"guidance_scale": 4.5, "weak_scale": 3.0, "border": 0.75, "switch": None}
-    return {"class": SEGMENTED, **usual, "guidance_delta": 0.0, "enabled": True} | more
-
-
-def write_images(
-    folder: Path,
-    guidance: dict[str, Any],
-    score: Callable[[int, int], float] = lambda prompt, seed: 1.0,
-    prompts: int = 4,
-    seeds: int = 2,
-    name: str = "hps_v2.1",
-    png: bool = False,
-    **protocol: Any,
-) -> Path:
-    """Write a folder of images.
-
-    Args:
-        folder: Where.
-        guidance: Its settings.
-        score: Of a prompt and a seed, counted from 0.
-        prompts: How many.
-        seeds: The same.
-        name: Of the score.
-        png: Whether there are images, too.
-        **protocol: Changes of it.
-    """
-    folder.mkdir(parents=True)
-    words = f"{guidance['class'].rpartition('.')[2]}({guidance['guidance_scale']})"
-    content: dict[str, Any] = {"schema": 1, "judges": {name: "0123"}, "images": []}
-    content["protocol"] = copy.deepcopy(PROTOCOL) | protocol
-    content["protocol"] |= {"guidance": words, "guidance_settings": guidance}
-    for i in range(prompts):
-        for seed in range(seeds):
-            entry = {"prompt": f"prompt {i}", "category": None, "seed": seed}
-            entry |= {"file": f"prompt-{i}-{seed}.png", "evaluations": 56.0, "seconds": 2.0}
-            content["images"].append(entry | {"scores": {name: score(i, seed)}})
-            if png:
-                Image.new("RGB", (16, 16), (30 * i, 90 * seed, 120)).save(folder / entry["file"])
-    (folder / "imagine.json").write_text(json.dumps(content))
-    return folder
-
-
-def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    """Edit the record of a folder."""
-    path = folder / "imagine.json"
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
+def write_messy(folder: Path) -> None:
+    """Three classes of images of all sorts, seven broken ones, and files that are none."""
+    for name in ("ant", "bee/nested/deep", "cow", ".git"):
+        (folder / name).mkdir(parents=True)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    files = {
+        "ant/a.PNG": encode(noise(40, 50, 3)),
+        "ant/b.jpeg": encode(noise(33, 20, 3), "jpeg"),
+        "ant/grey.png": encode(noise(40, 40)),
+        "ant/sixteen.png": encode(noise(40, 40).astype(np.uint16) * 256),
+        "bee/c.webp": encode(noise(32, 32, 3), "webp"),
+        "bee/nested/d.gif": encode(noise(50, 40), "gif"),
+        "bee/nested/deep/e.bmp": encode(noise(20, 90, 3), "bmp"),
+        "bee/f.tif": encode(noise(45, 40, 3), "tiff"),
+        "cow/cmyk.jpg": encode(Image.fromarray(noise(40, 40, 4), "CMYK"), "jpeg"),
+        "cow/palette.png": encode(Image.fromarray(noise(40, 40, 4)).quantize(8)),
+        "cow/turned.jpg": encode(noise(30, 70, 3), "jpeg", exif=exif),
+        "cow/ready.png": encode(noise(16, 16, 3)),
+        "cow/notes.txt": b"",
+        "cow/.hidden.png": b"",
+        "loose.png": b"",
+        ".git/x.png": b"",
+    } | {f"cow/{name}": content for name, (content, _) in BROKEN.items()}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / "cow/gone.png").symlink_to("nowhere")
+    (folder / "bee/loop").symlink_to("..", target_is_directory=True)

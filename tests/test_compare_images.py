@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_folders import cfg, change, segmented, write_images
+from imagined_folders import cfg, change, segmented, write_images
 from scipy import stats
 
 from w2s_train.compare.image_comparison import ImageComparison, compare_images

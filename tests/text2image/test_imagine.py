@@ -523,7 +523,9 @@ def test_a_broken_image_is_one_line(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_distances_and_the_comparison_of_folders(imagine, tmp_path: Path, compare, monkeypatch):
+def test_distances_and_the_comparison_of_folders(
+    imagine, sd3_folder: Path, tmp_path: Path, compare, monkeypatch: pytest.MonkeyPatch
+):
     """A folder's distance is that of `score_folder`; `lightning compare` reads what is there."""
     from w2s_train.evaluation import folder as scoring
     from w2s_train.evaluation.fid import FID
@@ -547,6 +549,14 @@ def test_distances_and_the_comparison_of_folders(imagine, tmp_path: Path, compar
         found = scoring.score_folder(tmp_path / made["output"], reference, features)
         assert {k: v["value"] for k, v in content["distances"].items()} == pytest.approx(found)
         names += found
+    about = {"network": {"class_path": "w2s_train.features.CIFAR10Classifier"}, "dataset": "toys"}
+    about = {"init_args": about | {"weights": str(weights)}}
+    about |= {"class_path": "w2s_train.features.ClassifierFeatures"}
+    given = {"reference": str(reference), "features": about}
+    given = {"class_path": "w2s_train.callbacks.FID", "init_args": given}
+    command(sd3_folder, tmp_path / "same", "--seeds", "0:2", "--distances", json.dumps([given]))
+    assert [*record(tmp_path / "same")["distances"]] == names[:1]
+
     before = record(tmp_path / "cfg_5")["distances"]
     with monkeypatch.context() as patch:
         patch.setattr(FID, "scores", None)
