@@ -22,6 +22,7 @@ from w2s_train.cli import main
 from w2s_train.errors import INTERRUPTED, PREEMPTED, Stopped, UserError
 from w2s_train.signals import PREEMPTION, REQUESTS
 from w2s_train.text2image import PromptScales, SegmentedGuidance
+from w2s_train.text2image.distance import Distance
 from w2s_train.text2image.evaluations import Evaluations
 from w2s_train.text2image.folder import ModelFolder
 from w2s_train.text2image.imagine import Imagine
@@ -528,7 +529,6 @@ def test_distances_and_the_comparison_of_folders(
 ):
     """A folder's distance is that of `score_folder`; `lightning compare` reads what is there."""
     from w2s_train.evaluation import folder as scoring
-    from w2s_train.evaluation.fid import FID
     from w2s_train.evaluation.reference import write_reference
     from w2s_train.features import ClassifierFeatures
     from w2s_train.features.classifiers import CIFAR10Classifier
@@ -539,7 +539,7 @@ def test_distances_and_the_comparison_of_folders(
     features = loaded(ClassifierFeatures(str(weights), network, "toys"))
     reference = tmp_path / "reference.npz"
     write_reference(reference, features, random_images(50), dataset="toys", split="train")
-    distances = [FID(str(reference), features)]
+    distances = [Distance(str(reference), features)]
     names = []
     for scale in (1.0, 3.0, 5.0):
         made = {"output": f"cfg_{scale:g}", "guidance": cfg(guidance_scale=scale)}
@@ -553,13 +553,13 @@ def test_distances_and_the_comparison_of_folders(
     about = {"init_args": about | {"weights": str(weights)}}
     about |= {"class_path": "w2s_train.features.ClassifierFeatures"}
     given = {"reference": str(reference), "features": about}
-    given = {"class_path": "w2s_train.callbacks.FID", "init_args": given}
+    given = {"class_path": "w2s_train.text2image.distance.Distance", "init_args": given}
     command(sd3_folder, tmp_path / "same", "--seeds", "0:2", "--distances", json.dumps([given]))
     assert [*record(tmp_path / "same")["distances"]] == names[:1]
 
     before = record(tmp_path / "cfg_5")["distances"]
     with monkeypatch.context() as patch:
-        patch.setattr(FID, "scores", None)
+        patch.setattr(Distance, "of", None)
         imagine(CAT, DOG, **made)()  # there is nothing to do
     imagine(CAT, DOG, OWL, **made)()
     after = record(tmp_path / "cfg_5")["distances"]

@@ -1,8 +1,6 @@
 """One image per prompt and seed: the course of ``lightning imagine``."""
 
-import hashlib
 import importlib.metadata
-import json
 import signal
 import sys
 import time
@@ -16,14 +14,13 @@ from tqdm import tqdm
 
 from w2s_train import __version__
 from w2s_train.errors import INTERRUPTED, PREEMPTED, Stopped, UserError, distinct, require
-from w2s_train.evaluation.fid import FID
-from w2s_train.evaluation.folder import score_files
 from w2s_train.files import atomic_write, expanded
 from w2s_train.generation import parse_seeds
 from w2s_train.scores import git_commit
 from w2s_train.signals import PREEMPTION, REQUESTS
 from w2s_train.text2image.base import Guider
 from w2s_train.text2image.described import described, settings_of
+from w2s_train.text2image.distance import Distance
 from w2s_train.text2image.folder import ModelFolder
 from w2s_train.text2image.judge import Judge
 from w2s_train.text2image.painter import Dtype, Offload, Painter, Settings, meta_network
@@ -82,7 +79,7 @@ class Imagine:
         device: str | None = None,
         offload: Offload | None = None,
         scores: list[Judge] | None = None,
-        distances: list[FID] | None = None,
+        distances: list[Distance] | None = None,
     ) -> None:
         self.seeds = parse_seeds(seeds)
         self.model = ModelFolder(model)
@@ -103,8 +100,6 @@ class Imagine:
         self.distances = distances or []
         if self.distances and len(self.prompts) * len(self.seeds) < 2:
             raise UserError(f"seeds={seeds}: must be two images or more for distances")
-        for distance in self.distances:
-            distance.check_files()
         self.record = ImageRecord(expanded("output", output))
         if isinstance(guidance, Guider):
             guidance.check(meta_network(self.model))
@@ -124,8 +119,7 @@ class Imagine:
         REQUESTS.listen(signal.SIGINT, *PREEMPTION)
         device = self._on(local)
         for distance in self.distances:
-            distance.load(None, None)
-            distance.check_shape(torch.empty(0, 3, self.settings.height, self.settings.width))
+            distance.load(self.settings.height, self.settings.width)
         self.record.begin(self.protocol(device))
         items = [self._item(prompt, seed) for prompt in self.prompts for seed in self.seeds]
         mine = items[rank::world]
@@ -205,18 +199,12 @@ class Imagine:
             (value,) = judge.score([image], [item.prompt]).tolist()
             self.record.score(item, judge.name, value)
 
-    def _measure(self, distance: FID, items: Sequence[Item], device: torch.device) -> None:
+    def _measure(self, distance: Distance, items: Sequence[Item], device: torch.device) -> None:
         """What all images are together, unless the record has it; by whoever finishes last."""
-        pairs = json.dumps(sorted((item.prompt, item.seed) for item in items))
-        about = {
-            "images": f"{len(items)}, sha256:{hashlib.sha256(pairs.encode()).hexdigest()[:12]}",
-            "extractor": distance.describe(),
-            "reference": distance.fingerprint,
-        }
-        if self.record.has_distance(about):
-            return
-        distance.extractor.to(device)
-        self.record.measure(score_files(distance, self._files(items), self.record.folder), about)
+        about = distance.about(items)
+        if not self.record.has_distance(about):
+            values = distance.of(self._files(items), self.record.folder, device)
+            self.record.measure(values, about)
 
     def _files(self, items: Sequence[Item]) -> Iterator[Path]:
         for item in items:
