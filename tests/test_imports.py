@@ -150,8 +150,8 @@ def test_the_house_stays_small():
         return len(path.read_text().splitlines())
 
     assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 46
-    assert len(FILES) <= 191
-    assert sum(map(lines, FILES)) <= 26_600
+    assert len(FILES) <= 197
+    assert sum(map(lines, FILES)) <= 27_600
     assert sum(lines(PACKAGE / f"{name}.py") for name in METHOD.split()) <= 1_900
     assert lines(ROOT / "README.md") <= 220
 

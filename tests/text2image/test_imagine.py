@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, quick
+from conftest import ROOT, loaded, quick
+from conftest import images as random_images
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from w2s_train.cli import main
 from w2s_train.errors import INTERRUPTED, PREEMPTED, Stopped, UserError
 from w2s_train.signals import PREEMPTION, REQUESTS
-from w2s_train.text2image import SegmentedGuidance
+from w2s_train.text2image import PromptScales, SegmentedGuidance
+from w2s_train.text2image.distance import Distance
 from w2s_train.text2image.evaluations import Evaluations
 from w2s_train.text2image.folder import ModelFolder
 from w2s_train.text2image.imagine import Imagine
@@ -380,6 +383,9 @@ def test_overlays(overlay: str, sd3_folder: Path, tmp_path: Path):
     more = MORE.get(overlay, [])
     if overlay == "autoguidance":
         more = ["--guidance.init_args.weak", str(sd3_folder / "transformer")]
+    if overlay == "learned":
+        PromptScales(width=64).save(str(tmp_path / "scales.safetensors"))
+        more = ["--guidance.init_args.path", str(tmp_path / "scales.safetensors")]
     path = ROOT / f"configs/text2image/guidance/{overlay}.yaml"
     command(sd3_folder, tmp_path / "images", "-c", str(path), *more)
     content = record(tmp_path / "images")
@@ -515,3 +521,62 @@ def test_a_broken_image_is_one_line(tmp_path: Path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"a\.png: .*; delete it, and it is made again$"):
         read_image(path)
+
+
+@pytest.mark.slow
+def test_distances_and_the_comparison_of_folders(
+    imagine, sd3_folder: Path, tmp_path: Path, compare, monkeypatch: pytest.MonkeyPatch
+):
+    """A folder's distance is that of `score_folder`; `lightning compare` reads what is there."""
+    from w2s_train.evaluation import folder as scoring
+    from w2s_train.evaluation.reference import write_reference
+    from w2s_train.features import ClassifierFeatures
+    from w2s_train.features.classifiers import CIFAR10Classifier
+
+    (tmp_path / "judge").write_text("1")
+    network = CIFAR10Classifier()
+    save_file(network.state_dict(), weights := tmp_path / "classifier.safetensors")
+    features = loaded(ClassifierFeatures(str(weights), network, "toys"))
+    reference = tmp_path / "reference.npz"
+    write_reference(reference, features, random_images(50), dataset="toys", split="train")
+    distances = [Distance(str(reference), features)]
+    names = []
+    for scale in (1.0, 3.0, 5.0):
+        made = {"output": f"cfg_{scale:g}", "guidance": cfg(guidance_scale=scale)}
+        made |= {"scores": [Brightness(tmp_path / "judge", "cpu")], "distances": distances}
+        imagine(CAT, DOG, **made)()
+        content = record(tmp_path / made["output"])
+        found = scoring.score_folder(tmp_path / made["output"], reference, features)
+        assert {k: v["value"] for k, v in content["distances"].items()} == pytest.approx(found)
+        names += found
+    about = {"network": {"class_path": "w2s_train.features.CIFAR10Classifier"}, "dataset": "toys"}
+    about = {"init_args": about | {"weights": str(weights)}}
+    about |= {"class_path": "w2s_train.features.ClassifierFeatures"}
+    given = {"reference": str(reference), "features": about}
+    given = {"class_path": "w2s_train.text2image.distance.Distance", "init_args": given}
+    command(sd3_folder, tmp_path / "same", "--seeds", "0:2", "--distances", json.dumps([given]))
+    assert [*record(tmp_path / "same")["distances"]] == names[:1]
+
+    before = record(tmp_path / "cfg_5")["distances"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Distance, "of", None)
+        imagine(CAT, DOG, **made)()  # there is nothing to do
+    imagine(CAT, DOG, OWL, **made)()
+    after = record(tmp_path / "cfg_5")["distances"]
+    assert before != after and {each["images"][0] for each in after.values()} == {"6"}
+
+    with pytest.raises(UserError, match="was made with images 3x16x16, must be 3x16x24"):
+        imagine(CAT, DOG, **made | {"width": 24, "output": "wide"})()
+    assert not (tmp_path / "wide").exists()
+    with pytest.raises(UserError, match=r"seeds=0:1: must be two images or more for distances"):
+        imagine(CAT, **made, seeds="0:1")
+
+    content, out = compare(*(tmp_path / f"cfg_{scale}" for scale in (1, 3, 5)))
+    assert content["metric"] == "brightness" and content["images"] == 4
+    assert [each["scale"] for each in content["sweep"]] == [1.0, 3.0, 5.0]
+    evaluations = {arm["name"]: arm["evaluations"] for arm in content["arms"]}
+    assert evaluations == {"cfg_1": 2.0, "cfg_3": 4.0, "cfg_5": 4.0}
+    assert content["refused"] == [
+        f"{names[0]}: is missing in cfg_5, or of other images or another reference"
+    ]
+    assert "cfg_5: 2 of 6 images are left out" in out

@@ -18,7 +18,7 @@ from w2s_train.secrets import redacted, show_no_secrets
 
 KEYS = """
     model prompts guidance seeds output steps height width max_sequence_length negative_prompt dtype
-    device offload scores config print_config help allow_imports
+    device offload scores distances config print_config help allow_imports
 """.split()
 
 

@@ -75,6 +75,8 @@ def chart(curves: Sequence[Curve], x_label: str, *, log: bool) -> Markup:
             if ends := [(x, p.interval.low, p.interval.high) for x, p in points if p.interval]:
                 x, low, high = zip(*ends, strict=True)
                 axes.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0)
+                if len(ends) == 1:  # a band without width
+                    axes.vlines(x, low, high, color=look["color"], linewidth=1.5)
         axes.set_xlim(0, max(curve.points[-1][0] for curve in curves) or 1)
         axes.set_xlabel(x_label, color=SOFT)
         axes.set_yscale("log" if log else "linear")

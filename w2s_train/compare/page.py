@@ -4,7 +4,7 @@ import base64
 from collections.abc import Callable
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from w2s_train.compare import guideability, report, tuned
@@ -19,21 +19,11 @@ UNITS = ((2 * 3600.0, 3600.0, "hours"), (300.0, 60.0, "minutes"), (0.0, 1.0, "se
 
 def page(comparison: Comparison) -> str:
     """The whole page; the template escapes every text of a run."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
-    environment.filters["breakable"] = lambda name: escape(name).replace("_", Markup("_<wbr>"))
     rows, points = comparison.rows, report.points(comparison)
     results = [[row.at_step, row.at_seconds][: len(points)] for row in rows]
     log = is_log([point for row in rows for point in row.curve])
     heads, settings = _settings(comparison)
-    return environment.get_template("page.html").render(
+    return template("page.html").render(
         comparison=comparison,
         report=report,
         direction="higher" if higher_is_better(comparison.selection.metric) else "lower",
@@ -47,6 +37,21 @@ def page(comparison: Comparison) -> str:
         settings=settings,
         tuned_heads=tuned.COLUMNS,
     )
+
+
+def template(name: str) -> Template:
+    """One of the files beside this one; it escapes every text that it is given."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
+    environment.filters["breakable"] = lambda name: escape(name).replace("_", Markup("_<wbr>"))
+    return environment.get_template(name)
 
 
 def _cells(row: Row, result: Result | None) -> list[tuple[str, str]]:

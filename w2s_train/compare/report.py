@@ -115,14 +115,19 @@ def markdown(comparison: Comparison) -> str:
     """The whole report without curves and grids."""
     text = [f"# {comparison.selection}", ""]
     for title, lines in tables(comparison):
-        text += [f"## At {title}", "", *_table(COLUMNS, lines), ""]
+        text += [f"## At {title}", "", *markdown_table(COLUMNS, lines), ""]
     text += [METHOD, "", "## Protocol", ""]
-    text += _table(["key", "value"], [list(pair) for pair in protocol_lines(comparison)])
+    text += markdown_table(["key", "value"], [list(pair) for pair in protocol_lines(comparison)])
     names = [row.name for row in comparison.rows]
     text += ["", "## Settings that differ", ""]
-    text += _table(["setting", *names], difference_rows(comparison))
+    text += markdown_table(["setting", *names], difference_rows(comparison))
     if comparison.tuned:
-        text += ["", "## Guidance, tuned", "", *_table(tuned.COLUMNS, tuned_rows(comparison))]
+        text += [
+            "",
+            "## Guidance, tuned",
+            "",
+            *markdown_table(tuned.COLUMNS, tuned_rows(comparison)),
+        ]
     for title, entries in (("Left out", comparison.refused), ("Notes", comparison.notes)):
         if entries:
             text += ["", f"## {title}", "", *(f"- {entry}" for entry in entries)]
@@ -142,7 +147,8 @@ def tuned_rows(comparison: Comparison) -> list[list[str]]:
     return [line.cells(score) for line in comparison.tuned]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table; bars in its texts are escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return [
         f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines

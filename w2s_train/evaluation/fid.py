@@ -140,6 +140,11 @@ class FID(Scorer):
         return ", ".join([self.extractor.describe(), *(m.describe() for m in self.metrics)])
 
     @property
+    def fingerprint(self) -> dict[str, str | int]:
+        """Of the reference, once loaded."""
+        return self._loaded.fingerprint
+
+    @property
     def _loaded(self) -> Reference:
         assert self.reference is not None
         return self.reference

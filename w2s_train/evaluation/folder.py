@@ -1,6 +1,6 @@
 """Scores of images that lie in a folder, whoever has made them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,9 @@ from w2s_train.features.base import BLOCK
 from w2s_train.features.frechet import FeatureSums
 from w2s_train.metrics import FeatureMetric
 from w2s_train.shards.decode import BrokenImage, decode_image
+
+# Of `lightning sample` and `lightning imagine`, beside their images.
+BESIDE = ("sampling.json", "imagine.json", "sheet.png", ".imagine.lock")
 
 
 def score_folder(
@@ -38,23 +41,37 @@ def score_folder(
     """
     fid = FID(str(reference), features, list(metrics))
     fid.load(None, None)
-    sums, kept = FeatureSums(features.num_features), list[Tensor]()
-    for images in _blocks(Path(folder)):
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return score_files(fid, [path for path in paths if path.name not in BESIDE], folder)
+
+
+def score_files(fid: FID, paths: Iterable[Path], folder: str | Path) -> dict[str, float]:
+    """The same of these images, by a loaded FID, on its extractor's device.
+
+    Args:
+        fid: What is computed.
+        paths: Of the images.
+        folder: Where they lie, for errors.
+
+    Raises:
+        UserError: See `score_folder`.
+    """
+    device = next(fid.extractor.parameters(), torch.zeros(0)).device
+    sums, kept = FeatureSums(fid.extractor.num_features, device), list[Tensor]()
+    for images in _blocks(paths, folder):
         fid.check_shape(images)
-        found = features(images)
+        found = fid.extractor(images.to(device))
         sums.update(found)
-        kept += [found] if metrics else []
+        kept += [found] if fid.metrics else []
     if sums.count < 2:
         raise UserError(f"folder={folder}: must hold at least 2 images, has {sums.count}")
     return fid.scores(sums, kept)
 
 
-def _blocks(folder: Path) -> Iterator[Tensor]:
+def _blocks(paths: Iterable[Path], folder: str | Path) -> Iterator[Tensor]:
     """Images (N, C, H, W) uint8, N at most the block of extractors."""
     waiting = list[Tensor]()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if path.name == "sampling.json":  # of `lightning sample`
-            continue
+    for path in paths:
         try:
             image = decode_image(path.read_bytes())
         except BrokenImage as error:

@@ -4,7 +4,8 @@ import importlib.metadata
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from w2s_train.scores import git_commit
 from w2s_train.signals import PREEMPTION, REQUESTS
 from w2s_train.text2image.base import Guider
 from w2s_train.text2image.described import described, settings_of
+from w2s_train.text2image.distance import Distance
 from w2s_train.text2image.folder import ModelFolder
 from w2s_train.text2image.judge import Judge
 from w2s_train.text2image.painter import Dtype, Offload, Painter, Settings, meta_network
@@ -54,6 +56,8 @@ class Imagine:
         offload: What waits in host memory for its turn: model (whole parts), group (blocks), or
             sequential (single layers, slow); nothing if not given.
         scores: Judges of the images; only what is missing is scored.
+        distances: Fréchet distances of all images together to a reference, and what else their
+            features tell.
 
     Raises:
         UserError: A number out of its range, a missing file or folder, or one of something else.
@@ -75,6 +79,7 @@ class Imagine:
         device: str | None = None,
         offload: Offload | None = None,
         scores: list[Judge] | None = None,
+        distances: list[Distance] | None = None,
     ) -> None:
         self.seeds = parse_seeds(seeds)
         self.model = ModelFolder(model)
@@ -92,6 +97,9 @@ class Imagine:
             raise UserError(f"offload={offload}: must be null where the device is the CPU")
         self.scores = scores or []
         distinct("scores", [judge.name for judge in self.scores])
+        self.distances = distances or []
+        if self.distances and len(self.prompts) * len(self.seeds) < 2:
+            raise UserError(f"seeds={seeds}: must be two images or more for distances")
         self.record = ImageRecord(expanded("output", output))
         if isinstance(guidance, Guider):
             guidance.check(meta_network(self.model))
@@ -110,6 +118,8 @@ class Imagine:
         """
         REQUESTS.listen(signal.SIGINT, *PREEMPTION)
         device = self._on(local)
+        for distance in self.distances:
+            distance.load(self.settings.height, self.settings.width)
         self.record.begin(self.protocol(device))
         items = [self._item(prompt, seed) for prompt in self.prompts for seed in self.seeds]
         mine = items[rank::world]
@@ -120,6 +130,8 @@ class Imagine:
         there = self.record.entries()
         if all((item.prompt, item.seed) in there for item in items):
             self._sheet()
+            for distance in self.distances:
+                self._measure(distance, items, device)
         for judge in self.scores:
             self._judge(judge, mine)
         if rank == 0:
@@ -186,6 +198,18 @@ class Imagine:
             image = read_image(self.record.folder / item.file)
             (value,) = judge.score([image], [item.prompt]).tolist()
             self.record.score(item, judge.name, value)
+
+    def _measure(self, distance: Distance, items: Sequence[Item], device: torch.device) -> None:
+        """What all images are together, unless the record has it; by whoever finishes last."""
+        about = distance.about(items)
+        if not self.record.has_distance(about):
+            values = distance.of(self._files(items), self.record.folder, device)
+            self.record.measure(values, about)
+
+    def _files(self, items: Sequence[Item]) -> Iterator[Path]:
+        for item in items:
+            self._stop_if_asked("images are there, distances are missing")
+            yield self.record.folder / item.file
 
     @staticmethod
     def _stop_if_asked(state: str) -> None:

@@ -141,6 +141,29 @@ class ImageRecord:
 
         self._update(change)
 
+    def has_distance(self, about: dict[str, Any]) -> bool:
+        """Whether the record has distances of these images, from this extractor and reference.
+
+        Args:
+            about: All three.
+        """
+        there = self._read().get("distances", {}).values()
+        return any({key: entry.get(key) for key in about} == about for entry in there)
+
+    def measure(self, values: dict[str, float], about: dict[str, Any]) -> None:
+        """Add distances of the images together; earlier ones of the same names are replaced.
+
+        Args:
+            values: By name.
+            about: Which images, extractor and reference.
+        """
+
+        def change(content: dict[str, Any]) -> None:
+            named = {name: {"value": value} | about for name, value in values.items()}
+            content["distances"] = content.get("distances", {}) | named
+
+        self._update(change)
+
     def _update(self, change: Callable[[dict[str, Any]], None]) -> None:
         with locked(self.folder / ".imagine.lock"):
             content = self._read()
