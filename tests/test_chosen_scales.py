@@ -261,6 +261,12 @@ def test_text_that_is_no_choice(text: str):
         with_scales(["validate", "--scale", "4"])
     with pytest.raises(UserError, match="--model.guidance: must be left out with --scale"):
         with_scales(["sample", "--scale", "a=0.1", "--model.guidance", "x"])
+    for ends in ("0.8-0.2", "0.5-0.5", "0-1.5"):
+        with pytest.raises(UserError, match=rf"^scale=a=0.1:{ends}: must have 0 <= LOW < HIGH"):
+            with_scales(["sample", f"--scale=a=0.1:{ends}"])
+    for option in ("-cconfigs/guidance/cfg.yaml", "--config=configs/inbuilt/mg.yaml"):
+        with pytest.raises(UserError, match=r"^config=configs/.*: must be without model.guidance"):
+            with_scales(["sample", option, "--scale=a=0.1"])
     with pytest.raises(UserError, match="scale=a=0.2: a stands twice, must stand once"):
         with_scales(["sample", "--scale", "a=0.1", "--scale", "a=0.2"])
 
@@ -336,8 +342,11 @@ def test_sample_says_what_was_chosen(run: Path, tmp_path: Path, capsys):
         assert (about["guidance"], about["step"], about["seeds"]) == (how, 6, [0, 2])
         assert (about["weights"], about["classes"], about["sampler"]) == ("ema", [3], "Euler")
     over = ["--config=configs/inbuilt/sgg_paper.yaml", "--scale=class=0.3", *options[1:3]]
-    over += ["--ckpt_path=last", f"--trainer.default_root_dir={run}"]  # nothing of it is left
-    main(["sample", f"--config={run / 'config.yaml'}", *over, f"--output={tmp_path / 'over'}"])
+    with pytest.raises(SystemExit, match="^error: config=.*sgg_paper.yaml: must be without model"):
+        main(["sample", *over, f"--ckpt_path={run}", f"--output={tmp_path / 'no'}"])
+    over = ["--scale=class=0.3", *options[1:3], "--ckpt_path=last"]
+    over += [f"--trainer.default_root_dir={run}", f"--output={tmp_path / 'over'}"]
+    main(["sample", f"--config={run / 'config.yaml'}", *over])
     about = json.loads((tmp_path / "over" / "sampling.json").read_text())
     assert about["guidance"] == "inbuilt(class 0.3 [0, 1))"
     with pytest.raises(SystemExit, match="^error: scales=other: must be inputs .* head, class$"):

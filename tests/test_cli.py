@@ -351,7 +351,7 @@ def test_answers_without_a_heavy_import(tmp_path: Path):
         "must stand once",
         ("fit", "-c", "configs/digits_w2s.yaml", "--modle.x", "1"): "error: unrecognized "
         "arguments: --modle.x; keys are trainer, model, data, checkpoint, guard, watch, "
-        "seed_everything, ckpt_path",
+        "seed_everything, ckpt_path, those of --help",
         ("export", "--color=red"): "error: option=--color=red: must be one of --ckpt_path, "
         "--output, --allow_imports, --weights, --format",
     }

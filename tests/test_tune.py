@@ -18,10 +18,11 @@ from w2s_train.cli import main
 from w2s_train.errors import INTERRUPTED, PREEMPTED, UserError
 from w2s_train.evaluation.fid import FID
 from w2s_train.guidance import Unguided
+from w2s_train.inbuilt.laws import UniformScale
 from w2s_train.scores import read_scores
 from w2s_train.signals import REQUESTS
 from w2s_train.tune import tuning
-from w2s_train.tune.evaluator import Scored
+from w2s_train.tune.evaluator import Scored, build
 from w2s_train.tune.ledger import Ledger
 from w2s_train.tune.outcome import Fresh
 from w2s_train.tune.search import FINALISTS, Proposals, Trial, plan, search
@@ -159,6 +160,32 @@ def test_names_of_sources_are_keys_of_a_table(monkeypatch: pytest.MonkeyPatch):
 def test_bad_spaces(guidance: str, search: list[str], message: str):
     with pytest.raises(UserError, match=message):
         Space.of(guidance, search)
+
+
+def test_a_range_needs_a_scale():
+    """Without one the source does not act, wherever it may."""
+    drawn = SimpleNamespace(name="head", low=0.2, high=1.0, drawn=UniformScale(high=0.75))
+    objective = SimpleNamespace(segments=[drawn])
+    with pytest.raises(UserError, match="^search=head.low=0.2:0.5: must come with one of head.sc"):
+        Space.of("inbuilt", ["head.low=0.2:0.5"], objective)
+    for texts in (["head.low=0.2:0.5", "head.scale=0.3"], ["head.scale=0:0.5"]):
+        Space.of("inbuilt", texts, objective)
+
+
+@pytest.mark.parametrize(
+    "scales, reason",
+    [
+        ({"scale": 1.92}, r"scale=1.92: must be in \[0, 1\)"),
+        ({"scale": 0.3, "low": 1.1}, "low=1.1, high=1.0: must be 0 <= low <= high <= 1"),
+        ({"scale": "abc"}, "Parser key \"scale\": Expected a <class 'float'>. Got value: abc"),
+        ({"low": 0.3}, "the following arguments are required: scale"),
+    ],
+)
+def test_a_refused_candidate_says_why(scales: dict, reason: str):
+    """Whatever refuses it, a class or the parser, so that a search goes on to the next one."""
+    spec = {"class_path": "w2s_train.guidance.Inbuilt", "init_args": {"scales": {"head": scales}}}
+    with pytest.raises(UserError, match=f"Inbuilt: must take its arguments; {reason}$"):
+        build(spec, None)
 
 
 def test_defaults_fit_their_classes():

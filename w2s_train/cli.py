@@ -93,7 +93,7 @@ def _run(args: list[str]) -> None:
 
     try:
         check_arguments(args[1:])
-        args = with_scales(with_own_config(tuning(args) if args[0] in ("tune", "ema") else args))
+        args = with_own_config(with_scales(tuning(args) if args[0] in ("tune", "ema") else args))
         _check_temporary()
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -212,8 +212,9 @@ class Extrapolation(Segment):
         self.max_difference, self.from_average = max_difference, from_average
         limit, guides, law = weak.scale_limit, self.effective_scale(), self.drawn
         if scale >= limit and not allow_unstable:
+            said = f"{law} in {name}, which reaches {scale:g}" if law else f"{scale}"
             raise UserError(
-                f"scale={law or scale}: must be in [0, {limit}) for {type(weak).__name__}; "
+                f"scale={said}: must be in [0, {limit}) for {type(weak).__name__}; "
                 f"it guides by {guides:.3g}, and larger ones diverge (allow_unstable: true accepts)"
             )
         if guides > 1 / (1 - WARN_ABOVE) + 1e-9 and not self.drawn:

@@ -153,6 +153,16 @@ def _has_network(given: list[str]) -> bool:
     return False
 
 
+def guided_config(given: Sequence[str]) -> str | None:
+    """The first config among options that states guidance, if any does."""
+    for _, name, value in _options([*given]):
+        if name == "--config" and os.path.isfile(value):
+            model = _read(Path(value)).get("model")
+            if isinstance(model, dict) and model.get("guidance"):
+                return value
+    return None
+
+
 def _options(args: list[str]) -> Iterator[tuple[str, str, str]]:
     """Each word, with name and value as if it were an option; ``-c`` is ``--config``."""
     for word, following in zip(args, [*args, ""][1:], strict=True):
@@ -194,7 +204,9 @@ def _check_key(key: str, message: str, own: Sequence[str]) -> None:
 
 def keys_are(own: Sequence[str] = ()) -> str:
     """What an unknown key could have been."""
-    return f"keys are {', '.join(own or [*PARTS, 'seed_everything', 'ckpt_path'])}"
+    return (
+        f"keys are {', '.join(own or [*PARTS, 'seed_everything', 'ckpt_path', 'those of --help'])}"
+    )
 
 
 def _read(path: Path) -> Any:

@@ -3,7 +3,7 @@
 import json
 import re
 
-from w2s_train.command.config import SCORING
+from w2s_train.command.config import SCORING, guided_config
 from w2s_train.errors import UserError
 
 NUMBER = r"(\d*\.?\d+)"
@@ -46,10 +46,14 @@ def with_scales(args: list[str]) -> list[str]:
             # All three: the parser would fill in those of a config before.
             numbers = dict(scale=choice[2], low=choice[3] or 0, high=choice[4] or 1)
             scales[choice[1]] = {key: float(number) for key, number in numbers.items()}
+            if not 0 <= scales[choice[1]]["low"] < scales[choice[1]]["high"] <= 1:
+                raise UserError(f"scale={value}: must have 0 <= LOW < HIGH <= 1")
     if not scales:
         return args
     if other := next((word for word in kept if word.startswith("--model.guidance")), None):
         key = other.partition("=")[0]
         raise UserError(f"{key}: must be left out with --scale, which is another guidance")
+    if other := guided_config(kept):
+        raise UserError(f"config={other}: must be without model.guidance, which --scale states")
     inbuilt = {"class_path": "w2s_train.guidance.Inbuilt", "init_args": {"scales": scales}}
     return [*kept, f"--model.guidance={json.dumps(inbuilt)}"]

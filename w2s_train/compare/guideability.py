@@ -111,23 +111,26 @@ def figure(found: Found) -> Figure:
         axes.set_xlabel("t (0 is data, 1 is noise)", color=SOFT)
     for axes in grid[:, 0]:
         axes.set_ylabel("γ of each source by itself", color=SOFT)
-    next(axes for axes in grid.flat if axes.lines[1:]).legend(frameon=False, fontsize=7)
+    handles, labels = next(axes for axes in grid.flat if axes.lines[1:]).get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return made
 
 
 def _panel(axes: Axes, entries: Sequence[Entry], title: str) -> None:
     axes.axhline(0, color=SOFT, linewidth=0.8)
-    last, ends = max(entry.step for entry in entries), [-0.1, 0.1]
+    last, shown = max(entry.step for entry in entries), list[Value]()
     for k, (values, colour) in enumerate(zip(stages(entries), STAGES, strict=True)):
         if not values:
             continue
         label = f"steps to {last * (k + 1) // len(STAGES):,}"
-        t, gamma, error = zip(*values, strict=True)
+        shown += values
+        t, gamma, _ = zip(*values, strict=True)
         axes.plot(t, gamma, "o-", color=colour, markersize=3, label=label)
         low, high = ([g + Z * side * e for _, g, e in values] for side in (-1, 1))
         if colour == STAGES[-1]:
             axes.fill_between(t, low, high, color=colour, alpha=0.2, linewidth=0)
-        ends += [g for g, e in zip(gamma, error, strict=True) if e < SEEN]
+    seen = [each for each in shown if each.error < SEEN] or shown
+    ends = [-0.1, 0.1, *(each.gamma for each in seen)]
     margin = 0.1 * (max(ends) - min(ends))
     axes.set(xlim=(0, 1), ylim=(min(ends) - margin, max(ends) + margin))
     axes.set_title(title, fontsize=9)
@@ -136,9 +139,14 @@ def _panel(axes: Axes, entries: Sequence[Entry], title: str) -> None:
 
 
 def charts(arms: Sequence[Sequence[Path]]) -> list[tuple[str, Markup]]:
-    """A caption and a chart per segment and place: the last quarter of each arm, seeds pooled."""
+    """A caption and a chart per segment and place: the last quarter of each arm, seeds pooled.
+
+    Arms that are the same runs, sampled in other ways, are drawn once, as the first of them.
+    """
     curves: dict[tuple[str, str], list[Curve]] = {}
     for i, folders in enumerate(arms):
+        if folders in arms[:i]:
+            continue
         values: dict[tuple[str, str], list[Value]] = {}
         for folder in folders:
             for key, entries in read(folder).items():

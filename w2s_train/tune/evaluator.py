@@ -41,10 +41,9 @@ def build(spec: dict[str, Any], module: DiffusionModule) -> Guidance:
     """
     try:
         guidance = instantiate(Candidate, {"guidance": spec}, list(trusted)).guidance
-    except (argparse.ArgumentError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(
-            f"guidance={spec['class_path']}: must take its arguments; {reason}"
+            f"guidance={spec['class_path']}: must take its arguments; {_reason(error)}"
         ) from error
     guidance.bind(module.network, module.objective)
     if module.unconditional and guidance.needs_label:
@@ -52,6 +51,18 @@ def build(spec: dict[str, Any], module: DiffusionModule) -> Guidance:
             f"guidance={guidance.describe()}: must do without labels, as the run has none"
         )
     return guidance
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost error that names an argument says; parsers wrap it many times."""
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for each in reversed(chain):
+        text = " ".join(str(each).split())
+        if isinstance(each, UserError) or text.startswith(("Parser key", "the following")):
+            return text
+    return " ".join(str(error).split())[:300]
 
 
 class Evaluator:

@@ -20,7 +20,10 @@ PLAIN = StrMethodFormatter("{x:.3g}")
 
 
 def draw(outcome: Outcome, path: Path) -> None:
-    """Write the figure as PNG; the winner is marked, and finalists are larger."""
+    """Write the figure as PNG: scores on the first set of tuning seeds, which all candidates have.
+
+    The winner, by the mean over all sets, is marked, and finalists are larger.
+    """
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, "text.parse_math": False}):
         names = list(outcome.trials[0].values)
         figure = _map(outcome, names) if _is_map(outcome.trials, names) else _panels(outcome, names)
@@ -55,11 +58,11 @@ def _map(outcome: Outcome, names: Sequence[str]) -> Figure:
     figure = Figure((1.4 * WIDTH, HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     x, y = ([each.values[name] for each in outcome.trials] for name in names)
-    means = [each.mean for each in outcome.trials]
+    means = [each.scores[0] for each in outcome.trials]
     norm = LogNorm() if min(means) > 0 else None
     drawn = axes.scatter(x, y, c=means, s=_sizes(outcome), norm=norm, cmap="viridis_r")
     axes.scatter(x[:1], y[:1], s=140, facecolors="none", edgecolors=BEST, linewidths=2)
-    bar = figure.colorbar(drawn, label=outcome.metric)
+    bar = figure.colorbar(drawn, label=_label(outcome))
     bar.ax.yaxis.set(major_formatter=PLAIN, minor_formatter=PLAIN)
     axes.set(xlabel=names[0], ylabel=names[1])
     return figure
@@ -73,16 +76,20 @@ def _panels(outcome: Outcome, names: Sequence[str]) -> Figure:
     for i, name in enumerate(names, 1):
         axes = figure.add_subplot(rows, columns, i)
         values = [_shown(each.values[name]) for each in outcome.trials]
-        means = [each.mean for each in outcome.trials]
+        means = [each.scores[0] for each in outcome.trials]
         if len(names) == 1:
             axes.plot(*zip(*sorted(zip(values, means, strict=True)), strict=True), color=LINE, lw=1)
         axes.scatter(values, means, s=_sizes(outcome), color=REST)
         axes.scatter(values[:1], means[:1], s=140, facecolors="none", edgecolors=BEST, linewidths=2)
-        axes.set(xlabel=name, ylabel=outcome.metric)
+        axes.set(xlabel=name, ylabel=_label(outcome))
         if min(means) > 0:
             axes.set_yscale("log")
             axes.yaxis.set(major_formatter=PLAIN, minor_formatter=PLAIN)
     return figure
+
+
+def _label(outcome: Outcome) -> str:
+    return f"{outcome.metric}, first set of seeds"
 
 
 def _shown(value: Any) -> Any:

@@ -127,6 +127,7 @@ class Space:
             keys = sorted({text.partition("=")[0] for text in known})
             if wrong := [t for t in texts if t.partition("=")[0] not in keys]:
                 raise UserError(f"search={wrong[0]}: must be of {', '.join(keys)}")
+            _check_scales(texts, spec)
         if not texts:
             names = ", ".join(_arguments(spec)) or "none"
             raise UserError(
@@ -152,6 +153,19 @@ class Space:
             if name != EMA_STD:
                 _put(spec, name, value)
         return spec
+
+
+def _check_scales(texts: Sequence[str], spec: dict[str, Any]) -> None:
+    """Refuse the range of a source whose scale is neither searched nor stated."""
+    stated = [f"{name}.scale" for name in (spec["init_args"].get("scales") or {})]
+    known = [*stated, *(text.partition("=")[0] for text in texts)]
+    for text in texts:
+        scale = f"{text.partition('=')[0].rpartition('.')[0]}.scale"
+        if scale not in known:
+            raise UserError(
+                f"search={text}: must come with one of {scale}, such as {scale}=0.3, or no scale "
+                "acts there"
+            )
 
 
 def inputs(objective: Any) -> list[str]:
