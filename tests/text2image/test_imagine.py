@@ -28,7 +28,7 @@ from w2s_train.text2image.folder import ModelFolder
 from w2s_train.text2image.imagine import Imagine
 from w2s_train.text2image.judge import Judge
 from w2s_train.text2image.painter import Painter, Settings
-from w2s_train.text2image.record import Item
+from w2s_train.text2image.record import ImageRecord, Item
 from w2s_train.text2image.sheet import HEAD, LABEL, read_image
 
 CAT, DOG, OWL = "a red cat", "A dog: tall & blue", "eine Eule im Wald"
@@ -147,6 +147,7 @@ def test_another_protocol_is_refused(imagine, tmp_path: Path):
     """In one line, before the weights are read; nothing in the folder has changed."""
     first = imagine(CAT)
     first.record.begin(first.protocol(torch.device("cpu")))
+    first.record.add(Item(CAT, None, 0), evaluations=4.0, seconds=1.0)
     before = (tmp_path / "images" / "imagine.json").read_bytes()
     path = tmp_path / "images" / "imagine.json"
     after = f"as in {path}; another --output begins other images"
@@ -195,6 +196,10 @@ GUIDED = {  # evaluations of four steps, of which two are above the border
     "slg": (
         lambda: SegmentedGuidance(skip_layers=[1], border=None, switch=0.0, share_prefix=False),
         4 * (1 + 5 / 6),
+    ),
+    "last block": (
+        lambda: SegmentedGuidance(skip_layers=[5], border=None, switch=0.0),
+        4.0,  # the weak pass has everything from the strong one
     ),
 }
 
@@ -305,6 +310,21 @@ def test_scores_that_are_missing_are_added(imagine, tmp_path: Path, painted: lis
         imagine(CAT, DOG, scores=[Brightness(weights, "cpu")])()
     with pytest.raises(UserError, match="names of their own"):
         imagine(CAT, scores=[judge, judge])
+
+
+def test_a_start_without_an_image_claims_nothing(tmp_path: Path):
+    """What was wrong may be put right in the same folder; so with a judge that has no score."""
+    kept, item = ImageRecord(tmp_path / "images"), Item(CAT, None, 0)
+    for steps in (1, 2):
+        kept.begin({"steps": steps})
+    kept.add(item, evaluations=1.0, seconds=1.0)
+    with pytest.raises(UserError, match="^steps=3: must be 2, as in"):
+        kept.begin({"steps": 3})
+    for fingerprint in ("a", "b"):
+        kept.judge("brightness", fingerprint)
+    kept.score(item, "brightness", 1.0)
+    with pytest.raises(UserError, match="must come from weights b, as in .*; these are c"):
+        kept.judge("brightness", "c")
 
 
 def test_the_record_and_the_sheet(imagine, tmp_path: Path, monkeypatch, capfd):
@@ -442,6 +462,13 @@ BAD = {
     ),
     "dtype": (["--dtype", "int8"], ["dtype", "int8", "bfloat16"]),
     "device": (["--device", "gpu"], ["device=gpu: must be a device of torch"]),
+    "no device to compute on": (["--device", "meta"], ["device=meta: must be a device that"]),
+    "seeds of nobody": (["--seeds", f"{2**63}:{2**63 + 1}"], ["must be below 2^63"]),
+    "shift": (
+        ["-c", str(ROOT / "configs/text2image/guidance/tv_cfg.yaml")]
+        + ["--guidance.init_args.shift", "2"],
+        ["guidance.shift=2.0: must be 3.0, as the model's scheduler has"],
+    ),
     "offload": (["--offload", "model"], ["offload=model: must be null where the device is"]),
     "key": (["--step", "3"], ["--step; keys are model, prompts, guidance"]),
     "trainer's key": (["--trainer.devices", "3"], ["--trainer.devices; keys are model"]),

@@ -1,5 +1,6 @@
 """Segmented guidance of Stable Diffusion 3, against diffusers' pipeline and the authors' loop."""
 
+import json
 import math
 
 import diffusers
@@ -133,7 +134,7 @@ class TestSD3:
         ours = latents(modular(full, guider))
         assert torch.equal(ours, latents(modular(full, sgg())))
         with pytest.raises(UserError, match="weak=.*: must be a folder that diffusers' SD3"):
-            (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+            (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"half of it")
             latents(modular(full, sgg(weak=str(tmp_path), skip_layers=())))
 
     @pytest.mark.parametrize("case", ["adapter", "offload", "compile", "compile_blocks"])
@@ -355,6 +356,35 @@ def test_batches_from_a_block_state():
 def test_what_cannot_be_meant(options, message):
     with pytest.raises(UserError, match=f"^{message}"):
         sgg(**options)
+
+
+def test_what_is_set_later_counts():
+    """Blocks are looked up anew for other settings of a guider that has run."""
+    network, inputs = transformer(), sd3_inputs()
+    guider = sgg(skip_layers=[2])
+    first = passes(guider, network, inputs)[1]
+    guider.skip_layers = (4,)
+    assert torch.equal(
+        passes(guider, network, inputs)[1], passes(sgg(skip_layers=[4]), network, inputs)[1]
+    )
+    assert not torch.equal(passes(guider, network, inputs)[1], first)
+
+
+def test_a_weaker_network_must_take_the_same_inputs(tmp_path):
+    network = transformer()
+    with pytest.raises(UserError, match="^weak=.*: must be a folder of a network .* safetensors"):
+        sgg(weak=str(tmp_path), skip_layers=())
+    network.save_pretrained(tmp_path)
+    guider = sgg(weak=str(tmp_path), skip_layers=())
+    guider.check(network)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key, value, rule in (
+        ("joint_attention_dim", 96, "joint_attention_dim=96: must be"),
+        ("_class_name", "AutoencoderKL", "must be a SD3Transformer2DModel, is a AutoencoderKL"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(UserError, match=f"^weak=.*: {rule}"):
+            guider.check(network)
 
 
 @pytest.mark.slow

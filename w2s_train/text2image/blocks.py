@@ -100,6 +100,7 @@ class Stack:
         perturb: bool,
     ) -> None:
         self.network, self.fqn = network, fqn
+        self.asked = (fqn, tuple(chosen), share_prefix, perturb)
         self.chosen, self.perturb, self.tokens = sorted(chosen), perturb, Tokens()
         blocks = _blocks(unwrap_module(network), fqn)
         _check(unwrap_module(network), fqn, blocks, self.chosen, share_prefix)
@@ -107,12 +108,16 @@ class Stack:
         self.first = self.chosen[0] if share_prefix else 0
         self.attentions = self._attentions() if perturb else []
 
-    def fits(self, network: nn.Module) -> bool:
-        """Whether these are the network's blocks still: compiled ones may stand in their place."""
-        if network is not self.network:
+    def fits(self, network: nn.Module, asked: tuple[Any, ...]) -> bool:
+        """Whether these are the network's blocks still, which compiled ones may stand in place of,
+        and what is asked for is the same.
+        """
+        if network is not self.network or asked != self.asked:
             return False
-        there = _blocks(unwrap_module(network), self.fqn)
-        return all(block.block is own for block, own in zip(self.blocks, there, strict=False))
+        there = list(_blocks(unwrap_module(network), self.fqn))[: len(self.blocks)]
+        return len(there) == len(self.blocks) and all(
+            block.block is own for block, own in zip(self.blocks, there, strict=True)
+        )
 
     def strong(self, former: Forward, *args: Any, **kwargs: Any) -> Any:
         """The network itself, of which the weak pass uses the first blocks."""

@@ -40,6 +40,7 @@ class ModelFolder:
             )
         named = {key: part for key, part in index.items() if isinstance(part, list)}
         self.parts = sorted(key for key, part in named.items() if part and part[0] is not None)
+        self.absent = sorted(key for key in named if key not in self.parts)  # T5, often
         for part in sorted({*self.parts, NETWORK, "vae"}):
             library = str((named.get(part) or [None])[0])
             if library not in LIBRARIES:  # would be imported
@@ -50,6 +51,7 @@ class ModelFolder:
             if not (self.path / part).is_dir():
                 raise UserError(f"model={path}: must have {part}/, as {INDEX} says")
         self.network, vae = self._read(f"{NETWORK}/config.json"), self._read("vae/config.json")
+        self.shift = self._read("scheduler/scheduler_config.json").get("shift", 1.0)
         try:
             self.factor = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels a latent one, a side
             self.side = self.factor * int(self.network["patch_size"])  # pixels a token, a side

@@ -31,6 +31,7 @@ from w2s_train.text2image.sheet import contact_sheet, read_image
 PIPELINE = "StableDiffusion3ModularPipeline"
 ROWS, COLUMNS = 40, 8  # of the contact sheet, at most
 PACKAGES = ("torch", "diffusers", "transformers")
+SEEDS = 2**63  # what torch's generators take
 LINES = 15.0  # seconds between two lines about progress, where there is no terminal
 
 
@@ -101,6 +102,12 @@ class Imagine:
         if self.distances and len(self.prompts) * len(self.seeds) < 2:
             raise UserError(f"seeds={seeds}: must be two images or more for distances")
         self.record = ImageRecord(expanded("output", output))
+        if (shift := getattr(guidance, "shift", self.model.shift)) != self.model.shift:
+            raise UserError(
+                f"guidance.shift={shift}: must be {self.model.shift}, as the model's scheduler has"
+            )
+        if self.seeds[-1] >= SEEDS:
+            raise UserError(f"seeds={seeds}: must be below 2^63")
         if isinstance(guidance, Guider):
             guidance.check(meta_network(self.model))
 
@@ -231,6 +238,8 @@ class Imagine:
 
 
 def _device(name: str) -> torch.device:
+    if name.startswith("meta"):
+        raise UserError(f"device={name}: must be a device that computes")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

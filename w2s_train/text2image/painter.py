@@ -139,6 +139,9 @@ def quiet_libraries() -> None:
     of_transformers.disable_progress_bar()
     for name in ("guiders.guider_utils", "modular_pipelines.modular_pipeline_utils"):
         logging.getLogger(f"diffusers.{name}").setLevel(logging.ERROR)
+    # Of a mistake it prints the traceback of each block; what was raised says it once.
+    loud = logging.getLogger("diffusers.modular_pipelines.modular_pipeline")
+    loud.setLevel(logging.CRITICAL)
 
 
 def _silence(blocks: Any) -> None:
@@ -163,7 +166,11 @@ def _read(folder: ModelFolder, dtype: Dtype) -> Any:
 
     try:
         return StableDiffusion3Pipeline.from_pretrained(
-            folder.path, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+            folder.path,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            **dict.fromkeys(folder.absent),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(

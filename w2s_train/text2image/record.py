@@ -66,10 +66,13 @@ class ImageRecord:
                 f"output={self.folder}: must be new, empty, or a folder of `lightning imagine`; it "
                 f"holds {sorted(held)[0]}"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output={self.folder}: must be a folder to write to") from error
 
         def start(content: dict[str, Any]) -> None:
-            content["protocol"] = content["protocol"] or now
+            content["protocol"] = content["protocol"] if content["images"] else now
             self._compare(content["protocol"], now)
 
         self._update(start)
@@ -116,8 +119,10 @@ class ImageRecord:
         """
 
         def change(content: dict[str, Any]) -> None:
-            before = content["judges"].setdefault(name, fingerprint)
-            if before != fingerprint:
+            scored = any(name in entry["scores"] for entry in content["images"])
+            before = content["judges"].get(name) if scored else None
+            content["judges"][name] = before or fingerprint
+            if before not in (None, fingerprint):
                 raise UserError(
                     f"scores={name}: must come from weights {before}, as in {self.path}; these are "
                     f"{fingerprint}"

@@ -1,5 +1,6 @@
 """Segmented guidance: away from no prompt at high noise, away from a weaker network below."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from w2s_train.guidance.base import extrapolate
 from w2s_train.text2image.base import NEGATIVE, PROMPT, WEAK, Guider
 from w2s_train.text2image.blocks import Stack
 from w2s_train.text2image.forwards import Forward
+
+INPUTS = ("in_channels", "joint_attention_dim", "pooled_projection_dim")  # what both networks get
 
 
 class SegmentedGuidance(Guider):
@@ -78,6 +81,7 @@ class SegmentedGuidance(Guider):
                 raise UserError(f"{name}={getattr(self, name)}: must be 0 with border; give switch")
         self._stack: Stack | None = None
         self._weak_network: nn.Module | None = None
+        self._weak_read: str | None = None  # where that one is from
 
     @property
     def all_high(self) -> bool:
@@ -120,10 +124,14 @@ class SegmentedGuidance(Guider):
 
     def check(self, denoiser: nn.Module) -> None:
         idle = not self._enabled or self.all_high or not (self.weak_scale or self.weak_delta)
-        if self.weak or idle or (self._stack is not None and self._stack.fits(denoiser)):
+        if idle:
             return
-        stacked = (self.fqn, self.skip_layers, self.share_prefix, self.perturb)
-        self._stack = Stack(denoiser, *stacked)
+        if self.weak is not None:
+            _check_weak(self.weak, denoiser)
+            return
+        asked = (self.fqn, tuple(self.skip_layers), self.share_prefix, self.perturb)
+        if self._stack is None or not self._stack.fits(denoiser, asked):
+            self._stack = Stack(denoiser, *asked)
 
     def forward_at(self, kind: str, denoiser: nn.Module) -> Forward | None:
         if WEAK not in self._kinds:
@@ -135,16 +143,16 @@ class SegmentedGuidance(Guider):
 
     def _other(self, denoiser: nn.Module) -> Forward:
         """The weaker network, read before its first pass."""
-        if self._weak_network is None:
+        if self._weak_network is None or self._weak_read != self.weak:
             own: Any = unwrap_module(denoiser)
             try:
-                read = type(own).from_pretrained(self.weak, dtype=own.dtype)
+                read = type(own).from_pretrained(self.weak, dtype=own.dtype, use_safetensors=True)
             except (OSError, ValueError, RuntimeError) as error:
                 raise UserError(
                     f"weak={self.weak}: must be a folder that diffusers' {type(own).__name__} has "
                     f"saved ({one_line(error)[:200]})"
                 ) from error
-            self._weak_network = read.eval()
+            self._weak_network, self._weak_read = read.eval(), self.weak
         network = self._weak_network
 
         def run(former: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -189,5 +197,23 @@ def _check_weakness(skip_layers: tuple[int, ...], weak: str | None, perturb: boo
         raise UserError(f"skip_layers={list(skip_layers)}: must be different, and from 0 on")
     if weak is not None and perturb:
         raise UserError(f"perturb={perturb}: must be false with weak")
-    if weak is not None and not (Path(weak) / "config.json").is_file():
-        raise UserError(f"weak={weak}: must be a folder of a network that diffusers has saved")
+    parts = [*Path(weak).glob("*.safetensors")] if weak is not None else []
+    if weak is not None and not ((Path(weak) / "config.json").is_file() and parts):
+        raise UserError(
+            f"weak={weak}: must be a folder of a network that diffusers has saved, as safetensors"
+        )
+
+
+def _check_weak(weak: str, denoiser: nn.Module) -> None:
+    """Refuse, by its settings, a network that cannot take the other one's inputs."""
+    own: Any = unwrap_module(denoiser)
+    try:
+        there = dict(json.loads((Path(weak) / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"weak={weak}: must have a config.json of diffusers") from error
+    if there.get("_class_name", type(own).__name__) != type(own).__name__:
+        raise UserError(f"weak={weak}: must be a {type(own).__name__}, is a {there['_class_name']}")
+    for key in INPUTS:
+        mine = own.config.get(key)
+        if key in there and mine is not None and there[key] != mine:
+            raise UserError(f"weak={weak}: {key}={there[key]}: must be {mine}, the network's")
