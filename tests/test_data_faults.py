@@ -38,7 +38,7 @@ def data(tmp_path: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.fault("11  unreadable samples")
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_skips_are_reported_at_the_end_of_the_epoch(
     command, tmp_path: Path, data: str, caplog, processes: int
 ):

@@ -347,6 +347,7 @@ def run_as(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_fit_of_a_user_without_a_home(digits: None, tmp_path: Path):
     """And without a name: who may read everything, and write the folder of the run."""
     user = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]

@@ -26,6 +26,7 @@ def test_noise_is_that_of_each_seed(shape: tuple[int, ...]):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiled_sampling_compiles_once(digits: None):
     """A second call compiles nothing and breaks no graph, and has the images of eager networks."""
     from torch._dynamo.utils import counters

@@ -402,7 +402,8 @@ def test_secrets_are_not_copied(project: Path, submit: Callable, where: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long  # the README's own is run as it is printed
+@pytest.mark.parametrize("times", [1, 2])
 def test_a_sweep_over_a_key_inside_a_list(times: int, digits: None, tmp_path: Path):
     """What a constructor refuses fails alone; run again, what is finished stays as it is."""
     words = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml", "--local", "--runs"]
