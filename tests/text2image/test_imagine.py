@@ -312,6 +312,20 @@ def test_scores_that_are_missing_are_added(imagine, tmp_path: Path, painted: lis
         imagine(CAT, scores=[judge, judge])
 
 
+def test_a_model_without_t5(sd3_folder: Path, tmp_path: Path):
+    """Most of the memory of Stable Diffusion 3; diffusers takes zeros in its place."""
+    copy = shutil.copytree(sd3_folder, tmp_path / "model")
+    index = json.loads((copy / "model_index.json").read_text())
+    for part in ("text_encoder_3", "tokenizer_3"):
+        index[part] = [None, None]
+        shutil.rmtree(copy / part)
+    (copy / "model_index.json").write_text(json.dumps(index))
+    made = _painter(copy, cfg()).paint(CAT, 0, Settings(2, 16, 16, 16, ""))
+    whole = _painter(sd3_folder, cfg()).paint(CAT, 0, Settings(2, 16, 16, 16, ""))
+    assert made.evaluations == whole.evaluations == 4
+    assert made.image.tobytes() != whole.image.tobytes()
+
+
 def test_a_start_without_an_image_claims_nothing(tmp_path: Path):
     """What was wrong may be put right in the same folder; so with a judge that has no score."""
     kept, item = ImageRecord(tmp_path / "images"), Item(CAT, None, 0)
