@@ -127,7 +127,8 @@ class SegmentedGuidance(Guider):
         if idle:
             return
         if self.weak is not None:
-            _check_weak(self.weak, denoiser)
+            if self._weak_read != self.weak:
+                _check_weak(self.weak, denoiser)
             return
         asked = (self.fqn, tuple(self.skip_layers), self.share_prefix, self.perturb)
         if self._stack is None or not self._stack.fits(denoiser, asked):
