@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -20,6 +21,7 @@ from w2s_train.clock import FitClock
 from w2s_train.command.run import compose
 from w2s_train.errors import PREEMPTED
 from w2s_train.evaluation.scorer import Scorer
+from w2s_train.features import ClassifierFeatures
 from w2s_train.module import DiffusionModule
 from w2s_train.shards.order import GenerationPlan, Remaining
 from w2s_train.shards.workers import batches
@@ -38,6 +40,7 @@ trainer:
           - {{class_path: w2s_train.metrics.KernelDistance, init_args: {{subset_size: 40}}}}
           - {{class_path: w2s_train.metrics.PrecisionRecall}}
           - {{class_path: w2s_train.metrics.InceptionScore, init_args: {{splits: 2}}}}
+          - {{class_path: w2s_train.metrics.ClassAgreement}}
     - class_path: w2s_train.callbacks.SampleGrid
       init_args: {{num_images: 20, columns: 10}}
     - {{class_path: w2s_train.callbacks.ResumableEvaluation, init_args: {{every: 0}}}}
@@ -93,7 +96,7 @@ def test_all_settings_in_one_go(command, metrics: Path, tmp_path: Path):
     overlays = ["-c", str(metrics), "-c", str(tmp_path / "settings.yaml")]
     folder = command("fit", *overlays, "--model.label_dropout=0.5")
     fitted = len(scores(folder))
-    assert fitted == 2 * 3 * 2 * 2 * 5  # evaluations, weights, guidances, seed ranges, metrics
+    assert fitted == 2 * 3 * 2 * 2 * 6  # evaluations, weights, guidances, seed ranges, metrics
     command("validate", *overlays, "--ckpt_path=last", "--data.generation_batch_size=7")
     every = numbers(scores(folder)[fitted:])
     assert every == numbers(scores(folder)[fitted // 2 : fitted])
@@ -102,7 +105,7 @@ def test_all_settings_in_one_go(command, metrics: Path, tmp_path: Path):
         "--model.guidance={class_path: w2s_train.guidance.ClassifierFree, init_args: {scale: 30}}"
     )
     command("validate", *overlays, guided, "--model.scored_weights=[raw]", "--ckpt_path=last")
-    alone = numbers(scores(folder)[-10:])
+    alone = numbers(scores(folder)[-12:])
     assert alone == [s for s in every if s[2] == "raw" and s[3] != "none"]
     grids = sorted(path.name for path in (folder / "grids").glob("step-000006*"))
     assert len(grids) == 6 and "step-000006.png" in grids
@@ -113,7 +116,7 @@ def test_all_settings_in_one_go(command, metrics: Path, tmp_path: Path):
 def test_an_interrupted_evaluation_goes_on(command, metrics: Path, monkeypatch, size: str):
     """The same scores and grid, and nothing is generated twice."""
     folder = command("fit", "-c", str(metrics))
-    expected, grid = scores(folder)[-5:], (folder / "grids/step-000006.png").read_bytes()
+    expected, grid = scores(folder)[-6:], (folder / "grids/step-000006.png").read_bytes()
     (folder / "grids/step-000006.png").unlink()
     generate, seeds = DiffusionModule.generate, []
 
@@ -134,7 +137,7 @@ def test_an_interrupted_evaluation_goes_on(command, metrics: Path, monkeypatch, 
     resumed = True
     command(*arguments)
     assert sorted(seeds) == list(range(90))
-    assert numbers(scores(folder)[-5:]) == numbers(expected)
+    assert numbers(scores(folder)[-6:]) == numbers(expected)
     assert (folder / "grids/step-000006.png").read_bytes() == grid
     assert not (folder / "evaluation").exists()
 
@@ -143,7 +146,7 @@ def test_an_interrupted_evaluation_goes_on(command, metrics: Path, monkeypatch, 
 def test_stopped_again_where_processes_put_their_shares_together(command, metrics, monkeypatch):
     """What the first start left is not counted twice by the third."""
     folder = command("fit", "-c", str(metrics))
-    expected = scores(folder)[-5:]
+    expected = scores(folder)[-6:]
     arguments = ("validate", "-c", str(metrics), "--ckpt_path=last")
     stop_at(monkeypatch, call=2)
     with pytest.raises(RuntimeError, match="stopped"):
@@ -154,9 +157,9 @@ def test_stopped_again_where_processes_put_their_shares_together(command, metric
         with pytest.raises(SystemExit) as end:
             command(*arguments)
     REQUESTS.reset()
-    assert end.value.code == PREEMPTED and len(scores(folder)) == 10
+    assert end.value.code == PREEMPTED and len(scores(folder)) == 12
     command(*arguments)
-    assert numbers(scores(folder)[-5:]) == numbers(expected)
+    assert numbers(scores(folder)[-6:]) == numbers(expected)
     assert scores(folder)[-1]["protocol"]["n"] == 90
 
 
@@ -164,7 +167,7 @@ def test_stopped_again_where_processes_put_their_shares_together(command, metric
 def test_another_checkpoint_does_not_take_over(command, metrics: Path, monkeypatch):
     """What an interrupted evaluation left belongs to its weights alone."""
     folder = command("fit", "-c", str(metrics))
-    expected = numbers(scores(folder)[:5])
+    expected = numbers(scores(folder)[:6])
     generate = DiffusionModule.generate
 
     def broken(self, batch: list[int], *rest: Any):
@@ -177,7 +180,7 @@ def test_another_checkpoint_does_not_take_over(command, metrics: Path, monkeypat
         command("validate", "-c", str(metrics), "--ckpt_path=last")
     monkeypatch.setattr(DiffusionModule, "generate", generate)
     command("validate", "-c", str(metrics), f"--ckpt_path={folder}/checkpoints/step-000003.ckpt")
-    assert numbers(scores(folder)[-5:]) == expected
+    assert numbers(scores(folder)[-6:]) == expected
 
 
 @pytest.mark.slow
@@ -192,7 +195,7 @@ def test_a_fit_finishes_the_evaluation_it_was_stopped_in(
         command("fit", "-c", str(metrics))
     part = command("fit", "-c", str(metrics), "--ckpt_path=last")
     assert numbers(scores(part)) == numbers(scores(whole))
-    assert [s["step"] for s in scores(part)] == [3] * 5 + [6] * 5
+    assert [s["step"] for s in scores(part)] == [3] * 6 + [6] * 6
     states = [
         torch.load(f / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
         for f in (part, whole)
@@ -204,7 +207,7 @@ def test_a_fit_finishes_the_evaluation_it_was_stopped_in(
 def test_killed_in_the_middle_and_resumed_on_two_processes(command, metrics: Path):
     """SIGKILL, then two processes go on: the same scores."""
     folder = command("fit", "-c", str(metrics))
-    expected = numbers(scores(folder)[-5:])
+    expected = numbers(scores(folder)[-6:])
     arguments = ["-c", "configs/digits_w2s.yaml", "-c", "tests/tiny.yaml", "-c", str(metrics)]
     arguments += ["--ckpt_path", "last", "--trainer.default_root_dir", str(folder)]
     start = [sys.executable, "-m", "w2s_train", "validate", *arguments]
@@ -217,12 +220,12 @@ def test_killed_in_the_middle_and_resumed_on_two_processes(command, metrics: Pat
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(scores(folder)) == 10
+    assert len(scores(folder)) == 12
     two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     done = subprocess.run([*start, *two], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "of 90 images were taken in before" in done.stdout + done.stderr
-    assert numbers(scores(folder)[-5:]) == expected
+    assert numbers(scores(folder)[-6:]) == expected
 
 
 @pytest.mark.slow
@@ -236,8 +239,8 @@ def test_processes_do_not_change_scores(command, metrics: Path, processes: int):
     several = ["--trainer.strategy=ddp_fork", f"--trainer.devices={processes}"]
     several.append("--data.generation_batch_size=13")
     command("validate", "-c", str(metrics), "--ckpt_path=last", *several)
-    assert len(scores(folder)) == 15
-    assert numbers(scores(folder)[-5:]) == numbers(scores(folder)[-10:-5])
+    assert len(scores(folder)) == 18
+    assert numbers(scores(folder)[-6:]) == numbers(scores(folder)[-12:-6])
     assert grid.read_bytes() == before
 
 
@@ -251,7 +254,7 @@ def test_resumable_evaluation_may_stand_anywhere(command, metrics: Path, monkeyp
     with pytest.raises(RuntimeError, match="stopped"):
         command("validate", "-c", str(metrics), "--ckpt_path=last")
     command("validate", "-c", str(metrics), "--ckpt_path=last")
-    assert numbers(scores(folder)[-5:]) == numbers(scores(folder)[-10:-5])
+    assert numbers(scores(folder)[-6:]) == numbers(scores(folder)[-12:-6])
 
 
 @pytest.mark.slow
@@ -274,11 +277,32 @@ def test_a_part_of_the_images_is_counted_as_such(command, metrics: Path):
     """Lightning's own limit leaves batches out; the record must say so."""
     folder = command("fit", "-c", str(metrics))
     command("validate", "-c", str(metrics), "--ckpt_path=last", "--trainer.limit_val_batches=2")
-    assert {s["protocol"]["n"] for s in scores(folder)[-5:]} == {64}
+    assert {s["protocol"]["n"] for s in scores(folder)[-6:]} == {64}
     assert scores(folder)[-1]["protocol"]["seeds"] == [0, 63]
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_agreement_is_with_the_class_that_was_asked_for(command, metrics: Path, tmp_path: Path):
+    """The images of `sample`, judged by hand."""
+    folder = command("fit", "-c", str(metrics))
+    command(
+        "sample", "--ckpt_path=last", "--seeds=0:90", "--format=npz", f"--output={tmp_path}/s.npz"
+    )
+    judge = ClassifierFeatures("data/digits/classifier.safetensors")
+    judge.load()
+    with np.load(tmp_path / "s.npz") as made:
+        x = torch.from_numpy(made["arr_0"][..., :1]).permute(0, 3, 1, 2)  # grey
+    guesses = judge.probabilities(judge(x)).argmax(1)
+    expected = (guesses == torch.arange(90) % 10).double().mean().item()
+    found = {s["metric"]: s["value"] for s in scores(folder)[-6:]}
+    assert found["agreement_digits"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(SystemExit, match="ClassAgreement: must know .* model.label_dropout=1 has"):
+        command(
+            "fit", "-c", "configs/weak/none.yaml", "-c", str(metrics), "--model.label_dropout=1"
+        )
+
+
 def test_unknown_metrics(command, metrics: Path):
     metrics.write_text(metrics.read_text().replace("PrecisionRecall", "Precision"))
     with pytest.raises(SystemExit, match="^error: .*w2s_train.metrics.Precision") as error:

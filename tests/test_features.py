@@ -1,5 +1,7 @@
 """Feature extractors against the libraries whose protocols they follow, offline."""
 
+import itertools
+import tarfile
 import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import torch
 from cleanfid.fid import get_folder_features
 from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
-from conftest import images, loaded
+from conftest import images, loaded, shared
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -20,6 +22,7 @@ from torchvision.models import inception_v3
 import w2s_train.features.base
 import w2s_train.features.dinov2
 import w2s_train.features.inception
+import w2s_train.features.of_timm
 from w2s_train.features import (
     ADMFeatures,
     CIFAR10Classifier,
@@ -28,19 +31,22 @@ from w2s_train.features import (
     DINOv2Features,
     FeatureExtractor,
     InceptionFeatures,
+    TimmFeatures,
 )
 from w2s_train.features.base import fetched
 from w2s_train.files import sha256_of
+from w2s_train.metrics import ImageNetAgreement
+from w2s_train.shards.decode import decode_image
 
 SMALL_VIT = "vit_tiny_patch16_224"  # 224 pixels, like the protocol: no positions to resample
 
 
-def calibrated(network: nn.Module) -> nn.Module:
+def calibrated(network: nn.Module, size: int = 299) -> nn.Module:
     """Batch norms that know their input, so that random layers pass on more than a constant."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
-    x = nn.functional.interpolate(torch.randn(4, 3, 40, 40), (299, 299), mode="bicubic")
+    x = nn.functional.interpolate(torch.randn(4, 3, 40, 40), (size, size), mode="bicubic")
     with torch.no_grad():
         network.train()(x)
     return network.eval()
@@ -98,6 +104,14 @@ def vit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def random_weights(model: str, folder: Path) -> str:
+    """A file of random weights of a model of timm that see the image."""
+    torch.manual_seed(0)
+    network = calibrated(timm.create_model(model), 160)
+    save_file(network.state_dict(), folder / f"{model}.safetensors")
+    return str(folder / f"{model}.safetensors")
+
+
 def publish(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let a file pass for the published Inception."""
     monkeypatch.setattr(w2s_train.features.inception, "SHA256", sha256_of(path))
@@ -117,6 +131,8 @@ def extractor(
     if request.param == "dinov2":
         weights = str(request.getfixturevalue("vit_file"))
         return loaded(DINOv2Features(model=SMALL_VIT, weights=weights))
+    if request.param in TIMM:
+        return loaded(TimmFeatures(request.param, random_weights(request.param, tmp_path), 64))
     network = {"conv": ConvClassifier([3, 8], [1], 4), "cifar10": CIFAR10Classifier()}[
         request.param
     ]
@@ -124,10 +140,11 @@ def extractor(
     return loaded(ClassifierFeatures(str(tmp_path / "c.safetensors"), network, "toys"))
 
 
+TIMM = ["test_efficientnet", "test_vit", "test_convnext2"]
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("inception", "adm")]
 
 
-@pytest.mark.parametrize("extractor", ["conv", "cifar10", "dinov2", *SLOW], indirect=True)
+@pytest.mark.parametrize("extractor", ["conv", "cifar10", "dinov2", *TIMM, *SLOW], indirect=True)
 def test_features_depend_on_the_image_alone(extractor, monkeypatch):
     """Bitwise: whatever the batch, and wherever in it."""
     monkeypatch.setattr(w2s_train.features.base, "BLOCK", 2)
@@ -140,7 +157,9 @@ def test_features_depend_on_the_image_alone(extractor, monkeypatch):
     assert torch.equal(extractor(x[[2, 0, 1]]), whole[[2, 0, 1]])
 
 
-@pytest.mark.parametrize("extractor", ["conv", "cifar10", "dinov2"], indirect=True)
+@pytest.mark.parametrize(
+    "extractor", ["conv", "cifar10", "dinov2", "test_efficientnet"], indirect=True
+)
 def test_tokens_are_of_the_parts_of_an_image(extractor):
     """Of a square grid, row by row, as wide as the features."""
     x = images(2)
@@ -161,7 +180,7 @@ def test_tokens_are_of_the_parts_of_an_image(extractor):
         torch.testing.assert_close(extractor.features(x), tokens.mean(1))
 
 
-@pytest.mark.parametrize("extractor", ["conv", "dinov2", *SLOW], indirect=True)
+@pytest.mark.parametrize("extractor", ["conv", "dinov2", *TIMM, *SLOW], indirect=True)
 def test_class_probabilities(extractor, monkeypatch):
     monkeypatch.setattr(w2s_train.features.base, "BLOCK", 2)
     features = extractor(images(2, size=40))
@@ -275,12 +294,79 @@ def test_dinov2_is_timms(vit_file: Path, monkeypatch):
     assert SMALL_VIT in extractor.describe()
 
 
+@pytest.mark.parametrize("model", TIMM)
+def test_timm_features_are_timms(model: str, tmp_path: Path):
+    """Its own transform on PIL's images of its size, its own pooled features and logits."""
+    weights = random_weights(model, tmp_path)
+    network = timm.create_model(model, checkpoint_path=weights).eval()
+    extractor = loaded(TimmFeatures(model, weights))
+    x = images(2, size=160)
+    known = timm.data.resolve_data_config({}, model=network) | {"crop_pct": 1.0}
+    transform = timm.data.create_transform(**known)
+    theirs = torch.stack(
+        [transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in x]
+    )
+    with torch.no_grad():
+        pooled = network.forward_head(network.forward_features(theirs), pre_logits=True)
+        logits = network(theirs)
+    ours = extractor(x)
+    torch.testing.assert_close(ours, pooled, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(extractor.probabilities(pooled), logits.softmax(1))
+    assert extractor.num_features == pooled.shape[1]
+    assert extractor.metric == f"fd_{model}_160"
+    about = extractor.describe()
+    assert model in about and "bicubic 160" in about and str(known["mean"]) in about
+    grey = x[:, :1]
+    assert torch.equal(extractor(grey), extractor(grey.expand(-1, 3, -1, -1)))
+
+
+def test_timm_features_know_size_and_normalization(tmp_path: Path):
+    """Both change features, name and fingerprint; wrong ones are refused."""
+    weights = random_weights("test_efficientnet", tmp_path)
+    plain = loaded(TimmFeatures("test_efficientnet", weights, 64))
+    other = loaded(TimmFeatures("test_efficientnet", weights, 96))
+    brighter = loaded(TimmFeatures("test_efficientnet", weights, 64, "own", [0.2] * 3, [0.5] * 3))
+    assert [e.metric for e in (plain, other, brighter)] == [
+        "fd_test_efficientnet_64",
+        "fd_test_efficientnet_96",
+        "fd_own",
+    ]
+    assert len({e.describe() for e in (plain, other, brighter)}) == 3
+    x = images(1)
+    assert not torch.allclose(plain(x), brighter(x), rtol=1e-2)
+    with pytest.raises(ValueError, match="must be three numbers each"):
+        TimmFeatures("test_vit", mean=[0.5])
+    with pytest.raises(ValueError, match="must be three numbers each"):
+        TimmFeatures("test_vit", std=[0.0, 0.1, 0.1])
+    with pytest.raises(ValueError, match="size=0"):
+        TimmFeatures("test_vit", size=0)
+    with pytest.raises(ValueError, match="model=none: must be a model of timm"):
+        TimmFeatures("none")
+    with pytest.raises(ValueError, match="must be weights of test_vit"):
+        TimmFeatures("test_vit", weights).load()
+
+
+def test_the_published_judge_of_imagenet():
+    """The file that data/README.md names, on known images: accuracy of chance would be 0.005."""
+    weights = shared("features/imagenet_efficientnet_lite0.safetensors")
+    classes = shared("data/tiny_imagenet/classes.txt")
+    with tarfile.open(shared("data/tiny_imagenet/val-000000.tar.gz")) as tar:
+        files = {m.name: tar.extractfile(m).read() for m in itertools.islice(tar, 400)}
+    names = sorted(name for name in files if name.endswith(".jpg"))[:150]
+    x = torch.stack([decode_image(files[name]) for name in names])
+    asked = torch.tensor([int(files[name.replace(".jpg", ".cls")]) for name in names])
+    judge = loaded(TimmFeatures("tf_efficientnet_lite0", str(weights), 128))
+    metric = ImageNetAgreement(str(classes))
+    metric.check_classes(200, judge)
+    assert 0.2 < metric.compute(judge(x), torch.zeros(0), judge, asked)["agreement"] < 0.45
+
+
 @pytest.mark.parametrize("size", [32, 256, 300])
 def test_resize_is_pils(size: int):
     """Rounded values differ by one level at most, and rarely."""
     x = images(1, size=size)
     pil = Image.fromarray(x[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.BICUBIC)
-    ours = w2s_train.features.dinov2.resize_bicubic(x, 224)[0].permute(1, 2, 0).numpy()
+    ours = w2s_train.features.of_timm.resize_bicubic(x, 224)[0].permute(1, 2, 0).numpy()
     difference = np.abs(ours - np.asarray(pil, dtype=np.float32))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01

@@ -11,7 +11,7 @@ from w2s_train.errors import UserError
 from w2s_train.evaluation.folder import score_folder
 from w2s_train.features import ClassifierFeatures, fingerprint, mnist_classifier
 from w2s_train.features.frechet import Moments, Reference, frechet_distance
-from w2s_train.metrics import KernelDistance, PrecisionRecall
+from w2s_train.metrics import ClassAgreement, KernelDistance, PrecisionRecall
 
 
 @pytest.fixture
@@ -51,6 +51,8 @@ def test_the_scores_by_hand(features: ClassifierFeatures, tmp_path: Path):
             expected[f"{key}_{name}"] = value
     assert scores == pytest.approx(expected, rel=1e-5)
 
+    with pytest.raises(UserError, match="ClassAgreement: must know .*, images of a folder"):
+        score_folder(folder, tmp_path / "reference.npz", features, [ClassAgreement()])
     Image.fromarray(images(1, 1, 9)[0, 0].numpy()).save(folder / "odd.png")
     with pytest.raises(UserError, match="was made with images 1x8x8, must be 1x9x9"):
         score_folder(folder, tmp_path / "reference.npz", features)

@@ -150,8 +150,8 @@ def test_the_house_stays_small():
         return len(path.read_text().splitlines())
 
     assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 46
-    assert len(FILES) <= 197
-    assert sum(map(lines, FILES)) <= 27_750
+    assert len(FILES) <= 200
+    assert sum(map(lines, FILES)) <= 28_300
     assert sum(lines(PACKAGE / f"{name}.py") for name in METHOD.split()) <= 1_900
     assert lines(ROOT / "README.md") <= 220
 

@@ -1,5 +1,7 @@
 """KID, Inception Score, precision and recall against closed forms and other implementations."""
 
+from pathlib import Path
+
 import cleanfid.fid
 import numpy as np
 import pytest
@@ -9,8 +11,15 @@ from torchmetrics.image.inception import InceptionScore as TorchmetricsInception
 from torchmetrics.image.kid import poly_mmd
 
 from w2s_train.errors import UserError
-from w2s_train.features import FeatureExtractor
-from w2s_train.metrics import InceptionScore, KernelDistance, PrecisionRecall, squared_mmd
+from w2s_train.features import FeatureExtractor, imagenet_ids
+from w2s_train.metrics import (
+    ClassAgreement,
+    ImageNetAgreement,
+    InceptionScore,
+    KernelDistance,
+    PrecisionRecall,
+    squared_mmd,
+)
 
 NONE = torch.zeros(0, 0)
 
@@ -126,3 +135,45 @@ def test_precision_and_recall_of_a_lost_mode():
 def test_bad_arguments(make, message: str):
     with pytest.raises(UserError, match=message):
         make()
+
+
+class Named(Logits):
+    """ImageNet's classes, one feature each."""
+
+    num_features = 1000
+
+
+def test_agreement_is_the_share_of_asked_classes():
+    features = torch.eye(5)[[0, 1, 2, 3, 4, 0]] * 4
+    asked = torch.tensor([0, 1, 2, 4, 3, 0])
+    metric = ClassAgreement()
+    metric.check_classes(5, Logits())
+    assert metric.compute(features, NONE, Logits(), asked) == {"agreement": pytest.approx(4 / 6)}
+    with pytest.raises(ValueError, match="must tell the data set's 7 classes apart, it knows 5"):
+        metric.check_classes(7, Logits())
+
+
+def test_agreement_among_the_data_sets_classes(tmp_path: Path):
+    """What ImageNet's other classes would say counts for nothing; lines give the order."""
+    ids = imagenet_ids()
+    path = tmp_path / "classes.txt"
+    path.write_text("".join(f"{ids[i]} a name, another\n" for i in (900, 3, 40)))
+    features = torch.zeros(4, 1000)
+    features[:, 500] = 9  # of no class here
+    features[torch.arange(4), torch.tensor([900, 3, 3, 40])] = 5
+    metric = ImageNetAgreement(str(path))
+    metric.check_classes(3, Named())
+    found = metric.compute(features, NONE, Named(), torch.tensor([0, 1, 2, 2]))
+    assert found == {"agreement": pytest.approx(3 / 4)}
+    with pytest.raises(ValueError, match="must tell the data set's 4 classes apart, it knows 3"):
+        metric.check_classes(4, Named())
+    with pytest.raises(ValueError, match="needs an extractor of ImageNet's 1,000 classes"):
+        metric.check_classes(3, Logits())
+    path.write_text(f"{ids[0]}\n{ids[1]}\n{ids[0]}\n")
+    with pytest.raises(ValueError, match="must name each class once"):
+        ImageNetAgreement(str(path))
+    path.write_text("n00000000 nothing\n")
+    with pytest.raises(ValueError, match="n00000000 is none"):
+        ImageNetAgreement(str(path))
+    with pytest.raises(ValueError, match="must be an existing file"):
+        ImageNetAgreement(str(tmp_path / "none.txt"))

@@ -4,18 +4,23 @@ Each depends on the number of images: compare at equal numbers only.
 """
 
 import abc
+import hashlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError, require
-from w2s_train.features import FeatureExtractor
+from w2s_train.features import FeatureExtractor, imagenet_ids
+
+NOTHING = torch.zeros(0, dtype=torch.long)
 
 
 class FeatureMetric(abc.ABC):
     """One or more scores of feature vectors."""
 
     needs_reference: bool = True  # compares with the features of single reference images
+    needs_labels: bool = False  # compares with the classes that images were asked for
 
     def check(self, generated: int | None, reference: int, extractor: FeatureExtractor) -> None:
         """Refuse what cannot be computed, before any image is made.
@@ -30,6 +35,18 @@ class FeatureMetric(abc.ABC):
         """
         return None
 
+    def check_classes(self, classes: int, extractor: FeatureExtractor) -> None:
+        """Refuse a data set whose classes the metric cannot tell apart.
+
+        Args:
+            classes: Of the data set.
+            extractor: Where features come from, loaded.
+
+        Raises:
+            UserError: It cannot.
+        """
+        return None
+
     def describe(self) -> str:
         """Name and settings, for the record of a score."""
         settings = ", ".join(f"{key}={value}" for key, value in vars(self).items())
@@ -37,7 +54,11 @@ class FeatureMetric(abc.ABC):
 
     @abc.abstractmethod
     def compute(
-        self, generated: Tensor, reference: Tensor, extractor: FeatureExtractor
+        self,
+        generated: Tensor,
+        reference: Tensor,
+        extractor: FeatureExtractor,
+        labels: Tensor = NOTHING,
     ) -> dict[str, float]:
         """Scores by name.
 
@@ -45,6 +66,7 @@ class FeatureMetric(abc.ABC):
             generated: Features (N, F) float32 in the order of the generation plan.
             reference: Features (M, F) float32; empty where no reference is needed.
             extractor: Where both come from.
+            labels: (N,) int64, the asked classes; empty where none are needed.
         """
 
 
@@ -67,7 +89,11 @@ class KernelDistance(FeatureMetric):
         self.seed = seed
 
     def compute(
-        self, generated: Tensor, reference: Tensor, extractor: FeatureExtractor
+        self,
+        generated: Tensor,
+        reference: Tensor,
+        extractor: FeatureExtractor,
+        labels: Tensor = NOTHING,
     ) -> dict[str, float]:
         size = min(self.subset_size, len(generated), len(reference))
         generator = torch.Generator().manual_seed(self.seed)
@@ -102,7 +128,11 @@ class InceptionScore(FeatureMetric):
             extractor.probabilities(torch.zeros(0, 0))  # says so
 
     def compute(
-        self, generated: Tensor, reference: Tensor, extractor: FeatureExtractor
+        self,
+        generated: Tensor,
+        reference: Tensor,
+        extractor: FeatureExtractor,
+        labels: Tensor = NOTHING,
     ) -> dict[str, float]:
         scores = []
         for part in generated.tensor_split(min(self.splits, len(generated))):
@@ -136,7 +166,11 @@ class PrecisionRecall(FeatureMetric):
             )
 
     def compute(
-        self, generated: Tensor, reference: Tensor, extractor: FeatureExtractor
+        self,
+        generated: Tensor,
+        reference: Tensor,
+        extractor: FeatureExtractor,
+        labels: Tensor = NOTHING,
     ) -> dict[str, float]:
         self.check(len(generated), len(reference), extractor)
         return {
@@ -158,6 +192,83 @@ class PrecisionRecall(FeatureMetric):
             (exact_distances(rows.double(), support) <= radii).any(1) for rows in x.split(500)
         ]
         return float(torch.cat(inside).double().mean())
+
+
+class ClassAgreement(FeatureMetric):
+    """Share of images whose most probable class is the one that was asked for ("agreement").
+
+    For an extractor that was trained on the data set's own classes. 1 / classes by chance, 1 at
+    best; of real images the extractor's accuracy.
+    """
+
+    needs_reference, needs_labels = False, True
+
+    def check_classes(self, classes: int, extractor: FeatureExtractor) -> None:
+        if not extractor.has_probabilities:
+            raise UserError(
+                f"{type(self).__name__}: needs an extractor with class probabilities, "
+                f"{type(extractor).__name__} has none"
+            )
+        known = self._among(torch.zeros(1, extractor.num_features), extractor).shape[1]
+        if known != classes:
+            raise UserError(
+                f"{type(self).__name__}: must tell the data set's {classes} classes apart, it "
+                f"knows {known}"
+            )
+
+    def compute(
+        self,
+        generated: Tensor,
+        reference: Tensor,
+        extractor: FeatureExtractor,
+        labels: Tensor = NOTHING,
+    ) -> dict[str, float]:
+        guesses = [self._among(rows, extractor).argmax(1).cpu() for rows in generated.split(1000)]
+        return {"agreement": float((torch.cat(guesses) == labels.cpu()).double().mean())}
+
+    def _among(self, features: Tensor, extractor: FeatureExtractor) -> Tensor:
+        """Probabilities (N, classes) of features (N, F)."""
+        return extractor.probabilities(features.to(next(extractor.parameters(), features).device))
+
+
+class ImageNetAgreement(ClassAgreement):
+    """The same by a classifier of ImageNet, among the data set's classes alone.
+
+    Args:
+        classes: A text file whose line n (from 0) begins with the WordNet id of class n.
+
+    Raises:
+        UserError: No such file, a line without an id of ImageNet's, or one twice; in
+            `check_classes`, an extractor without ImageNet's 1,000 classes.
+    """
+
+    def __init__(self, classes: str) -> None:
+        path = Path(classes)
+        if not path.is_file():
+            raise UserError(f"classes={path}: must be an existing file")
+        ids = [line.split(maxsplit=1)[0] for line in path.read_text().splitlines() if line.strip()]
+        known = {name: i for i, name in enumerate(imagenet_ids())}
+        if wrong := [name for name in ids if name not in known]:
+            raise UserError(
+                f"classes={path}: must have a WordNet id of ImageNet's in each line, "
+                f"{wrong[0]} is none"
+            )
+        if len(set(ids)) < len(ids):
+            raise UserError(f"classes={path}: must name each class once")
+        self.classes, self.columns = path.name, [known[name] for name in ids]
+
+    def describe(self) -> str:
+        digest = hashlib.sha256(repr(self.columns).encode()).hexdigest()[:12]
+        return f"ImageNetAgreement({len(self.columns)} classes sha256:{digest})"
+
+    def _among(self, features: Tensor, extractor: FeatureExtractor) -> Tensor:
+        found = super()._among(features, extractor)
+        if found.shape[1] != 1000:
+            raise UserError(
+                f"ImageNetAgreement: needs an extractor of ImageNet's 1,000 classes, this one has "
+                f"{found.shape[1]:,}"
+            )
+        return found[:, self.columns]
 
 
 def squared_mmd(x: Tensor, other: Tensor) -> Tensor:

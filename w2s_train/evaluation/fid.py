@@ -1,6 +1,7 @@
 """The Fréchet distance between generated images and a reference, with its protocol."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,19 @@ class FID(Scorer):
                     "or score without"
                 )
             metric.check(n, len(reference.features), self.extractor)
+            if metric.needs_labels:
+                self._check_labels(metric, module, data)
         self.reference = reference
+
+    def _check_labels(self, metric: FeatureMetric, module: Any, data: Any) -> None:
+        """Refuse a metric of asked classes where none are asked for."""
+        if data is None or (module is not None and module.unconditional):
+            asked = "images of a folder" if data is None else "model.label_dropout=1"
+            raise UserError(
+                f"metrics={type(metric).__name__}: must know which class each image was asked "
+                f"for, {asked} has none; leave it out"
+            )
+        metric.check_classes(data.num_classes, self.extractor)
 
     def _compare(self, reference: Reference, key: str, ours: str) -> None:
         """Refuse a reference that was made with something else."""
@@ -217,19 +230,23 @@ class FID(Scorer):
                 f"{n:,} images are too few for a covariance of {self.extractor.num_features:,} "
                 "features: the distance is far too large, and comparable at equal numbers only"
             )
-        features = list[Tensor]()
+        features, labels = list[Tensor](), list[int]()
         if self.metrics:
             parts = [part for share in gather(self.kept[group], trainer) for part in share]
-            order = torch.cat([index for index, _ in parts]).argsort()
+            indices, order = torch.cat([index for index, _ in parts]).sort()
             features = [torch.cat([features for _, features in parts])[order]]
-        return self.scores(sums, features), n
+            labels = [self.plans[group][i]["label"] for i in indices.tolist()]
+        return self.scores(sums, features, labels), n
 
-    def scores(self, sums: FeatureSums, features: list[Tensor]) -> dict[str, float]:
+    def scores(
+        self, sums: FeatureSums, features: list[Tensor], labels: Sequence[int] = ()
+    ) -> dict[str, float]:
         """The scores by name, with the number of images where it is below the protocol's.
 
         Args:
             sums: Of the features of all images, at least two.
             features: Of single images, (N, F) in parts; empty where there are no other metrics.
+            labels: The class that each was asked for; empty where no metric needs them.
         """
         suffix = self._suffix(sums.count)
         scores = {self.extractor.metric: frechet_distance(sums.moments(), self._loaded.moments)}
@@ -237,7 +254,8 @@ class FID(Scorer):
             device = next(self.extractor.parameters()).device
             generated, reference = torch.cat(features).to(device), self._loaded.features.to(device)
             for metric in self.metrics:
-                found = metric.compute(generated, reference, self.extractor)
+                asked = [torch.tensor(labels)] if metric.needs_labels else []
+                found = metric.compute(generated, reference, self.extractor, *asked)
                 scores |= {self._name(name): value for name, value in found.items()}
                 self.settings |= {f"{self._name(name)}{suffix}": metric for name in found}
         # Float64 sums over another grouping of the same features differ in their last bits, and the

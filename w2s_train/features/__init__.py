@@ -1,9 +1,9 @@
 """Feature extractors for Fréchet distances; one protocol a file.
 
 `InceptionFeatures` makes the distance the FID of clean-fid, `ADMFeatures` that of ADM's evaluator,
-`DINOv2Features` the one of Stein et al. Where nothing can be downloaded, a small classifier trained
-on the data set itself serves: its distances are *not* FID and are named differently
-(`FeatureExtractor.metric`).
+`DINOv2Features` the one of Stein et al.; `TimmFeatures` takes any network of timm. Where nothing
+can be downloaded, a small classifier trained on the data set itself serves: its distances are *not*
+FID and are named differently (`FeatureExtractor.metric`).
 """
 
 from w2s_train.features.adm import ADMFeatures
@@ -17,6 +17,7 @@ from w2s_train.features.classifiers import (
 )
 from w2s_train.features.dinov2 import DINOv2Features
 from w2s_train.features.inception import InceptionFeatures
+from w2s_train.features.of_timm import TimmFeatures, imagenet_ids
 from w2s_train.features.training import Regularization, train_classifier
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "shape_name",
     "InceptionFeatures",
     "Regularization",
+    "TimmFeatures",
+    "imagenet_ids",
     "mnist_classifier",
     "train_classifier",
 ]

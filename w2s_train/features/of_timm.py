@@ -1,0 +1,158 @@
+"""Features of the networks of timm: pooled, as their last layer makes classes of them."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from w2s_train.errors import UserError, require
+from w2s_train.features.base import FeatureExtractor
+
+
+def resize_bicubic(images: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) uint8 to (B, C, size, size), 0 ... 255 in float32, anti-aliased.
+
+    As PIL does it on 8-bit images: first the rows, then the columns, each pass rounded and clipped.
+    """
+    for shape in ((images.shape[-2], size), (size, size)):
+        images = F.interpolate(images.float(), shape, mode="bicubic", antialias=True)
+        images = images.round().clamp(0, 255)
+    return images
+
+
+class TimmFeatures(FeatureExtractor):
+    """What a network of timm has before its last layer; a classifier has probabilities as well.
+
+    Images are resized to one size, grey ones spread over three channels, and normalized as the
+    network was trained. A network that was trained on other images than those it judges, such as
+    an ImageNet classifier, is independent of them; distances in its features are not FID.
+
+    Args:
+        model: Of timm, such as ``tf_efficientnet_lite0``.
+        weights: Of it (``.safetensors``), in timm's names; timm downloads them if None.
+        size: Height and width in pixels that images are resized to; None: those of its training.
+        name: Names the distance, "fd_<name>"; None: model and size do.
+        mean: Three numbers, subtracted from values in [0, 1]; None: those of its training.
+        std: Three numbers, which these are divided by; the same.
+
+    Raises:
+        UserError: No such model, a size below 1, or not three numbers, stds above 0.
+    """
+
+    has_tokens, has_probabilities = True, True
+
+    def __init__(
+        self,
+        model: str,
+        weights: str | None = None,
+        size: int | None = None,
+        name: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        import timm  # late: seconds
+
+        super().__init__(weights)
+        if not timm.is_model(model):
+            raise UserError(f"model={model}: must be a model of timm; timm.list_models() has all")
+        known: Any = timm.get_pretrained_cfg(model)
+        self.model = model
+        self.size = known.input_size[-1] if size is None else require("size", size, "[1, inf)")
+        self.numbers = tuple(known.mean if mean is None else mean), tuple(std or known.std)
+        if {len(each) for each in self.numbers} != {3} or min(self.numbers[1]) <= 0:
+            raise UserError(f"mean={mean}, std={std}: must be three numbers each, of std above 0")
+        plain = model.partition(".")[0]
+        self.metric = f"fd_{name or f'{plain}_{self.size}'}"
+
+    def check_files(self) -> None:
+        super().check_files()
+        if self.weights is not None and self.weights.suffix != ".safetensors":
+            raise UserError(f"weights={self.weights}: must be a .safetensors file")
+
+    def load(self) -> None:
+        self.check_files()
+        published: Any = self._published()
+        state = published.state_dict()
+        sha = hashlib.sha256()
+        for key in sorted(state):
+            sha.update(key.encode() + state[key].numpy().tobytes())
+        self.digest = sha.hexdigest()[:12]
+        self.network: Any = self._sized(published).eval().requires_grad_(False)
+        # On the device: torchvision's `normalize` would make the host wait for it.
+        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(3, 1, 1)) for v in self.numbers)
+        self.num_features = published.head_hidden_size
+
+    def _published(self) -> nn.Module:
+        """The network as its weights are.
+
+        Raises:
+            UserError: They cannot be fetched, or are not its own.
+        """
+        import timm
+
+        path = "" if self.weights is None else str(self.weights)
+        options: dict[str, Any] = {} if self.has_probabilities else {"num_classes": 0}
+        try:
+            return timm.create_model(
+                self.model, pretrained=self.weights is None, checkpoint_path=path, **options
+            )
+        except OSError as error:  # of the network
+            raise UserError(
+                f"weights={self.weights}: must be a local file where {self.model} cannot be "
+                f"fetched ({error})"
+            ) from error
+        except (RuntimeError, SafetensorError) as error:
+            raise UserError(f"weights={path}: must be weights of {self.model}") from error
+
+    def _sized(self, published: Any) -> nn.Module:
+        """The same for images of `size`: position embeddings are resampled as timm does it."""
+        if hasattr(published, "set_input_size"):
+            published.set_input_size(img_size=(self.size, self.size))
+        return published
+
+    def describe(self) -> str:
+        mean, std = self.numbers
+        return (
+            f"timm {self.model} sha256:{self.digest}, pooled, resize bicubic {self.size}, "
+            f"mean {mean}, std {std}"
+        )
+
+    def features(self, images: Tensor) -> Tensor:
+        x = self.network.forward_features(self._pixels(images))
+        return self.network.forward_head(x, pre_logits=True)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """What is pooled, (B, N, F), of the patches or of the cells of the last convolution."""
+        x = self.network.forward_features(self._pixels(images))
+        if x.ndim == 4:
+            backwards = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
+            x = x.flatten(1, 2) if backwards else x.flatten(2).transpose(1, 2)
+        else:
+            x = x[:, self.network.num_prefix_tokens :]
+        if x.shape[2] != self.num_features:
+            raise UserError(
+                f"model={self.model}: must have tokens as wide as its features to be an encoder, "
+                f"has {x.shape[2]} and {self.num_features}"
+            )
+        return x
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Softmax of the last layer, (B, F) to (B, num_classes)."""
+        return self.network.get_classifier()(features).softmax(1)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 as the network takes them, in the type of its weights."""
+        x = resize_bicubic(images.expand(-1, 3, -1, -1), self.size) / 255
+        return ((x - self.mean) / self.std).to(next(self.network.parameters()).dtype)
+
+
+def imagenet_ids() -> list[str]:
+    """WordNet ids of ImageNet's 1,000 classes, in the order of classifiers' outputs."""
+    from timm.data import ImageNetInfo
+
+    known = ImageNetInfo()
+    return [known.index_to_label_name(i) for i in range(known.num_classes())]
