@@ -1,0 +1,226 @@
+"""Guidance at sampling on the runs of a prompted study: tuned with equal budgets, then measured.
+
+    python -m experiments.prompted.guided prompted_digits            what is not recorded yet
+    python -m experiments.prompted.guided prompted_digits --table    the table alone
+
+Runs without weak source are tuned by `lightning tune`, each guidance with as many images; what it
+finds, and unguided sampling, is measured on fresh seeds: distance, share of images whose class a
+classifier finds to be that of the prompt, network evaluations and processor time an image. Runs
+that were trained with weak targets are sampled unguided. What is found stands in
+guided/ARM-SEED.json of the study, and in guided.md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from torch import nn
+
+from w2s_train.compare.numbers import half_width
+from w2s_train.features import ClassifierFeatures
+from w2s_train.features.frechet import FeatureSums, Reference, frechet_distance
+from w2s_train.imports import found
+from w2s_train.metrics import ClassAgreement
+from w2s_train.module import DiffusionModule
+from w2s_train.scores import git_commit
+
+ROOT = Path(__file__).resolve().parents[2]
+ALLOWED = "experiments.prompted"
+FRESH, SETS = 2_000_000_000, 3  # seeds, as in docs/tune.md
+BLOCKS = "[0],[1],[2],[1,2]"
+GUIDANCES = {  # overlay, and what is searched
+    "cfg": ("cfg", ["scale=1:4", "low=0:0.5", "high=0.5:1"]),
+    "slg": (
+        "experiments/prompted/slg.yaml",
+        ["scale=1:4", "skip_scale=0:3", "low=0:0.5", "high=0.5:1", f"blocks={BLOCKS}"],
+    ),
+    "segmented": (
+        "segmented",
+        [
+            "border=0.1:0.9",
+            "high_noise.scale=1:4",
+            "low_noise.scale=1:4",
+            f"low_noise.weak.blocks={BLOCKS}",
+        ],
+    ),
+}
+
+
+def built(node: Any) -> Any:
+    """What a config's class paths and arguments stand for."""
+    if isinstance(node, dict) and "class_path" in node:
+        arguments = {key: built(value) for key, value in node.get("init_args", {}).items()}
+        return found(node["class_path"])(**arguments)
+    return node
+
+
+def tuned(run: Path, name: str, images: int) -> dict[str, Any]:
+    """The result of `lightning tune`, which is run if there is none; an interrupted one goes on."""
+    result = run / "tune" / name / "result.json"
+    if not result.is_file():
+        overlay, searched = GUIDANCES[name]
+        words = [sys.executable, "-m", "w2s_train", "tune", str(run), "--guidance", overlay]
+        words += [word for each in searched for word in ("--search", each)]
+        words += ["--images", str(images), "--sets", str(SETS), "--name", name]
+        subprocess.run([*words, "--allow_imports", ALLOWED], check=True, cwd=ROOT)
+    return dict(json.loads(result.read_text()))
+
+
+@contextmanager
+def counted(blocks: nn.ModuleList) -> Iterator[list[int]]:
+    """Rows that went through each block call, while the context lasts."""
+    rows: list[int] = []
+
+    def count(_: nn.Module, __: Any, arguments: dict[str, Any]) -> None:
+        rows.append(len(arguments["hidden_states"]))
+
+    hooks = [block.register_forward_pre_hook(count, with_kwargs=True) for block in blocks]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Measure:
+    """Samples a run with any guidance, on fresh seeds.
+
+    Args:
+        run: Its folder.
+
+    Raises:
+        UserError: There is no checkpoint, or no classifier of its data.
+    """
+
+    def __init__(self, run: Path) -> None:
+        path = str(run / "checkpoints" / "last.ckpt")
+        self.module = DiffusionModule.load_from_checkpoint(path, allow_imports=[ALLOWED]).eval()
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        callbacks = config["trainer"]["callbacks"]
+        (fid,) = [each["init_args"] for each in callbacks if each["class_path"].endswith(".FID")]
+        self.images = int(config["data"]["num_generated"])
+        self.features = ClassifierFeatures(fid["features"]["init_args"]["weights"])
+        self.features.load()
+        self.reference = Reference.load(ROOT / fid["reference"])
+
+    def __call__(self, guidance: Any) -> dict[str, Any]:
+        """Distance and agreement by set, evaluations and processor time of an image."""
+        module, network = self.module, cast(Any, self.module.ema.module)
+        guidance.bind(network, module.objective)
+        module.guidances, module.scored_weights = [guidance], ["ema"]
+        distances, agreements, spent = [], [], 0.0
+        with counted(network.blocks) as rows:
+            for k in range(SETS):
+                first = FRESH + k * self.images
+                labels = [i % network.num_classes for i in range(self.images)]
+                began = time.process_time()
+                made = module.generate(list(range(first, first + self.images)), labels)
+                spent += time.process_time() - began
+                seen = self.features(made)
+                sums = FeatureSums(self.features.num_features)
+                sums.update(seen)
+                distances.append(frechet_distance(sums.moments(), self.reference.moments))
+                asked = torch.tensor(labels)
+                found = ClassAgreement().compute(seen, seen, self.features, asked)
+                agreements.append(found["agreement"])
+        block = module.generation_block
+        images = SETS * -(-self.images // block) * block  # blocks are filled up
+        return {
+            "guidance": guidance.describe(),
+            "distance": distances,
+            "agreement": agreements,
+            "evaluations": sum(rows) / len(network.blocks) / images,
+            "seconds": spent / images,
+        }
+
+
+def record(run: Path, target: Path, images: int) -> None:
+    """Tune, measure and write down one run."""
+    measure, entries = Measure(run), {}
+    unguided = {"class_path": "w2s_train.guidance.Unguided"}
+    entries["unguided"] = measure(built(unguided))
+    if run.name.startswith("none-"):
+        for name in GUIDANCES:
+            result = tuned(run, name, images)
+            entries[name] = measure(built(result["settings"]))
+            entries[name] |= {"images": result["images"], "candidates": len(result["candidates"])}
+            again = statistics.fmean(entries[name]["distance"])
+            said = statistics.fmean(result["fresh"]["winner"])
+            if abs(again / said - 1) > 1e-3:
+                sys.exit(f"error: {run}: {name} measures {again:.5g}, tuning said {said:.5g}")
+    target.parent.mkdir(exist_ok=True)
+    about = {"git_commit": git_commit(), "entries": entries}
+    target.write_text(json.dumps(about, indent=1) + "\n")
+
+
+def table(folder: Path) -> str:
+    """Arms and guidances; means and 95 % t intervals over training seeds."""
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    seeds, commits = set[str](), set[str]()
+    for path in sorted((folder / "guided").glob("*.json")):
+        arm, _, seed = path.stem.rpartition("-")
+        about = json.loads(path.read_text())
+        seeds.add(seed)
+        commits.add(about["git_commit"][:7])
+        for name, entry in about["entries"].items():
+            row = values[f"`{arm}`, {name}"]
+            for key in ("distance", "agreement"):
+                row[key].append(statistics.fmean(entry[key]))
+            row["evaluations"].append(entry["evaluations"])
+            row["seconds"].append(entry["seconds"] / about["entries"]["unguided"]["seconds"])
+    lines = ["| training, sampling | distance | prompt followed | evaluations an image | time |"]
+    lines.append("|---" * 5 + "|")
+    for name, row in values.items():
+        cells = [_interval(row["distance"], 2), _interval(row["agreement"], 3)]
+        cells += [f"{statistics.fmean(row['evaluations']):.1f}"]
+        cells += [f"{statistics.fmean(row['seconds']):.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    text = (
+        f"Fréchet distance, lower is better, and share of images in which the classifier finds the "
+        f"digit of the prompt, of {SETS} sets of fresh seeds; mean and 95 % t interval over "
+        f"training seeds {', '.join(sorted(seeds))}. Evaluations in whole networks; processor time "
+        f"over that of unguided sampling of the same run. Commit {', '.join(sorted(commits))}."
+    )
+    return "\n".join([*lines, "", text]) + "\n"
+
+
+def _interval(values: list[float], decimals: int) -> str:
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.{decimals}f}"
+    width = half_width(statistics.stdev(values), len(values))
+    return f"{mean:.{decimals}f} ({mean - width:.{decimals}f} to {mean + width:.{decimals}f})"
+
+
+def main() -> None:
+    """Parse; measure what is left, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=("prompted_digits", "prompted_mnist"))
+    parser.add_argument("--images", type=int, default=20_000, help="of each tuning")
+    parser.add_argument("--seeds", nargs="+", help="of training; all that there are")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    folder = ROOT / "experiments" / options.study
+    for run in [] if options.table else sorted((ROOT / "runs" / options.study).glob("*-*[0-9]")):
+        target = folder / "guided" / f"{run.name}.json"
+        wanted = not options.seeds or run.name.rpartition("-")[2] in options.seeds
+        if wanted and run.is_dir() and not target.is_file():
+            record(run, target, options.images)
+            print(f"{options.study} {run.name}: recorded", flush=True)
+    (folder / "guided.md").write_text(table(folder))
+
+
+if __name__ == "__main__":
+    main()
