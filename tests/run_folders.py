@@ -25,6 +25,7 @@ ENTRY = {
         "precision": "32-true",
         "step": 1800,
         "images_seen": 115200,
+        "training_samples": None,
         "metric_settings": "KernelDistance(subsets=100)",
         "reference_features": 1497,
         "extractor": "classifier digits sha256:194f",

@@ -59,6 +59,76 @@ def test_the_document_lists_the_keys_of_comparison_json(arms, compare):
     assert ["seconds", *documented("Result")] == list(arm["equal_wall_clock"])
 
 
+def test_epochs_until_a_score_is_reached(make, compare, tmp_path: Path):
+    """By hand: 3,200 samples are 50 steps of 64; from 8 at epoch 2 to 4 at 4, 5 is reached at
+    2 + 2 ln(8 / 5) / ln 2.
+    """
+    size = {"training_samples": 3200}
+    for seed, last in ((0, 2.0), (1, 2.1)):
+        make(f"none-{seed}", seed, values=(8.0, 4.0, last), entry=size)
+        make(f"branch-{seed}", seed, values=(4.0, 1.0, 1.0), segments=BRANCH, entry=size)
+    runs = ["none-0", "none-1", "branch-0", "branch-1"]
+    found, printed = compare(*(tmp_path / "runs" / run for run in runs), "--reach", "5,1.5,0.5")
+    five, low, never = found["reached"]
+    assert (five["score"], five["unit"]) == (5.0, "epochs")
+    base, arm = five["arms"]
+    assert base["needed"] == pytest.approx(dict.fromkeys("01", 2 + 2 * math.log2(8 / 5)))
+    assert arm["needed"] == {"0": 2.0, "1": 2.0}  # its first score was as good already
+    assert arm["ratio_to_baseline"] == pytest.approx(2 / base["needed"]["0"])
+    assert arm["verdict"] == "better"
+    base, arm = low["arms"]
+    assert base["needed"] == {"0": None, "1": None} and base["last"] == 6
+    assert arm["needed"]["0"] == pytest.approx(2 + 2 * math.log(4 / 1.5) / math.log(4))
+    assert arm["ratio_to_baseline"] is arm["verdict"] is None
+    assert "not by 6" in printed
+    assert [each["needed"] for each in never["arms"]] == [{"0": None, "1": None}] * 2
+
+
+def test_what_the_baseline_ends_with_is_reached_by_all_its_runs(make, compare, tmp_path: Path):
+    """The worst of its last scores; in images where a run does not say what an epoch is."""
+    for seed, last in ((0, 2.0), (1, 2.1)):
+        make(f"none-{seed}", seed, values=(8.0, 4.0, last))
+        make(f"branch-{seed}", seed, values=(6.0, last, 1.0), segments=BRANCH)
+    found, _ = compare(tmp_path / "runs" / "*")
+    (only,) = found["reached"]
+    assert (only["score"], only["unit"]) == (2.1, "images")
+    base, arm = only["arms"]
+    assert base["needed"]["1"] == 64 * 300 and 64 * 200 < base["needed"]["0"] < 64 * 300
+    assert arm["needed"]["1"] == 64 * 200
+    assert "reach=2,x: must be one score" in failure(tmp_path / "runs" / "*", "--reach", "2,x")
+    assert "reach=nan: must be one score" in failure(tmp_path / "runs" / "*", "--reach", "nan")
+
+
+def test_with_and_without_guidance_beside_each_other(make, compare, tmp_path: Path):
+    """The best tuning of each run; what was tuned by another metric counts for nothing."""
+
+    def tuned(run: str, name: str, fresh: list[float], metric: str = "fd_digits") -> None:
+        folder = tmp_path / "runs" / run / "tune" / name
+        folder.mkdir(parents=True)
+        scores = {"metric": metric, "winner": fresh, "unguided": [2.0], "verdict": "better"}
+        about = {"schema": 1, "guidance": f"{name}(2)", "candidates": [{}], "images": {"used": 9}}
+        (folder / "result.json").write_text(json.dumps(about | {"fresh": scores}))
+
+    for seed in (0, 1):
+        make(f"none-{seed}", seed)
+        make(f"branch-{seed}", seed, segments=BRANCH)
+    plain, _ = compare(tmp_path / "runs" / "*")
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "guided" not in text.partition("## At step 300")[2].splitlines()[2]
+    tuned("none-0", "cfg", [1.0, 1.2])
+    tuned("none-0", "slow", [1.4, 1.6])
+    tuned("none-1", "cfg", [1.3, 1.3])
+    tuned("none-1", "other", [0.1], "kid")
+    found, _ = compare(tmp_path / "runs" / "*")
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    head, _, *lines = text.partition("## At step 300")[2].splitlines()[2:6]
+    assert head.endswith("| guided |")
+    assert [line.split("|")[-2].strip() for line in lines] == ["1.200 ± 0.141", "–"]
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "Guided at sampling" in page and "1.200 ± 0.141" in page
+    assert found["arms"] == plain["arms"]
+
+
 def test_what_differs_is_listed(make, arms, compare):
     make("branch-2", 2, segments=BRANCH, ema_decay=0.999)
     make("branch-3", 3, segments=BRANCH, ema_decay=0.9)

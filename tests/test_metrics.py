@@ -171,9 +171,9 @@ def test_agreement_among_the_data_sets_classes(tmp_path: Path):
         metric.check_classes(3, Logits())
     path.write_text(f"{ids[0]}\n{ids[1]}\n{ids[0]}\n")
     with pytest.raises(ValueError, match="must name each class once"):
-        ImageNetAgreement(str(path))
+        metric.check_classes(3, Named())
     path.write_text("n00000000 nothing\n")
     with pytest.raises(ValueError, match="n00000000 is none"):
-        ImageNetAgreement(str(path))
+        metric.check_classes(1, Named())
     with pytest.raises(ValueError, match="must be an existing file"):
-        ImageNetAgreement(str(tmp_path / "none.txt"))
+        ImageNetAgreement(str(tmp_path / "none.txt")).check_classes(3, Named())

@@ -238,12 +238,20 @@ class ImageNetAgreement(ClassAgreement):
         classes: A text file whose line n (from 0) begins with the WordNet id of class n.
 
     Raises:
-        UserError: No such file, a line without an id of ImageNet's, or one twice; in
-            `check_classes`, an extractor without ImageNet's 1,000 classes.
+        UserError: In `check_classes`: no such file, a line without an id of ImageNet's, or one
+            twice; an extractor without ImageNet's 1,000 classes.
     """
 
     def __init__(self, classes: str) -> None:
-        path = Path(classes)
+        self.path, self.columns = Path(classes), list[int]()
+
+    def check_classes(self, classes: int, extractor: FeatureExtractor) -> None:
+        self.columns = self._read()
+        super().check_classes(classes, extractor)
+
+    def _read(self) -> list[int]:
+        """Of each class its place among ImageNet's."""
+        path = self.path
         if not path.is_file():
             raise UserError(f"classes={path}: must be an existing file")
         ids = [line.split(maxsplit=1)[0] for line in path.read_text().splitlines() if line.strip()]
@@ -255,7 +263,7 @@ class ImageNetAgreement(ClassAgreement):
             )
         if len(set(ids)) < len(ids):
             raise UserError(f"classes={path}: must name each class once")
-        self.classes, self.columns = path.name, [known[name] for name in ids]
+        return [known[name] for name in ids]
 
     def describe(self) -> str:
         digest = hashlib.sha256(repr(self.columns).encode()).hexdigest()[:12]

@@ -14,7 +14,7 @@ from w2s_train.files import atomic_write, locked
 from w2s_train.secrets import redacted
 
 SCHEMA = 1
-HIGHER = ("inception_score", "precision", "recall", "density", "coverage")
+HIGHER = ("inception_score", "precision", "recall", "density", "coverage", "agreement")
 LOWER = ("fid", "fd_", "sfid", "kid", "outliers", "energy_distance", "velocity_error")
 LARGEST = 1e100  # sums and squares of smaller numbers are finite
 
@@ -34,6 +34,7 @@ class Protocol:
     precision: str
     step: int
     images_seen: int
+    training_samples: int | None
     metric_settings: str | None
     reference_features: int | None
     extractor: str | None

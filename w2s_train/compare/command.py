@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import math
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ options:
   --weights NAME        of the scored network; by default ema; of runs, as the next two
   --guidance TEXT       while sampling; by default none
   --settings            every guidance that a run was scored with is an arm
+  --reach SCORE,...     when each arm was as good as this: by default the worst last score of a
+                        run of the baseline; of runs
   --baseline NAME       an arm; by default the one whose objective has no segments; of images the
                         best scale of classifier-free guidance
   --unfinished          take runs that have not reached their last step
@@ -37,8 +40,8 @@ options:
 try:  lightning compare runs/digits_baseline runs/digits_w2s
       lightning compare images/segmented 'images/cfg_*'
 """
-OPTIONS = ("metric", "weights", "guidance", "settings", "baseline", "unfinished", "output")
-OF_RUNS = ("weights", "guidance", "settings", "unfinished")  # what images do not have
+OPTIONS = ("metric", "weights", "guidance", "settings", "baseline", "reach", "unfinished", "output")
+OF_RUNS = ("weights", "guidance", "settings", "reach", "unfinished")  # what images do not have
 
 
 def run(args: list[str]) -> None:
@@ -62,9 +65,22 @@ def run(args: list[str]) -> None:
 
 
 def _of_runs(parsed: argparse.Namespace) -> Comparison:
-    chosen = {key: getattr(parsed, key) for key in OPTIONS[:5]}
+    chosen = {key: getattr(parsed, key) for key in OPTIONS[:6]}
     given = {key: value for key, value in chosen.items() if value is not None}
+    if "reach" in given:
+        given["reach"] = _scores(given["reach"])
     return compare(read_all(parsed.runs, unfinished=parsed.unfinished), Options(**given))
+
+
+def _scores(text: str) -> tuple[float, ...]:
+    """Numbers between commas; UserError: one is none."""
+    try:
+        found = tuple(map(float, text.split(",")))
+    except ValueError:
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"reach={text}: must be one score, or several with commas between them")
+    return found
 
 
 def _of_images(parsed: argparse.Namespace) -> ImageComparison:
@@ -83,6 +99,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--guidance")
     parser.add_argument("--settings", action="store_true")
     parser.add_argument("--baseline")
+    parser.add_argument("--reach")
     parser.add_argument("--unfinished", action="store_true")
     parser.add_argument("--output", default="comparison")
     try:

@@ -21,6 +21,7 @@ from w2s_train.compare.protocol import (
     select,
     with_selection,
 )
+from w2s_train.compare.reached import Threshold, thresholds
 from w2s_train.compare.runs import Findings, Run
 from w2s_train.compare.tuned import Line, tunings
 from w2s_train.errors import UserError
@@ -102,6 +103,7 @@ class Comparison:
         differences: Settings that differ, by key and arm.
         grids: A sample grid per arm that has one at that step.
         tuned: How guidance at sampling was tuned, if any was.
+        reached: When each arm was as good as some scores.
     """
 
     selection: Selection
@@ -116,6 +118,7 @@ class Comparison:
     differences: dict[str, dict[str, Any]]
     grids: list[Grid]
     tuned: list[Line]
+    reached: list[Threshold]
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class Options:
     guidance: str | None = None
     baseline: str | None = None
     settings: bool = False
+    reach: tuple[float, ...] = ()
 
 
 def compare(findings: Findings, options: Options) -> Comparison:
@@ -173,6 +177,7 @@ def compare(findings: Findings, options: Options) -> Comparison:
         differences(arms),
         choose(arms, step, selection, notes),
         tunings(arms, selection.guidance, notes),
+        [] if options.settings else thresholds(arms, baseline, options.reach, higher=higher),
     )
 
 

@@ -162,6 +162,16 @@ def percent(share: float) -> str:
     return f"{100 * share:.{1 if abs(share) < 0.0995 else 0}f} %"
 
 
+def crossing(a: tuple[float, float], b: tuple[float, float], level: float) -> float:
+    """Where the curve of `interpolate` between two points (x, y) has this y, between theirs."""
+    (left, below), (right, above) = a, b
+    if below == above:
+        return left
+    if min(below, above, level) > 0:
+        below, above, level = math.log(below), math.log(above), math.log(level)
+    return left + (right - left) * (level - below) / (above - below)
+
+
 def interpolate(x: Sequence[float], y: Sequence[float], at: float) -> float | None:
     """The value at ``at``, x ascending; None outside of x.
 

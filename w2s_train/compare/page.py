@@ -11,6 +11,7 @@ from w2s_train.compare import guideability, report, tuned
 from w2s_train.compare.charts import Curve, chart, is_log, style, swatch
 from w2s_train.compare.comparison import Comparison, Point, Result, Row
 from w2s_train.compare.numbers import percent
+from w2s_train.compare.reached import lines
 from w2s_train.scores import higher_is_better
 
 COLUMNS = 5  # arms beside each other in the table of settings
@@ -35,7 +36,12 @@ def page(comparison: Comparison) -> str:
         guideability=guideability.charts([[run.folder for run in row.runs] for row in rows]),
         heads=heads,
         settings=settings,
+        guided=report.guided(comparison),
         tuned_heads=tuned.COLUMNS,
+        reached=[
+            (report.reach_title(each, comparison), report.reach_columns(each), lines(each))
+            for each in comparison.reached
+        ],
     )
 
 

@@ -7,13 +7,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from w2s_train.compare import tuned
+from w2s_train.compare import reached, tuned
 from w2s_train.compare.comparison import Comparison, Point, Result, Row
 from w2s_train.compare.numbers import CONFIDENCE, FLOOR, percent
 from w2s_train.compare.protocol import short
+from w2s_train.scores import higher_is_better
 
 SCHEMA = 1
 COLUMNS = ["arm", "seeds", "score", "ratio", "verdict", "time per step", "time ratio"]
+GUIDED = "guided"  # a further column, where guidance at sampling was tuned
 STYLES = {"better": "green", "worse": "red"}
 METHOD = (
     f"A verdict needs a gap of the means over training seeds that exceeds both the "
@@ -68,12 +70,41 @@ def cells(row: Row, result: Result | None) -> list[str]:
     return [mean, ratio(judgement.ratio), judgement.verdict]
 
 
-def tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
-    """Title and lines, in the columns of `COLUMNS`, at equal steps and at equal time."""
-    titles = points(comparison)
+def guided(comparison: Comparison) -> dict[str, str]:
+    """What arms that are compared unguided score with guidance tuned, on seeds of its own."""
+    if comparison.selection.guidance != "none":
+        return {}
+    return tuned.guided(comparison.tuned, comparison.selection.metric, score)
+
+
+def columns(comparison: Comparison) -> list[str]:
+    """Of the table at equal steps; at equal time the last one is missing."""
+    return [*COLUMNS, GUIDED] if guided(comparison) else COLUMNS
+
+
+def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, columns and lines, at equal steps and at equal time."""
+    titles, with_guidance = points(comparison), guided(comparison)
     at_step = [_line(row, row.at_step) for row in comparison.rows]
+    if with_guidance:
+        for line in at_step:
+            line.append(with_guidance.get(line[0], "–"))
     at_time = [_line(row, row.at_seconds) for row in comparison.rows]
-    return list(zip(titles, [at_step, at_time], strict=False))
+    heads = [columns(comparison), COLUMNS]
+    return list(zip(titles, heads, [at_step, at_time], strict=False))
+
+
+def reach_title(threshold: reached.Threshold, comparison: Comparison) -> str:
+    """What the table of a threshold shows."""
+    rises = higher_is_better(comparison.selection.metric)
+    way = "rises to" if rises else "falls to"
+    unit = "Epochs" if threshold.unit == "epochs" else "Training images"
+    return f"{unit} until {comparison.selection.metric} {way} {score(threshold.score)}"
+
+
+def reach_columns(threshold: reached.Threshold) -> list[str]:
+    """Of that table."""
+    return ["arm", threshold.unit, "ratio", "verdict"]
 
 
 def _line(row: Row, result: Result | None) -> list[str]:
@@ -101,11 +132,17 @@ def files(comparison: Comparison) -> dict[str, str]:
 def terminal(comparison: Comparison) -> list[Table]:
     """Tables; verdicts are coloured."""
     made = []
-    for title, lines in tables(comparison):
+    for title, heads, lines in tables(comparison):
         table = Table(title=Text(f"{comparison.selection}, {title}"), title_justify="left")
-        for i, heading in enumerate(COLUMNS):
+        for i, heading in enumerate(heads):
             table.add_column(heading, justify="left" if i < 2 else "right", overflow="fold")
         for line in lines:
+            table.add_row(*(Text(text, style=STYLES.get(text, "")) for text in line))
+        made.append(table)
+    for threshold in comparison.reached:
+        shown = Text(reach_title(threshold, comparison))
+        table = Table(*reach_columns(threshold), title=shown, title_justify="left")
+        for line in reached.lines(threshold):
             table.add_row(*(Text(text, style=STYLES.get(text, "")) for text in line))
         made.append(table)
     return made
@@ -114,8 +151,11 @@ def terminal(comparison: Comparison) -> list[Table]:
 def markdown(comparison: Comparison) -> str:
     """The whole report without curves and grids."""
     text = [f"# {comparison.selection}", ""]
-    for title, lines in tables(comparison):
-        text += [f"## At {title}", "", *markdown_table(COLUMNS, lines), ""]
+    for title, heads, lines in tables(comparison):
+        text += [f"## At {title}", "", *markdown_table(heads, lines), ""]
+    for threshold in comparison.reached:
+        text += [f"## {reach_title(threshold, comparison)}", ""]
+        text += [*markdown_table(reach_columns(threshold), reached.lines(threshold)), ""]
     text += [METHOD, "", "## Protocol", ""]
     text += markdown_table(["key", "value"], [list(pair) for pair in protocol_lines(comparison)])
     names = [row.name for row in comparison.rows]
@@ -169,6 +209,8 @@ def to_json(comparison: Comparison) -> str:
         "notes": comparison.notes,
         "differences": comparison.differences,
     }
+    if comparison.reached:
+        content["reached"] = reached.as_json(comparison.reached)
     if comparison.tuned:
         content["tuned"] = tuned.as_json(comparison.tuned)
     return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"

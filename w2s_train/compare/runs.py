@@ -68,6 +68,11 @@ class Run:
         }
 
     @property
+    def training_samples(self) -> int | None:
+        """Of an epoch, as a score of the fit says it; None if none does."""
+        return next((n for s in self.scores if (n := s.protocol.training_samples)), None)
+
+    @property
     def acting(self) -> dict[str, Any]:
         """The settings without those of segments that only look on, which change no training."""
         looks = [f"{key}." for key, value in self.settings.items() if value == LOOK_ON]

@@ -120,6 +120,29 @@ def tunings(arms: Sequence[Arm], guidance: str, notes: list[str]) -> list[Line]:
     return lines
 
 
+def guided(lines: Sequence[Line], metric: str, number: Callable[..., str]) -> dict[str, str]:
+    """By arm the best that tuning has found for each of its runs, on fresh seeds: mean ± std.
+
+    Args:
+        lines: Of the comparison.
+        metric: That it is about; tunings by another are left out.
+        number: Writes a score with the decimals of another.
+    """
+    best: dict[str, dict[str, float]] = {}
+    for line in lines:
+        if line.tuned and line.tuned.metric == metric:
+            of_arm = best.setdefault(line.arm, {})
+            score = line.tuned.fresh
+            of_arm[line.run] = min(of_arm.get(line.run, score), score)
+    found = {}
+    for arm, runs in best.items():
+        values = list(runs.values())
+        mean = statistics.fmean(values)
+        spread = f" ± {number(statistics.stdev(values), mean)}" if len(values) > 1 else ""
+        found[arm] = f"{number(mean)}{spread}"
+    return found
+
+
 def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """For ``comparison.json``."""
     return [

@@ -41,6 +41,7 @@ def gather(shares: Any, trainer: Trainer) -> list[Any]:
 
 def protocol_of(module: Any, setting: int = 0) -> dict[str, Any]:
     """How the images of one of a module's settings are generated, for the record of a score."""
+    order = getattr(getattr(module.trainer, "datamodule", None), "order", None)  # of a fit
     return module.settings[setting].describe() | {
         "sampler": module.sampler.describe(),
         "steps": module.sampler.steps,
@@ -48,6 +49,7 @@ def protocol_of(module: Any, setting: int = 0) -> dict[str, Any]:
         "precision": str(module.trainer.precision),
         "step": module.steps_taken,
         "images_seen": module.images_seen,
+        "training_samples": None if order is None else order.samples,
         "wall_clock_seconds": round(module.clock.wall_clock, 3),
         "training_seconds": round(module.clock.training_seconds, 3),
     }

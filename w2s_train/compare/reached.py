@@ -1,0 +1,156 @@
+"""How much training an arm needs until its score is as good as a given one.
+
+With the FID of plain samples this is the field's E@FID-k, epochs until it falls below k (RAEv2): it
+does not depend on how long the runs went on afterwards.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from w2s_train.compare import numbers
+from w2s_train.compare.protocol import Arm, Series
+
+
+@dataclass(frozen=True)
+class Reach:
+    """One arm.
+
+    Args:
+        arm: Its name.
+        needed: Epochs, or training images, by training seed; None where it was not reached.
+        last: The same at the last score, the mean over seeds.
+        ratio: Of the means to the baseline's; None where a run of either did not reach it.
+        verdict: Against the baseline; None as above, and for the baseline itself.
+    """
+
+    arm: str
+    needed: dict[int, float | None]
+    last: float
+    ratio: float | None = None
+    verdict: str | None = None
+
+    @property
+    def complete(self) -> list[float] | None:
+        """What its runs needed, if all reached it."""
+        there = [x for x in self.needed.values() if x is not None]
+        return there if len(there) == len(self.needed) else None
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A score, and when each arm reached it; ``unit`` is "epochs" or "images"."""
+
+    score: float
+    unit: str
+    arms: list[Reach]
+
+
+def thresholds(
+    arms: Sequence[Arm], baseline: Arm, wanted: Sequence[float], *, higher: bool
+) -> list[Threshold]:
+    """For each wanted score, by default the worst that a run of the baseline ended with.
+
+    Args:
+        arms: In the order of the report, the baseline among them.
+        baseline: What the others are compared with.
+        wanted: Scores; none for the default.
+        higher: Whether higher scores are better.
+    """
+    sizes = [one.run.training_samples for arm in arms for one in arm.series]
+    known = all(sizes)
+    scores = list(wanted) or [_worst_end(baseline, higher)]
+    found = []
+    for score in scores:
+        reached = [_reach(arm, score, higher, known) for arm in arms]
+        base = next(each for each in reached if each.arm == baseline.name)
+        judged = [each if each is base else _judged(each, base) for each in reached]
+        found.append(Threshold(score, "epochs" if known else "images", judged))
+    return found
+
+
+def _worst_end(baseline: Arm, higher: bool) -> float:
+    ends = [_curve(one)[-1][1] for one in baseline.series]
+    return min(ends) if higher else max(ends)
+
+
+def _curve(one: Series) -> list[tuple[float, float]]:
+    """Training images and mean score, at the steps scored with all the run's sampling seeds."""
+    steps = set.intersection(*(set(curve) for curve in one.values.values()))
+    return [
+        (float(one.images[step]), statistics.fmean(one.at_step(step).values()))
+        for step in sorted(steps or one.images)
+    ]
+
+
+def _reach(arm: Arm, score: float, higher: bool, known: bool) -> Reach:
+    needed, ends = dict[int, float | None](), []
+    for one in arm.series:
+        size = float(one.run.training_samples or 1) if known else 1.0
+        curve = [(images / size, value) for images, value in _curve(one)]
+        needed[one.run.seed] = first_reached(curve, score, higher=higher)
+        ends.append(curve[-1][0])
+    return Reach(arm.name, needed, statistics.fmean(ends))
+
+
+def first_reached(
+    curve: Sequence[tuple[float, float]], score: float, *, higher: bool
+) -> float | None:
+    """Where a curve (x ascending, y) is first as good as a score; None if nowhere.
+
+    Between two points it is linear in x of log y, as at equal time; of y if one is not positive. A
+    curve that begins with a score that good has reached it at its first point at the latest.
+    """
+
+    def good(value: float) -> bool:
+        return value >= score if higher else value <= score
+
+    for i, (x, y) in enumerate(curve):
+        if good(y):
+            return x if i == 0 else numbers.crossing(curve[i - 1], (x, y), score)
+    return None
+
+
+def _judged(reach: Reach, base: Reach) -> Reach:
+    ours, theirs = reach.complete, base.complete
+    if ours is None or theirs is None or not statistics.fmean(theirs):
+        return reach
+    found = numbers.judge([[x] for x in ours], [[x] for x in theirs], higher_is_better=False)
+    return Reach(reach.arm, reach.needed, reach.last, found.ratio, found.verdict)
+
+
+def lines(threshold: Threshold) -> list[list[str]]:
+    """A line an arm: name, what it needed, ratio to the baseline's, verdict."""
+    made = []
+    for each in threshold.arms:
+        there = [x for x in each.needed.values() if x is not None]
+        text = f"{statistics.fmean(there):,.4g}" if there else f"not by {each.last:,.4g}"
+        if each.complete and len(there) > 1:
+            text += f" ± {statistics.stdev(there):,.2g}"
+        elif there and not each.complete:
+            text += f", {len(there)} of {len(each.needed)} runs"
+        ratio = "–" if each.ratio is None else f"{each.ratio:.3f}"
+        made.append([each.arm, text, ratio, each.verdict or "–"])
+    return made
+
+
+def as_json(found: Sequence[Threshold]) -> list[dict[str, Any]]:
+    """For ``comparison.json``."""
+    return [
+        {
+            "score": each.score,
+            "unit": each.unit,
+            "arms": [
+                {
+                    "name": arm.arm,
+                    "needed": {str(seed): x for seed, x in arm.needed.items()},
+                    "last": arm.last,
+                    "ratio_to_baseline": arm.ratio,
+                    "verdict": arm.verdict,
+                }
+                for arm in each.arms
+            ],
+        }
+        for each in found
+    ]
