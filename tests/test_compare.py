@@ -75,12 +75,13 @@ def test_epochs_until_a_score_is_reached(make, compare, tmp_path: Path):
     assert base["needed"] == pytest.approx(dict.fromkeys("01", 2 + 2 * math.log2(8 / 5)))
     assert arm["needed"] == {"0": 2.0, "1": 2.0}  # its first score was as good already
     assert arm["ratio_to_baseline"] == pytest.approx(2 / base["needed"]["0"])
-    assert arm["verdict"] == "better"
+    assert (arm["verdict"], arm["at_first"], base["at_first"]) == ("better", [0, 1], [])
+    assert "≤ 2.00" in printed
     base, arm = low["arms"]
     assert base["needed"] == {"0": None, "1": None} and base["last"] == 6
     assert arm["needed"]["0"] == pytest.approx(2 + 2 * math.log(4 / 1.5) / math.log(4))
     assert arm["ratio_to_baseline"] is arm["verdict"] is None
-    assert "not by 6" in printed
+    assert "not by 6.00" in printed
     assert [each["needed"] for each in never["arms"]] == [{"0": None, "1": None}] * 2
 
 
@@ -95,6 +96,7 @@ def test_what_the_baseline_ends_with_is_reached_by_all_its_runs(make, compare, t
     base, arm = only["arms"]
     assert base["needed"]["1"] == 64 * 300 and 64 * 200 < base["needed"]["0"] < 64 * 300
     assert arm["needed"]["1"] == 64 * 200
+    assert not compare(tmp_path / "runs" / "*", "--reach", "9")[0].get("reached")
     assert "reach=2,x: must be one score" in failure(tmp_path / "runs" / "*", "--reach", "2,x")
     assert "reach=nan: must be one score" in failure(tmp_path / "runs" / "*", "--reach", "nan")
 

@@ -6,7 +6,7 @@ does not depend on how long the runs went on afterwards.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from w2s_train.compare import numbers
@@ -20,13 +20,17 @@ class Reach:
     Args:
         arm: Its name.
         needed: Epochs, or training images, by training seed; None where it was not reached.
-        last: The same at the last score, the mean over seeds.
-        ratio: Of the means to the baseline's; None where a run of either did not reach it.
-        verdict: Against the baseline; None as above, and for the baseline itself.
+        at_first: Seeds whose first score was that good already: they needed no more than that.
+        last: The same unit at the last score, the mean over seeds.
+        ratio: Of the means to the baseline's; None where a run of either did not reach it, or the
+            baseline's first score was that good already.
+        verdict: Against the baseline; None as above, where it rests on what is only a bound, and
+            for the baseline itself.
     """
 
     arm: str
     needed: dict[int, float | None]
+    at_first: list[int]
     last: float
     ratio: float | None = None
     verdict: str | None = None
@@ -52,6 +56,8 @@ def thresholds(
 ) -> list[Threshold]:
     """For each wanted score, by default the worst that a run of the baseline ended with.
 
+    None where the first score of every run was that good already, which says nothing.
+
     Args:
         arms: In the order of the report, the baseline among them.
         baseline: What the others are compared with.
@@ -65,6 +71,8 @@ def thresholds(
     for score in scores:
         reached = [_reach(arm, score, higher, known) for arm in arms]
         base = next(each for each in reached if each.arm == baseline.name)
+        if all(len(each.at_first) == len(each.needed) for each in reached):
+            continue
         judged = [each if each is base else _judged(each, base) for each in reached]
         found.append(Threshold(score, "epochs" if known else "images", judged))
     return found
@@ -85,13 +93,15 @@ def _curve(one: Series) -> list[tuple[float, float]]:
 
 
 def _reach(arm: Arm, score: float, higher: bool, known: bool) -> Reach:
-    needed, ends = dict[int, float | None](), []
+    needed, at_first, ends = dict[int, float | None](), [], []
     for one in arm.series:
         size = float(one.run.training_samples or 1) if known else 1.0
         curve = [(images / size, value) for images, value in _curve(one)]
-        needed[one.run.seed] = first_reached(curve, score, higher=higher)
+        place = first_reached(curve, score, higher=higher)
+        needed[one.run.seed] = place
+        at_first += [one.run.seed] if place == curve[0][0] else []
         ends.append(curve[-1][0])
-    return Reach(arm.name, needed, statistics.fmean(ends))
+    return Reach(arm.name, needed, at_first, statistics.fmean(ends))
 
 
 def first_reached(
@@ -114,23 +124,31 @@ def first_reached(
 
 def _judged(reach: Reach, base: Reach) -> Reach:
     ours, theirs = reach.complete, base.complete
-    if ours is None or theirs is None or not statistics.fmean(theirs):
+    if ours is None or theirs is None or base.at_first:
         return reach
     found = numbers.judge([[x] for x in ours], [[x] for x in theirs], higher_is_better=False)
-    return Reach(reach.arm, reach.needed, reach.last, found.ratio, found.verdict)
+    certain = not reach.at_first or found.verdict == "better"
+    return replace(reach, ratio=found.ratio, verdict=found.verdict if certain else None)
 
 
 def lines(threshold: Threshold) -> list[list[str]]:
     """A line an arm: name, what it needed, ratio to the baseline's, verdict."""
+
+    def number(value: float) -> str:
+        return f"{value:.2f}" if threshold.unit == "epochs" else f"{value:,.0f}"
+
     made = []
     for each in threshold.arms:
         there = [x for x in each.needed.values() if x is not None]
-        text = f"{statistics.fmean(there):,.4g}" if there else f"not by {each.last:,.4g}"
+        bound = "≤ " if each.at_first else ""
+        text = (
+            f"{bound}{number(statistics.fmean(there))}" if there else f"not by {number(each.last)}"
+        )
         if each.complete and len(there) > 1:
-            text += f" ± {statistics.stdev(there):,.2g}"
+            text += f" ± {number(statistics.stdev(there))}"
         elif there and not each.complete:
             text += f", {len(there)} of {len(each.needed)} runs"
-        ratio = "–" if each.ratio is None else f"{each.ratio:.3f}"
+        ratio = "–" if each.ratio is None else f"{bound}{each.ratio:.3f}"
         made.append([each.arm, text, ratio, each.verdict or "–"])
     return made
 
@@ -145,6 +163,7 @@ def as_json(found: Sequence[Threshold]) -> list[dict[str, Any]]:
                 {
                     "name": arm.arm,
                     "needed": {str(seed): x for seed, x in arm.needed.items()},
+                    "at_first": arm.at_first,
                     "last": arm.last,
                     "ratio_to_baseline": arm.ratio,
                     "verdict": arm.verdict,
