@@ -35,8 +35,6 @@ from w2s_train.shards import local_shards
 from w2s_train.shards.decode import BrokenImage, decode_image
 from w2s_train.shards.samples import encoded_image, read_shard
 
-NUM_CLASSES = 10
-
 
 class Architecture(NamedTuple):
     """A network, the shape (C, H, W) of its images, and how it is kept from overfitting."""
@@ -44,11 +42,12 @@ class Architecture(NamedTuple):
     build: Callable[[], Classifier]
     shape: tuple[int, int, int]
     regularization: Regularization
+    num_classes: int = 10
 
 
 ARCHITECTURES = {
     "digits": Architecture(
-        lambda: ConvClassifier([1, 32, 64, 64], [1, 2, 1], NUM_CLASSES), (1, 8, 8), PLAIN
+        lambda: ConvClassifier([1, 32, 64, 64], [1, 2, 1], 10), (1, 8, 8), PLAIN
     ),
     "mnist": Architecture(
         mnist_classifier, (1, 28, 28), Regularization(crop=2, label_smoothing=0.05, batch_norm=True)
@@ -58,28 +57,34 @@ ARCHITECTURES = {
         (3, 32, 32),
         Regularization(crop=4, flip=True, label_smoothing=0.05, batch_norm=True),
     ),
+    "tiny_imagenet": Architecture(
+        lambda: CIFAR10Classifier(200),
+        (3, 32, 32),
+        Regularization(crop=4, flip=True, label_smoothing=0.05, batch_norm=True),
+        200,
+    ),
 }
 
 
 def read_images(
-    urls: str, name: str, shape: tuple[int, int, int], fraction: float
+    urls: str, name: str, architecture: Architecture, fraction: float
 ) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) uint8 and labels (N,) of all shards, in their order.
 
     Args:
         urls: A path, a glob or a brace pattern.
         name: What the user calls it.
-        shape: (C, H, W) that every image must have.
+        architecture: Says the shape that every image must have, and how many classes there are.
         fraction: Keep the first images of every shard, this share of it.
 
     Raises:
         UserError: No shards, no images, or one of another shape.
     """
-    images, labels = [], []
+    images, labels, shape = [], [], architecture.shape
     for shard in local_shards(urls, name):
         samples = list(read_shard(shard))
         for sample in samples[: round(fraction * len(samples))]:
-            content, label = encoded_image(sample, shard, NUM_CLASSES)
+            content, label = encoded_image(sample, shard, architecture.num_classes)
             try:
                 image = decode_image(content)
             except BrokenImage as error:
@@ -123,8 +128,8 @@ def main() -> None:
     """Read, train, measure, write; the weights come last, so their presence means done."""
     given = arguments()
     architecture = ARCHITECTURES[given.architecture]
-    test = read_images(given.test, "test", architecture.shape, 1.0)
-    train = read_images(given.train, "train", architecture.shape, given.fraction)
+    test = read_images(given.test, "test", architecture, 1.0)
+    train = read_images(given.train, "train", architecture, given.fraction)
     print(f"{len(train[0])} training and {len(test[0])} test images", flush=True)
     began = time.monotonic()
     classifier = architecture.build()

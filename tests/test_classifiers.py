@@ -69,7 +69,7 @@ def test_shared_classifiers(name: str):
 def read_shared(name: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     script = runpy.run_path(str(ROOT / "data/classifier.py"))
     urls = shared(f"data/{name}/{split}-000000.tar.gz").with_name(f"{split}-*.tar.gz")
-    return script["read_images"](str(urls), split, script["ARCHITECTURES"][name].shape, 1.0)
+    return script["read_images"](str(urls), split, script["ARCHITECTURES"][name], 1.0)
 
 
 def disturbed(x: torch.Tensor) -> dict[str, torch.Tensor]:
