@@ -28,11 +28,11 @@ part() {
 
 everything() {
     local step="$python benchmarks/step.py" bf16="--precision bf16-mixed --limit LIMIT"
-    local recipes=none,sgg_reversed,sgg_paper,sgg_release,branch,layer_skip,ema
+    local recipes=none,head_above,sgg_reversed,sgg_paper,mg,ema,drawn
     local b2="--networks b2 --compile blocks" xl2="--networks xl2 --compile blocks"
     local sampled="b2 --precision 32-true,bf16-mixed --compile off,on" rounds=100
     if [ "$mode" = --cpu ]; then
-        recipes=none,sgg_reversed,branch
+        recipes=none,head_above,drawn
         b2="--networks tiny --rounds 3 --batch 10" xl2=$b2
         sampled="tiny --compile off" rounds=10
     fi
@@ -42,7 +42,7 @@ everything() {
     part step_b2_eager 45 $step ${b2/--compile blocks/} $bf16 --recipes none --json "$out/step_b2_eager.json"
     part sample 85 "$python" benchmarks/sample.py --networks $sampled --json "$out/sample.json"
     part overhead 40 "$python" benchmarks/overhead.py --rounds $rounds --json "$out/overhead.json"
-    part step_xl2 95 $step $xl2 $bf16 --recipes none,sgg_reversed --json "$out/step_xl2.json"
+    part step_xl2 95 $step $xl2 $bf16 --recipes none,head_above --json "$out/step_xl2.json"
     printf '\nresults, after %s s, in %s:\n' "$SECONDS" "$out"
     ls "$out"
     [ ${#failed[@]} = 0 ] || { printf 'failed: %s\n' "${failed[@]}"; return 1; }
