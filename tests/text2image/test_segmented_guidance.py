@@ -13,6 +13,7 @@ from pipeline import transformer
 
 from w2s_train.errors import UserError
 from w2s_train.text2image import SegmentedGuidance
+from w2s_train.text2image.described import settings_of
 
 BLOCKS = (2, 3, 4)
 PROMPTS = [PROMPT, "two dogs"]
@@ -125,7 +126,7 @@ class TestSD3:
         assert torch.equal(ours, latents(modular(full, again)))
         assert torch.equal(ours, latents(modular(full, guider.new())))
 
-    def test_another_network_as_the_weaker(self, full, tmp_path):
+    def test_another_network_as_the_weaker(self, full, tmp_path, monkeypatch):
         """Autoguidance by a network with those blocks deleted is skip-layer guidance."""
         weaker = less(full.transformer, BLOCKS)
         weaker.register_to_config(num_layers=3)
@@ -133,6 +134,10 @@ class TestSD3:
         guider = sgg(weak=str(tmp_path), skip_layers=())
         ours = latents(modular(full, guider))
         assert torch.equal(ours, latents(modular(full, sgg())))
+        monkeypatch.setenv("HOME", str(tmp_path.parent))
+        at_home = sgg(weak=f"~/{tmp_path.name}", skip_layers=())
+        assert torch.equal(ours, latents(modular(full, at_home)))
+        assert settings_of(at_home)["weak_sha256"] == settings_of(guider)["weak_sha256"]
         with pytest.raises(UserError, match="weak=.*: must be a folder that diffusers' SD3"):
             (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"half of it")
             latents(modular(full, sgg(weak=str(tmp_path), skip_layers=())))
@@ -349,6 +354,8 @@ def test_batches_from_a_block_state():
         (dict(skip_layers=()), r"skip_layers=\[\]: must be given, or else weak, but not both"),
         (dict(weak="there"), r"skip_layers=\[2, 3, 4\]: must be given, or else weak"),
         (dict(weak="there", skip_layers=()), "weak=there: must be a folder of a network"),
+        (dict(skip_layers=7), r"skip_layers=7: must be a list of whole numbers"),
+        (dict(skip_layers=["7"]), r"skip_layers=\['7'\]: must be a list of whole numbers"),
         (dict(skip_layers=[-1]), r"skip_layers=\[-1\]: must be different, and from 0 on"),
         (dict(skip_layers=[1, 1]), r"skip_layers=\[1, 1\]: must be different, and from 0 on"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.guiders import BaseGuidance
 
 from w2s_train.errors import UserError
-from w2s_train.files import sha256_of
+from w2s_train.files import expanded, sha256_of
 from w2s_train.text2image.base import Guider
 
 FILES = ("weak", "path")  # arguments of ours that name files, whose content counts
@@ -34,7 +34,7 @@ def settings_of(guider: BaseGuidance) -> dict[str, Any]:
     """
     arguments = _arguments(guider)
     hashes = {
-        f"{name}_sha256": _digest(Path(value))
+        f"{name}_sha256": _digest(expanded(name, value))
         for name, value in arguments.items()
         if name in FILES and isinstance(value, str)
     }

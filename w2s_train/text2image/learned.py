@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError, require
+from w2s_train.files import expanded
 from w2s_train.guidance.base import extrapolate
 from w2s_train.guidance.learned import ScaleNetwork, step_distance
 from w2s_train.interpolant import LinearInterpolant, right_pad
@@ -122,8 +123,8 @@ class LearnedGuidance(Guider):
     @register_to_config
     def __init__(self, path: str, shift: float = 3.0, enabled: bool = True) -> None:
         super().__init__(enabled)
-        self.path, self.shift = path, require("shift", shift, "(0, inf)")
-        self.scales, self.interpolant = _read(path), LinearInterpolant()
+        self.path, self.shift = str(expanded("path", path)), require("shift", shift, "(0, inf)")
+        self.scales, self.interpolant = _read(self.path), LinearInterpolant()
 
     def passes(self) -> list[str]:
         where = self._step, self._num_inference_steps, self._sigma

@@ -1,6 +1,7 @@
 """Segmented guidance: away from no prompt at high noise, away from a weaker network below."""
 
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError, one_line, require
+from w2s_train.files import expanded
 from w2s_train.guidance.base import extrapolate
 from w2s_train.text2image.base import NEGATIVE, PROMPT, WEAK, Guider
 from w2s_train.text2image.blocks import Stack
@@ -72,10 +74,11 @@ class SegmentedGuidance(Guider):
         self.weak_scale = require("weak_scale", weak_scale, "[0, inf)")
         self.guidance_delta = require("guidance_delta", guidance_delta, f"[0, {guidance_scale}]")
         self.weak_delta = require("weak_delta", weak_delta, f"[0, {weak_scale}]")
-        self.skip_layers, self.weak = tuple(skip_layers), weak
+        self.skip_layers = _numbers(skip_layers)
+        self.weak = None if weak is None else str(expanded("weak", weak))
         self.border, self.switch = _one_of(border, switch)
         self.fqn, self.share_prefix, self.perturb = fqn, share_prefix, perturb
-        _check_weakness(self.skip_layers, weak, perturb)
+        _check_weakness(self.skip_layers, self.weak, perturb)
         for name in ("guidance_delta", "weak_delta"):
             if border is not None and getattr(self, name):
                 raise UserError(f"{name}={getattr(self, name)}: must be 0 with border; give switch")
@@ -188,6 +191,14 @@ def _one_of(border: float | None, switch: float | None) -> tuple[float | None, f
         return require("border", border, "[0, 1]"), None
     assert switch is not None
     return None, require("switch", switch, "[0, 1]")
+
+
+def _numbers(skip_layers: Any) -> tuple[int, ...]:
+    """Blocks as a tuple, of what may come from Python or a file."""
+    try:
+        return tuple(operator.index(i) for i in skip_layers)
+    except TypeError as error:
+        raise UserError(f"skip_layers={skip_layers}: must be a list of whole numbers") from error
 
 
 def _check_weakness(skip_layers: tuple[int, ...], weak: str | None, perturb: bool) -> None:
