@@ -1,5 +1,6 @@
 """The comparison of folders of images: paired by prompt and seed, intervals over prompts."""
 
+import hashlib
 import json
 import math
 import statistics
@@ -160,12 +161,47 @@ class Table:
             self.known[key] = self.of(folder, lambda image: image.scores[name])
         return self.known[key]
 
+    @property
+    def prompts(self) -> list[str]:
+        """Those of the images."""
+        return list(dict.fromkeys(prompt for prompt, _ in self.keys))
+
     def difference(
         self, folder: Folder, other: Folder, name: str, prompts: Sequence[str] | None = None
     ) -> Estimate:
         """Mean over prompts, all or some, of a score of one folder less that of another."""
-        ours, theirs = self.score(folder, name), self.score(other, name)
-        return Estimate.of([ours[p] - theirs[p] for p in prompts or ours])
+        return self.against(folder, Baseline(other), name, prompts)
+
+    def against(
+        self, folder: Folder, base: "Baseline", name: str, prompts: Sequence[str] | None = None
+    ) -> Estimate:
+        """The same, less that of the folder that is the baseline for a prompt."""
+        ours = self.score(folder, name)
+        values = []
+        for prompt in prompts or ours:
+            other = folder if folder is base.folder else base.chosen.get(prompt, base.folder)
+            values.append(ours[prompt] - self.score(other, name)[prompt])
+        return Estimate.of(values)
+
+    def best(self, folders: Sequence[Folder], name: str, prompts: Sequence[str]) -> Folder:
+        """The one with the highest mean score of these prompts, of several the first."""
+        means = [
+            statistics.fmean([self.score(folder, name)[p] for p in prompts]) for folder in folders
+        ]
+        return folders[means.index(max(means))]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What arms are set against.
+
+    Args:
+        folder: That is shown.
+        chosen: Another one for a prompt, if any: the scale that was best for other prompts.
+    """
+
+    folder: Folder
+    chosen: dict[str, Folder] = field(default_factory=dict)
 
 
 def compare_images(
@@ -190,11 +226,12 @@ def compare_images(
     _note_left_out(table, notes)
     scores = _with_first(common_scores(folders, table.keys, refused), metric, refused)
     sweep = find_sweep(folders)
-    base = _find_baseline(table, sweep, scores[0], baseline, notes)
+    against = _find_baseline(table, sweep, scores[0], baseline, notes)
+    base = against.folder
     order = [key for key in base.images if key in shared]
     categories = _categories(base, order)
     distances = _distances(folders, refused)
-    rows = [_row(table, folder, base, scores, sweep, categories, distances) for folder in folders]
+    rows = [_row(table, each, against, scores, sweep, categories, distances) for each in folders]
     rows.sort(key=lambda row: (row.name != base.name, -row.scores[scores[0]].mean))
     return ImageComparison(
         scores[0],
@@ -239,7 +276,7 @@ def _with_first(scores: list[str], metric: str | None, refused: list[str]) -> li
 
 def _find_baseline(
     table: Table, sweep: Sweep, metric: str, name: str | None, notes: list[str]
-) -> Folder:
+) -> Baseline:
     """The arm of that name, or the best of the sweep; ``notes`` says what that is worth."""
     names = ", ".join(folder.name for folder in table.folders)
     count = len(sweep.scales)
@@ -249,28 +286,49 @@ def _find_baseline(
         named = [folder for folder in table.folders if folder.name == name]
         if not named:
             raise UserError(f"baseline={name}: must be one of {names}")
-        return named[0]
+        return Baseline(named[0])
     if not sweep.folders:
         raise UserError(
             "baseline=null: no folder has classifier-free guidance; must be one of "
             f"{names}, or {HOW}"
         )
-    best = max(sweep.folders, key=lambda each: statistics.fmean(table.score(each, metric).values()))
-    if count > 1:
-        scale = sweep.scales[sweep.folders.index(best)]
+    best = table.best(sweep.folders, metric, table.prompts)
+    if count == 1:
+        return Baseline(best)
+    scale = sweep.scales[sweep.folders.index(best)]
+    chosen, said = _crossed(table, sweep, metric)
+    notes.append(
+        f"baseline: {best.name}, scale {scale:g}, has the best {metric} of {count} scales of "
+        f"classifier-free guidance; {said}"
+    )
+    if scale in (sweep.scales[0], sweep.scales[-1]):
+        side = "smallest" if scale == sweep.scales[0] else "largest"
         notes.append(
-            f"baseline: {best.name}, scale {scale:g}, has the best {metric} of {count} scales of "
-            "classifier-free guidance; it was chosen on these very images, which favours it: a "
-            "verdict better stands all the more, a verdict worse may come of that alone (see the "
-            "differences from each scale)"
+            f"baseline: {scale:g} is the {side} scale of the sweep; one beyond it may score "
+            "better yet"
         )
-        if scale in (sweep.scales[0], sweep.scales[-1]):
-            side = "smallest" if scale == sweep.scales[0] else "largest"
-            notes.append(
-                f"baseline: {scale:g} is the {side} scale of the sweep; one beyond it may score "
-                "better yet"
-            )
-    return best
+    return Baseline(best, chosen)
+
+
+def _crossed(table: Table, sweep: Sweep, metric: str) -> tuple[dict[str, Folder], str]:
+    """For each prompt the scale that is best for the other half of the prompts, and what that is.
+
+    The best of several on the very images that it is compared on is favoured by chance; chosen on
+    others it is not. Halves are drawn by a hash of the prompts.
+    """
+    if len(table.prompts) < 2:
+        return {}, "it was chosen on these very images, which favours it"
+    drawn = sorted(table.prompts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    halves = drawn[::2], drawn[1::2]
+    chosen, scales = dict[str, Folder](), list[str]()
+    for half, other in (halves, halves[::-1]):
+        best = table.best(sweep.folders, metric, other)
+        chosen |= dict.fromkeys(half, best)
+        scales.append(f"{sweep.scales[sweep.folders.index(best)]:g}")
+    return chosen, (
+        "differences are from the scale that is best for the other half of the prompts, "
+        f"{' and '.join(scales)}, which no choice favours"
+    )
 
 
 def _categories(base: Folder, keys: Sequence[Key]) -> dict[str, list[str]]:
@@ -302,7 +360,7 @@ def _distances(folders: Sequence[Folder], refused: list[str]) -> list[str]:
 def _row(
     table: Table,
     folder: Folder,
-    base: Folder,
+    base: Baseline,
     scores: Sequence[str],
     sweep: Sweep,
     categories: dict[str, list[str]],
@@ -310,19 +368,19 @@ def _row(
 ) -> ImageRow:
     swept = zip(sweep.folders, sweep.scales, strict=True)
     evaluations, seconds, median = _costs(table, folder)
-    base_evaluations, _, base_median = _costs(table, base)
+    base_evaluations, _, base_median = _costs(table, base.folder)
     return ImageRow(
         folder,
         next((scale for each, scale in swept if each is folder), None),
         {name: Estimate.of([*table.score(folder, name).values()]) for name in scores},
-        {name: table.difference(folder, base, name) for name in scores},
+        {name: table.against(folder, base, name) for name in scores},
         evaluations,
         seconds,
         median,
         (_ratio(evaluations, base_evaluations), _ratio(median, base_median)),
         {each.name: table.difference(folder, each, scores[0]) for each in sweep.folders},
         {
-            category: table.difference(folder, base, scores[0], prompts)
+            category: table.against(folder, base, scores[0], prompts)
             for category, prompts in categories.items()
         },
         {name: float(folder.distances[name]["value"]) for name in distances},
