@@ -20,8 +20,8 @@ if [ ! -e "data/$data" ]; then
     echo "error: data/$data: must be there, or packed as gpu/$data.tar.gz" >&2
     exit 1
 fi
-if [ -n "${REFERENCE:-}" ] && [ ! -e "data/$data/reference.npz" ]; then # of these configs
-    "$python" -m w2s_train reference $REFERENCE || exit 1
+if [ -n "${REFERENCE:-}" ] && [ ! -e "data/$data/$REFERENCE" ]; then # of configs that the study names
+    "$python" -m w2s_train reference $REFERENCE_OF || exit 1
 fi
 if [ ! -e "runs/$study" ] && [ -e gpu/unfinished.tar ]; then tar -xf gpu/unfinished.tar || exit 1; fi
 out=${OUT:-gpu/out}

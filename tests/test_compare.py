@@ -96,7 +96,12 @@ def test_what_the_baseline_ends_with_is_reached_by_all_its_runs(make, compare, t
     base, arm = only["arms"]
     assert base["needed"]["1"] == 64 * 300 and 64 * 200 < base["needed"]["0"] < 64 * 300
     assert arm["needed"]["1"] == 64 * 200
-    assert not compare(tmp_path / "runs" / "*", "--reach", "9")[0].get("reached")
+    early, _ = compare(tmp_path / "runs" / "*", "--reach", "9")
+    assert "reached" not in early
+    assert any("reach=9: the first scores of all runs" in note for note in early["notes"])
+    assert "reach=9: must be left out with --settings" in failure(
+        tmp_path / "runs" / "*", "--settings", "--reach", "9"
+    )
     assert "reach=2,x: must be one score" in failure(tmp_path / "runs" / "*", "--reach", "2,x")
     assert "reach=nan: must be one score" in failure(tmp_path / "runs" / "*", "--reach", "nan")
 
@@ -104,11 +109,15 @@ def test_what_the_baseline_ends_with_is_reached_by_all_its_runs(make, compare, t
 def test_with_and_without_guidance_beside_each_other(make, compare, tmp_path: Path):
     """The best tuning of each run; what was tuned by another metric counts for nothing."""
 
-    def tuned(run: str, name: str, fresh: list[float], metric: str = "fd_digits") -> None:
+    def tuned(
+        run: str, name: str, fresh: list[float], metric: str = "fd_digits", **other: object
+    ) -> None:
         folder = tmp_path / "runs" / run / "tune" / name
         folder.mkdir(parents=True)
         scores = {"metric": metric, "winner": fresh, "unguided": [2.0], "verdict": "better"}
         about = {"schema": 1, "guidance": f"{name}(2)", "candidates": [{}], "images": {"used": 9}}
+        made = {"step": 300, "weights": "ema", "sampler": "Euler", "steps": 25} | other
+        about["about"] = {"protocol": made, "num_generated": 1000}
         (folder / "result.json").write_text(json.dumps(about | {"fresh": scores}))
 
     for seed in (0, 1):
@@ -121,11 +130,19 @@ def test_with_and_without_guidance_beside_each_other(make, compare, tmp_path: Pa
     tuned("none-0", "slow", [1.4, 1.6])
     tuned("none-1", "cfg", [1.3, 1.3])
     tuned("none-1", "other", [0.1], "kid")
+    tuned("none-1", "early", [0.2], step=200)
+    tuned("none-1", "live", [0.2], weights="raw")
+    tuned("branch-0", "cfg", [1.5])
     found, _ = compare(tmp_path / "runs" / "*")
     text = (tmp_path / "out" / "comparison.md").read_text()
     head, _, *lines = text.partition("## At step 300")[2].splitlines()[2:6]
     assert head.endswith("| guided |")
-    assert [line.split("|")[-2].strip() for line in lines] == ["1.200 ± 0.141", "–"]
+    assert [line.split("|")[-2].strip() for line in lines] == [
+        "1.200 ± 0.141",
+        "1.500, 1 of 2 runs",
+    ]
+    assert any("tuning early is of step 200, left out" in note for note in found["notes"])
+    assert any("tuning live is of weights raw, left out" in note for note in found["notes"])
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "Guided at sampling" in page and "1.200 ± 0.141" in page
     assert found["arms"] == plain["arms"]

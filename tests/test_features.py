@@ -342,10 +342,39 @@ def test_timm_features_know_size_and_normalization(tmp_path: Path):
         TimmFeatures("test_vit", size=0)
     with pytest.raises(ValueError, match="model=none: must be a model of timm"):
         TimmFeatures("none")
+    with pytest.raises(ValueError, match="must be three numbers each"):
+        TimmFeatures("test_vit", std=[])
     with pytest.raises(ValueError, match="must be weights of test_vit"):
         TimmFeatures("test_vit", weights).load()
 
 
+@pytest.mark.parametrize(
+    "model, size, message",
+    [
+        ("resmlp_12_224", 64, "model=resmlp_12_224, size=64: must be a network of timm that takes"),
+        ("vit_tiny_patch16_224", 8, "size=8: must be a network of timm that takes"),
+    ],
+)
+def test_sizes_that_a_network_cannot_see(model: str, size: int, message: str, tmp_path: Path):
+    weights = str(tmp_path / "w.safetensors")
+    save_file(timm.create_model(model).state_dict(), weights)
+    with pytest.raises(ValueError, match=message):
+        TimmFeatures(model, weights, size).load()
+
+
+def test_a_network_without_a_linear_last_layer_has_no_classes(tmp_path: Path):
+    """A convolution as the last layer; not after a second load either."""
+    weights = str(tmp_path / "w.safetensors")
+    save_file(timm.create_model("dla46_c").state_dict(), weights)
+    extractor = TimmFeatures("dla46_c", weights, 32)
+    for _ in range(2):
+        extractor.load()
+        assert not extractor.has_probabilities
+    with pytest.raises(ValueError, match="inception_score: needs an extractor with class prob"):
+        extractor.probabilities(torch.zeros(1, extractor.num_features))
+
+
+@pytest.mark.slow
 def test_the_published_judge_of_imagenet():
     """The file that data/README.md names, on known images: accuracy of chance would be 0.005."""
     weights = shared("features/imagenet_efficientnet_lite0.safetensors")

@@ -151,7 +151,7 @@ def test_the_house_stays_small():
 
     assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 46
     assert len(FILES) <= 200
-    assert sum(map(lines, FILES)) <= 28_300
+    assert sum(map(lines, FILES)) <= 28_500
     assert sum(lines(PACKAGE / f"{name}.py") for name in METHOD.split()) <= 1_900
     assert lines(ROOT / "README.md") <= 220
 

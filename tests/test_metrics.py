@@ -172,6 +172,12 @@ def test_agreement_among_the_data_sets_classes(tmp_path: Path):
     path.write_text(f"{ids[0]}\n{ids[1]}\n{ids[0]}\n")
     with pytest.raises(ValueError, match="must name each class once"):
         metric.check_classes(3, Named())
+    path.write_text(f"{ids[0]}, tench\n\n{ids[1]}\n")
+    with pytest.raises(ValueError, match="an empty line is none"):
+        metric.check_classes(2, Named())
+    path.write_bytes(ids[0].encode("utf-16"))
+    with pytest.raises(ValueError, match="must be a text in UTF-8"):
+        metric.check_classes(1, Named())
     path.write_text("n00000000 nothing\n")
     with pytest.raises(ValueError, match="n00000000 is none"):
         metric.check_classes(1, Named())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from w2s_train.errors import UserError, require
 from w2s_train.features import FeatureExtractor, imagenet_ids
+from w2s_train.files import expanded
 
 NOTHING = torch.zeros(0, dtype=torch.long)
 
@@ -251,15 +252,19 @@ class ImageNetAgreement(ClassAgreement):
 
     def _read(self) -> list[int]:
         """Of each class its place among ImageNet's."""
-        path = self.path
+        path = expanded("classes", self.path)
         if not path.is_file():
             raise UserError(f"classes={path}: must be an existing file")
-        ids = [line.split(maxsplit=1)[0] for line in path.read_text().splitlines() if line.strip()]
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"classes={path}: must be a text in UTF-8") from error
+        ids = [(line.replace(",", " ").split() or [""])[0] for line in lines]
         known = {name: i for i, name in enumerate(imagenet_ids())}
         if wrong := [name for name in ids if name not in known]:
             raise UserError(
                 f"classes={path}: must have a WordNet id of ImageNet's in each line, "
-                f"{wrong[0]} is none"
+                f"{wrong[0] or 'an empty line'} is none"
             )
         if len(set(ids)) < len(ids):
             raise UserError(f"classes={path}: must name each class once")

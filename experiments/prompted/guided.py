@@ -172,7 +172,7 @@ def table(folder: Path) -> str:
         arm, _, seed = path.stem.rpartition("-")
         about = json.loads(path.read_text())
         seeds.add(seed)
-        commits.add(about["git_commit"][:7])
+        commits.add((about["git_commit"] or "unknown")[:7])
         for name, entry in about["entries"].items():
             row = values[f"`{arm}`, {name}"]
             for key in ("distance", "agreement"):
@@ -213,7 +213,9 @@ def main() -> None:
     options = parser.parse_args()
     os.chdir(ROOT)
     folder = ROOT / "experiments" / options.study
-    for run in [] if options.table else sorted((ROOT / "runs" / options.study).glob("*-*[0-9]")):
+    for run in (
+        [] if options.table else sorted((ROOT / "runs" / options.study).glob("*-[0-9][0-9]"))
+    ):
         target = folder / "guided" / f"{run.name}.json"
         wanted = not options.seeds or run.name.rpartition("-")[2] in options.seeds
         if wanted and run.is_dir() and not target.is_file():

@@ -4,7 +4,7 @@
 
 Writes floors.json beside this file: training half to the other half, training set to the first n
 validation images, and to validation images that are blurred, noisy or compressed; with the share
-whose class the judge tells. One pass over 100,000 images and eight over 10,000, on one thread.
+whose class the judge tells. One pass over 100,000 images and seven over 10,000, on one thread.
 """
 
 import io
@@ -31,7 +31,7 @@ FIRST = (1_000, 2_000, 2_500, 5_000, 10_000)
 
 
 def stored(folder: Path, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (BLOCK, 3, 32, 32) uint8 and labels (BLOCK,), in the order of the shards."""
+    """Images (N, 3, 32, 32) uint8 and labels (N,), at most BLOCK, in the order of the shards."""
     images, labels = list[Tensor](), list[int]()
     for shard in local_shards(str(folder / f"{split}-*.tar"), split):
         for sample in read_shard(shard):
@@ -41,6 +41,8 @@ def stored(folder: Path, split: str) -> Iterator[tuple[Tensor, Tensor]]:
             if len(images) == BLOCK:
                 yield torch.stack(images), torch.tensor(labels)
                 images, labels = [], []
+    if images:
+        yield torch.stack(images), torch.tensor(labels)
 
 
 def by_pil(change: Callable[[Image.Image], Image.Image]) -> Callable[[Tensor], Tensor]:

@@ -115,6 +115,8 @@ def _parse(args: list[str]) -> argparse.Namespace:
         raise UserError(
             f"guidance={parsed.guidance}: must be left out with --settings, which takes all"
         )
+    if parsed.settings and parsed.reach is not None:
+        raise UserError(f"reach={parsed.reach}: must be left out with --settings")
     return parsed
 
 
@@ -145,7 +147,10 @@ def show(comparison: Comparison | ImageComparison, folder: Path) -> None:
     else:
         tables = report.terminal(comparison)
     console.print(*tables, sep="\n")
-    for title, lines in (("left out", comparison.refused), ("note", comparison.notes)):
+    notes = comparison.notes
+    if isinstance(comparison, Comparison):
+        notes = report.notes(comparison)
+    for title, lines in (("left out", comparison.refused), ("note", notes)):
         for line in lines:
             print(f"{title}: {line}")
     print(f"written: {folder / 'comparison.html'}, comparison.md and comparison.json")

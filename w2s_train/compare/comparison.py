@@ -164,6 +164,9 @@ def compare(findings: Findings, options: Options) -> Comparison:
     rows = _in_order(rows, baseline.name, higher)
     order = [row.name for row in rows]
     arms.sort(key=lambda arm: order.index(arm.name))
+    reached = []
+    if not options.settings:
+        reached = thresholds(arms, baseline, options.reach, notes, higher=higher)
     return Comparison(
         selection,
         {key: value for key, value in rules.facts.items() if (key, value) != ("labels", None)},
@@ -177,7 +180,7 @@ def compare(findings: Findings, options: Options) -> Comparison:
         differences(arms),
         choose(arms, step, selection, notes),
         tunings(arms, selection.guidance, notes),
-        [] if options.settings else thresholds(arms, baseline, options.reach, higher=higher),
+        reached,
     )
 
 

@@ -69,6 +69,8 @@ class ImageRow:
         scale: If it is part of the sweep.
         scores: Means by score.
         differences: From the baseline, paired, by score.
+        crossed: Of an arm beside the sweep, the difference of the metric from the scale that is
+            best for the other half of the prompts.
         evaluations: An image, mean, in whole networks.
         seconds: An image, mean.
         median_seconds: An image.
@@ -82,6 +84,7 @@ class ImageRow:
     scale: float | None
     scores: dict[str, Estimate]
     differences: dict[str, Estimate]
+    crossed: Estimate | None
     evaluations: float
     seconds: float
     median_seconds: float
@@ -94,6 +97,17 @@ class ImageRow:
     def name(self) -> str:
         """Of the arm."""
         return self.folder.name
+
+    def verdict(self, metric: str) -> str:
+        """Against the baseline: each way by the choice of it that does not favour that way.
+
+        The best scale of the same images is ahead by chance, so that "better" than it stands; the
+        one that was best for other prompts is behind by chance, so that "worse" than it stands.
+        """
+        found = self.differences[metric].verdict
+        if found != "worse" or self.crossed is None or self.crossed.verdict == "worse":
+            return found
+        return "inconclusive: worse than the best scale, which was chosen on these images, alone"
 
 
 @dataclass(frozen=True)
@@ -170,18 +184,13 @@ class Table:
         self, folder: Folder, other: Folder, name: str, prompts: Sequence[str] | None = None
     ) -> Estimate:
         """Mean over prompts, all or some, of a score of one folder less that of another."""
-        return self.against(folder, Baseline(other), name, prompts)
+        ours, theirs = self.score(folder, name), self.score(other, name)
+        return Estimate.of([ours[p] - theirs[p] for p in prompts or ours])
 
-    def against(
-        self, folder: Folder, base: "Baseline", name: str, prompts: Sequence[str] | None = None
-    ) -> Estimate:
-        """The same, less that of the folder that is the baseline for a prompt."""
+    def crossed(self, folder: Folder, chosen: dict[str, Folder], name: str) -> Estimate:
+        """The same, less that of a folder for each prompt."""
         ours = self.score(folder, name)
-        values = []
-        for prompt in prompts or ours:
-            other = folder if folder is base.folder else base.chosen.get(prompt, base.folder)
-            values.append(ours[prompt] - self.score(other, name)[prompt])
-        return Estimate.of(values)
+        return Estimate.of([ours[p] - self.score(each, name)[p] for p, each in chosen.items()])
 
     def best(self, folders: Sequence[Folder], name: str, prompts: Sequence[str]) -> Folder:
         """The one with the highest mean score of these prompts, of several the first."""
@@ -196,8 +205,8 @@ class Baseline:
     """What arms are set against.
 
     Args:
-        folder: That is shown.
-        chosen: Another one for a prompt, if any: the scale that was best for other prompts.
+        folder: It.
+        chosen: Of a sweep, for each prompt the scale that was best for the other half of them.
     """
 
     folder: Folder
@@ -313,8 +322,8 @@ def _find_baseline(
 def _crossed(table: Table, sweep: Sweep, metric: str) -> tuple[dict[str, Folder], str]:
     """For each prompt the scale that is best for the other half of the prompts, and what that is.
 
-    The best of several on the very images that it is compared on is favoured by chance; chosen on
-    others it is not. Halves are drawn by a hash of the prompts.
+    The best of several on the very images that it is compared on is ahead by chance, the one that
+    is best on others is behind by chance. Halves are drawn by a hash of the prompts.
     """
     if len(table.prompts) < 2:
         return {}, "it was chosen on these very images, which favours it"
@@ -326,8 +335,9 @@ def _crossed(table: Table, sweep: Sweep, metric: str) -> tuple[dict[str, Folder]
         chosen |= dict.fromkeys(half, best)
         scales.append(f"{sweep.scales[sweep.folders.index(best)]:g}")
     return chosen, (
-        "differences are from the scale that is best for the other half of the prompts, "
-        f"{' and '.join(scales)}, which no choice favours"
+        "the best on the very images is favoured by that, so that an arm is worse only if it is "
+        "also worse than the scale that is best for the other half of the prompts "
+        f"({' and '.join(scales)})"
     )
 
 
@@ -373,14 +383,17 @@ def _row(
         folder,
         next((scale for each, scale in swept if each is folder), None),
         {name: Estimate.of([*table.score(folder, name).values()]) for name in scores},
-        {name: table.against(folder, base, name) for name in scores},
+        {name: table.difference(folder, base.folder, name) for name in scores},
+        table.crossed(folder, base.chosen, scores[0])
+        if base.chosen and folder not in sweep.folders
+        else None,
         evaluations,
         seconds,
         median,
         (_ratio(evaluations, base_evaluations), _ratio(median, base_median)),
         {each.name: table.difference(folder, each, scores[0]) for each in sweep.folders},
         {
-            category: table.against(folder, base, scores[0], prompts)
+            category: table.difference(folder, base.folder, scores[0], prompts)
             for category, prompts in categories.items()
         },
         {name: float(folder.distances[name]["value"]) for name in distances},

@@ -16,7 +16,9 @@ METHOD = (
     "Images are paired by prompt and seed. A prompt's score is its mean over seeds, a difference "
     "the mean over prompts of the paired differences, ± half its "
     f"{percent(CONFIDENCE)} t interval over prompts. An arm is better or worse where that interval "
-    "excludes 0; each arm is tested by itself, so of twenty arms without an effect one may pass. "
+    "excludes 0, worse than the best of a sweep only if also worse than the scale that is best for "
+    "the other half of the prompts; each arm is tested by itself, so of twenty arms without an "
+    "effect one may pass. "
     "± beside a mean is over prompts, too, and larger, since prompts differ more than arms do. "
     "Evaluations are those of whole networks, a mean; seconds are a median, since the first image "
     "includes what is compiled once. Distances are one number a folder and have no interval."
@@ -76,7 +78,7 @@ def _line(row: ImageRow, comparison: ImageComparison) -> list[str]:
 def verdict(row: ImageRow, comparison: ImageComparison) -> str:
     """Of one arm, or that it is the baseline."""
     is_base = row.name == comparison.baseline
-    return "baseline" if is_base else row.differences[comparison.metric].verdict
+    return "baseline" if is_base else row.verdict(comparison.metric)
 
 
 def title(comparison: ImageComparison) -> str:
@@ -204,6 +206,7 @@ def _arm(row: ImageRow, comparison: ImageComparison) -> dict[str, Any]:
         "guidance": row.folder.guidance,
         "scale": row.scale,
         "verdict": verdict(row, comparison),
+        "crossed": None if row.crossed is None else _as_json(row.crossed),
         "scores": {
             name: {"mean": mean.mean, "interval": mean.interval}
             | {"difference": _as_json(row.differences[name])}

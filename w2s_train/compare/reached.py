@@ -52,7 +52,12 @@ class Threshold:
 
 
 def thresholds(
-    arms: Sequence[Arm], baseline: Arm, wanted: Sequence[float], *, higher: bool
+    arms: Sequence[Arm],
+    baseline: Arm,
+    wanted: Sequence[float],
+    notes: list[str],
+    *,
+    higher: bool,
 ) -> list[Threshold]:
     """For each wanted score, by default the worst that a run of the baseline ended with.
 
@@ -62,6 +67,7 @@ def thresholds(
         arms: In the order of the report, the baseline among them.
         baseline: What the others are compared with.
         wanted: Scores; none for the default.
+        notes: Lines about what else is worth knowing.
         higher: Whether higher scores are better.
     """
     sizes = [one.run.training_samples for arm in arms for one in arm.series]
@@ -72,6 +78,10 @@ def thresholds(
         reached = [_reach(arm, score, higher, known) for arm in arms]
         base = next(each for each in reached if each.arm == baseline.name)
         if all(len(each.at_first) == len(each.needed) for each in reached):
+            if wanted:
+                notes.append(
+                    f"reach={score:g}: the first scores of all runs were that good already"
+                )
             continue
         judged = [each if each is base else _judged(each, base) for each in reached]
         found.append(Threshold(score, "epochs" if known else "images", judged))

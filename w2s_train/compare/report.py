@@ -72,9 +72,21 @@ def cells(row: Row, result: Result | None) -> list[str]:
 
 def guided(comparison: Comparison) -> dict[str, str]:
     """What arms that are compared unguided score with guidance tuned, on seeds of its own."""
-    if comparison.selection.guidance != "none":
-        return {}
-    return tuned.guided(comparison.tuned, comparison.selection.metric, score)
+    return _guided(comparison)[0]
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Those of the comparison, and of what is not shown."""
+    return [*comparison.notes, *_guided(comparison)[1]]
+
+
+def _guided(comparison: Comparison) -> tuple[dict[str, str], list[str]]:
+    chosen = comparison.selection
+    if chosen.guidance != "none":
+        return {}, []
+    wanted = {"step": comparison.step, "weights": chosen.weights}
+    wanted |= {key: comparison.protocol.get(key) for key in ("sampler", "steps", "n")}
+    return tuned.guided(comparison.tuned, chosen.metric, wanted, score)
 
 
 def columns(comparison: Comparison) -> list[str]:
@@ -168,7 +180,7 @@ def markdown(comparison: Comparison) -> str:
             "",
             *markdown_table(tuned.COLUMNS, tuned_rows(comparison)),
         ]
-    for title, entries in (("Left out", comparison.refused), ("Notes", comparison.notes)):
+    for title, entries in (("Left out", comparison.refused), ("Notes", notes(comparison))):
         if entries:
             text += ["", f"## {title}", "", *(f"- {entry}" for entry in entries)]
     return "\n".join(text) + "\n"
@@ -206,7 +218,7 @@ def to_json(comparison: Comparison) -> str:
         "baseline": comparison.baseline,
         "arms": [_arm(row, comparison) for row in comparison.rows],
         "refused": comparison.refused,
-        "notes": comparison.notes,
+        "notes": notes(comparison),
         "differences": comparison.differences,
     }
     if comparison.reached:

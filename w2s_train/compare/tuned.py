@@ -28,6 +28,9 @@ class Tuned:
         fresh: Mean on fresh seeds, guided.
         unguided: On the same seeds.
         verdict: Of the difference.
+        about: What all of that depends on: weights, step, sampler.
+        n: Images of a fresh set.
+        name: Of the tuning.
     """
 
     guidance: str
@@ -37,6 +40,9 @@ class Tuned:
     fresh: float
     unguided: float
     verdict: str
+    about: dict[str, Any]
+    n: int
+    name: str
 
     @classmethod
     def read(cls, path: Path) -> "Tuned":
@@ -49,7 +55,7 @@ class Tuned:
             found = json.loads(path.read_text("utf-8"), parse_constant=str)
             if found["schema"] != SCHEMA:
                 raise UserError(f"{path}: schema={found['schema']}: must be {SCHEMA}")
-            fresh = found["fresh"]
+            fresh, about = found["fresh"], found["about"]
             return cls(
                 str(found["guidance"]),
                 len(found["candidates"]),
@@ -58,6 +64,9 @@ class Tuned:
                 statistics.fmean(fresh["winner"]),
                 statistics.fmean(fresh["unguided"]),
                 str(fresh["verdict"]),
+                dict(about["protocol"]),
+                int(about["num_generated"]),
+                path.parent.name,
             )
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             if isinstance(error, UserError):
@@ -120,27 +129,37 @@ def tunings(arms: Sequence[Arm], guidance: str, notes: list[str]) -> list[Line]:
     return lines
 
 
-def guided(lines: Sequence[Line], metric: str, number: Callable[..., str]) -> dict[str, str]:
-    """By arm the best that tuning has found for each of its runs, on fresh seeds: mean ± std.
+def guided(
+    lines: Sequence[Line], metric: str, wanted: dict[str, Any], number: Callable[..., str]
+) -> tuple[dict[str, str], list[str]]:
+    """By arm the best that tuning has found for each of its runs, on fresh seeds; and notes.
 
     Args:
         lines: Of the comparison.
-        metric: That it is about; tunings by another are left out.
+        metric: That it is about.
+        wanted: What a tuning must agree with: step, weights, sampler, steps, n.
         number: Writes a score with the decimals of another.
     """
     best: dict[str, dict[str, float]] = {}
+    runs: dict[str, set[str]] = {}
+    notes = list[str]()
     for line in lines:
-        if line.tuned and line.tuned.metric == metric:
-            of_arm = best.setdefault(line.arm, {})
-            score = line.tuned.fresh
-            of_arm[line.run] = min(of_arm.get(line.run, score), score)
+        runs.setdefault(line.arm, set()).add(line.run)
+        if line.tuned is None or line.tuned.metric != metric:
+            continue
+        has = line.tuned.about | {"n": line.tuned.n}
+        if other := [f"{key} {has.get(key)}" for key in wanted if has.get(key) != wanted[key]]:
+            notes.append(f"{line.run}: tuning {line.tuned.name} is of {', '.join(other)}, left out")
+            continue
+        of_arm, score = best.setdefault(line.arm, {}), line.tuned.fresh
+        of_arm[line.run] = min(of_arm.get(line.run, score), score)
     found = {}
-    for arm, runs in best.items():
-        values = list(runs.values())
-        mean = statistics.fmean(values)
-        spread = f" ± {number(statistics.stdev(values), mean)}" if len(values) > 1 else ""
-        found[arm] = f"{number(mean)}{spread}"
-    return found
+    for arm, values in best.items():
+        mean = statistics.fmean(values.values())
+        spread = number(statistics.stdev(values.values()), mean) if len(values) > 1 else ""
+        part = f", {len(values)} of {len(runs[arm])} runs" if len(values) < len(runs[arm]) else ""
+        found[arm] = number(mean) + (f" ± {spread}" if spread else "") + part
+    return found, notes
 
 
 def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2s_train.errors import UserError
-from w2s_train.features.base import FeatureExtractor
 from w2s_train.features.of_timm import TimmFeatures
 
 SIZE = 224  # pixels that the network sees, on a side
@@ -76,6 +75,3 @@ class DINOv2Features(TimmFeatures):
 
     def describe(self) -> str:
         return f"timm {self.model} sha256:{self.digest}, class token, resize bicubic {SIZE}"
-
-    def probabilities(self, features: Tensor) -> Tensor:
-        return FeatureExtractor.probabilities(self, features)  # refuses: it has no classes

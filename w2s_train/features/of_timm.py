@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2s_train.errors import UserError, require
+from w2s_train.errors import UserError, one_line, require
 from w2s_train.features.base import FeatureExtractor
 
 
@@ -25,7 +25,7 @@ def resize_bicubic(images: Tensor, size: int) -> Tensor:
 
 
 class TimmFeatures(FeatureExtractor):
-    """What a network of timm has before its last layer; a classifier has probabilities as well.
+    """What a network of timm has before its last layer; a linear one gives probabilities as well.
 
     Images are resized to one size, grey ones spread over three channels, and normalized as the
     network was trained. A network that was trained on other images than those it judges, such as
@@ -62,7 +62,10 @@ class TimmFeatures(FeatureExtractor):
         known: Any = timm.get_pretrained_cfg(model)
         self.model = model
         self.size = known.input_size[-1] if size is None else require("size", size, "[1, inf)")
-        self.numbers = tuple(known.mean if mean is None else mean), tuple(std or known.std)
+        self.numbers = (
+            tuple(known.mean if mean is None else mean),
+            tuple(known.std if std is None else std),
+        )
         if {len(each) for each in self.numbers} != {3} or min(self.numbers[1]) <= 0:
             raise UserError(f"mean={mean}, std={std}: must be three numbers each, of std above 0")
         plain = model.partition(".")[0]
@@ -81,10 +84,30 @@ class TimmFeatures(FeatureExtractor):
         for key in sorted(state):
             sha.update(key.encode() + state[key].numpy().tobytes())
         self.digest = sha.hexdigest()[:12]
-        self.network: Any = self._sized(published).eval().requires_grad_(False)
         # On the device: torchvision's `normalize` would make the host wait for it.
         self.mean, self.std = (nn.Buffer(torch.tensor(v).view(3, 1, 1)) for v in self.numbers)
-        self.num_features = published.head_hidden_size
+        self.network: Any = published
+        self.num_features = self._tried()
+        last = self.network.get_classifier()
+        fits = isinstance(last, nn.Linear) and last.in_features == self.num_features
+        self.has_probabilities = type(self).has_probabilities and fits
+
+    def _tried(self) -> int:
+        """The number of features of an image, once the network takes images of this size.
+
+        Raises:
+            UserError: The network takes no images of this size, or does not pool.
+        """
+        rule = f"model={self.model}, size={self.size}: must be a network of timm that takes such"
+        try:
+            self.network = self._sized(self.network).eval().requires_grad_(False)
+            with torch.no_grad():
+                features = self.features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{rule} images ({one_line(error)[:200]})") from error
+        if features.ndim != 2:
+            raise UserError(f"{rule} images and pools them, gives {tuple(features.shape)}")
+        return features.shape[1]
 
     def _published(self) -> nn.Module:
         """The network as its weights are.
@@ -95,7 +118,7 @@ class TimmFeatures(FeatureExtractor):
         import timm
 
         path = "" if self.weights is None else str(self.weights)
-        options: dict[str, Any] = {} if self.has_probabilities else {"num_classes": 0}
+        options: dict[str, Any] = {} if type(self).has_probabilities else {"num_classes": 0}
         try:
             return timm.create_model(
                 self.model, pretrained=self.weights is None, checkpoint_path=path, **options
@@ -106,7 +129,10 @@ class TimmFeatures(FeatureExtractor):
                 f"fetched ({error})"
             ) from error
         except (RuntimeError, SafetensorError) as error:
-            raise UserError(f"weights={path}: must be weights of {self.model}") from error
+            given = path or "null"
+            raise UserError(
+                f"weights={given}: must be weights of {self.model} ({one_line(error)[:200]})"
+            ) from error
 
     def _sized(self, published: Any) -> nn.Module:
         """The same for images of `size`: position embeddings are resampled as timm does it."""
@@ -142,6 +168,8 @@ class TimmFeatures(FeatureExtractor):
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Softmax of the last layer, (B, F) to (B, num_classes)."""
+        if not self.has_probabilities:
+            return super().probabilities(features)  # refuses
         return self.network.get_classifier()(features).softmax(1)
 
     def _pixels(self, images: Tensor) -> Tensor:

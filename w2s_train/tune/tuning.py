@@ -25,7 +25,7 @@ from w2s_train.tune.space import EMA_STD, Space, Values
 TUNING, FRESH = 10**9, 2 * 10**9  # the first seeds; a run's own scores begin at 0
 IMAGES = 40_000
 PARTS = 40  # a set has at least that part of the budget, up to what the run scores
-TIMES = ("wall_clock_seconds", "training_seconds")
+TIMES = ("wall_clock_seconds", "training_seconds", "training_samples")  # of the fit, not of scores
 
 
 @dataclass(frozen=True)
