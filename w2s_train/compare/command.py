@@ -147,10 +147,7 @@ def show(comparison: Comparison | ImageComparison, folder: Path) -> None:
     else:
         tables = report.terminal(comparison)
     console.print(*tables, sep="\n")
-    notes = comparison.notes
-    if isinstance(comparison, Comparison):
-        notes = report.notes(comparison)
-    for title, lines in (("left out", comparison.refused), ("note", notes)):
+    for title, lines in (("left out", comparison.refused), ("note", comparison.notes)):
         for line in lines:
             print(f"{title}: {line}")
     print(f"written: {folder / 'comparison.html'}, comparison.md and comparison.json")

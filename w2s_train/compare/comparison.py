@@ -11,6 +11,7 @@ from w2s_train.compare.protocol import (
     EACH,
     Arm,
     Range,
+    Rules,
     Scores,
     Selection,
     Series,
@@ -23,7 +24,7 @@ from w2s_train.compare.protocol import (
 )
 from w2s_train.compare.reached import Threshold, thresholds
 from w2s_train.compare.runs import Findings, Run
-from w2s_train.compare.tuned import Line, tunings
+from w2s_train.compare.tuned import Guided, Line, guided, tunings
 from w2s_train.errors import UserError
 from w2s_train.scores import higher_is_better
 
@@ -104,6 +105,7 @@ class Comparison:
         grids: A sample grid per arm that has one at that step.
         tuned: How guidance at sampling was tuned, if any was.
         reached: When each arm was as good as some scores.
+        guided: By arm, where unguided scores are compared, what it scores with guidance tuned.
     """
 
     selection: Selection
@@ -119,6 +121,7 @@ class Comparison:
     grids: list[Grid]
     tuned: list[Line]
     reached: list[Threshold]
+    guided: dict[str, Guided]
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,12 @@ def compare(findings: Findings, options: Options) -> Comparison:
     rows = _in_order(rows, baseline.name, higher)
     order = [row.name for row in rows]
     arms.sort(key=lambda arm: order.index(arm.name))
-    reached = []
-    if not options.settings:
-        reached = thresholds(arms, baseline, options.reach, notes, higher=higher)
+    grids = choose(arms, step, selection, notes)
+    lines = tunings(arms, selection.guidance, notes)
+    more = (
+        _reached(arms, baseline, options, notes, higher),
+        _guided(lines, selection, step, rules, notes),
+    )
     return Comparison(
         selection,
         {key: value for key, value in rules.facts.items() if (key, value) != ("labels", None)},
@@ -178,10 +184,29 @@ def compare(findings: Findings, options: Options) -> Comparison:
         refused,
         notes,
         differences(arms),
-        choose(arms, step, selection, notes),
-        tunings(arms, selection.guidance, notes),
-        reached,
+        grids,
+        lines,
+        *more,
     )
+
+
+def _reached(
+    arms: list[Arm], baseline: Arm, options: Options, notes: list[str], higher: bool
+) -> list[Threshold]:
+    """Of training; where the guidances of a run are arms, there is nothing to reach."""
+    if options.settings:
+        return []
+    return thresholds(arms, baseline, options.reach, notes, higher=higher)
+
+
+def _guided(
+    lines: list[Line], selection: Selection, step: int, rules: Rules, notes: list[str]
+) -> dict[str, Guided]:
+    if selection.guidance != "none":
+        return {}
+    wanted = {"step": step, "weights": selection.weights}
+    wanted |= {key: rules.facts.get(key) for key in ("sampler", "steps", "n")}
+    return guided(lines, selection.metric, wanted, notes)
 
 
 def _common_step(arms: Sequence[Arm]) -> tuple[int, list[Range]]:

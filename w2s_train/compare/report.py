@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from typing import Any
 
 from rich.table import Table
@@ -71,27 +72,14 @@ def cells(row: Row, result: Result | None) -> list[str]:
 
 
 def guided(comparison: Comparison) -> dict[str, str]:
-    """What arms that are compared unguided score with guidance tuned, on seeds of its own."""
-    return _guided(comparison)[0]
-
-
-def notes(comparison: Comparison) -> list[str]:
-    """Those of the comparison, and of what is not shown."""
-    return [*comparison.notes, *_guided(comparison)[1]]
-
-
-def _guided(comparison: Comparison) -> tuple[dict[str, str], list[str]]:
-    chosen = comparison.selection
-    if chosen.guidance != "none":
-        return {}, []
-    wanted = {"step": comparison.step, "weights": chosen.weights}
-    wanted |= {key: comparison.protocol.get(key) for key in ("sampler", "steps", "n")}
-    return tuned.guided(comparison.tuned, chosen.metric, wanted, score)
-
-
-def columns(comparison: Comparison) -> list[str]:
-    """Of the table at equal steps; at equal time the last one is missing."""
-    return [*COLUMNS, GUIDED] if guided(comparison) else COLUMNS
+    """What arms score guided, by their names."""
+    texts = {}
+    for arm, found in comparison.guided.items():
+        mean, count = statistics.fmean(found.scores), len(found.scores)
+        spread = f" ± {score(statistics.stdev(found.scores), mean)}" if count > 1 else ""
+        part = f", {count} of {found.runs} runs" if count < found.runs else ""
+        texts[arm] = f"{score(mean)}{spread}{part}"
+    return texts
 
 
 def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -102,7 +90,7 @@ def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]
         for line in at_step:
             line.append(with_guidance.get(line[0], "–"))
     at_time = [_line(row, row.at_seconds) for row in comparison.rows]
-    heads = [columns(comparison), COLUMNS]
+    heads = [[*COLUMNS, GUIDED] if with_guidance else COLUMNS, COLUMNS]
     return list(zip(titles, heads, [at_step, at_time], strict=False))
 
 
@@ -143,21 +131,23 @@ def files(comparison: Comparison) -> dict[str, str]:
 
 def terminal(comparison: Comparison) -> list[Table]:
     """Tables; verdicts are coloured."""
-    made = []
-    for title, heads, lines in tables(comparison):
-        table = Table(title=Text(f"{comparison.selection}, {title}"), title_justify="left")
-        for i, heading in enumerate(heads):
-            table.add_column(heading, justify="left" if i < 2 else "right", overflow="fold")
-        for line in lines:
-            table.add_row(*(Text(text, style=STYLES.get(text, "")) for text in line))
-        made.append(table)
-    for threshold in comparison.reached:
-        shown = Text(reach_title(threshold, comparison))
-        table = Table(*reach_columns(threshold), title=shown, title_justify="left")
-        for line in reached.lines(threshold):
-            table.add_row(*(Text(text, style=STYLES.get(text, "")) for text in line))
-        made.append(table)
-    return made
+    made = [
+        (f"{comparison.selection}, {title}", heads, lines)
+        for title, heads, lines in tables(comparison)
+    ]
+    for each in comparison.reached:
+        title = reach_title(each, comparison)
+        made.append((title, reach_columns(each), reached.lines(each)))
+    return [_printed(*each) for each in made]
+
+
+def _printed(title: str, heads: list[str], lines: list[list[str]]) -> Table:
+    table = Table(title=Text(title), title_justify="left")
+    for i, heading in enumerate(heads):
+        table.add_column(heading, justify="left" if i < 2 else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*(Text(text, style=STYLES.get(text, "")) for text in line))
+    return table
 
 
 def markdown(comparison: Comparison) -> str:
@@ -180,7 +170,7 @@ def markdown(comparison: Comparison) -> str:
             "",
             *markdown_table(tuned.COLUMNS, tuned_rows(comparison)),
         ]
-    for title, entries in (("Left out", comparison.refused), ("Notes", notes(comparison))):
+    for title, entries in (("Left out", comparison.refused), ("Notes", comparison.notes)):
         if entries:
             text += ["", f"## {title}", "", *(f"- {entry}" for entry in entries)]
     return "\n".join(text) + "\n"
@@ -218,7 +208,7 @@ def to_json(comparison: Comparison) -> str:
         "baseline": comparison.baseline,
         "arms": [_arm(row, comparison) for row in comparison.rows],
         "refused": comparison.refused,
-        "notes": notes(comparison),
+        "notes": comparison.notes,
         "differences": comparison.differences,
     }
     if comparison.reached:

@@ -129,20 +129,27 @@ def tunings(arms: Sequence[Arm], guidance: str, notes: list[str]) -> list[Line]:
     return lines
 
 
+@dataclass(frozen=True)
+class Guided:
+    """The best that tuning has found for some runs of an arm, on fresh seeds; ``runs`` are all."""
+
+    scores: list[float]
+    runs: int
+
+
 def guided(
-    lines: Sequence[Line], metric: str, wanted: dict[str, Any], number: Callable[..., str]
-) -> tuple[dict[str, str], list[str]]:
-    """By arm the best that tuning has found for each of its runs, on fresh seeds; and notes.
+    lines: Sequence[Line], metric: str, wanted: dict[str, Any], notes: list[str]
+) -> dict[str, Guided]:
+    """What arms score guided, by their names.
 
     Args:
         lines: Of the comparison.
         metric: That it is about.
         wanted: What a tuning must agree with: step, weights, sampler, steps, n.
-        number: Writes a score with the decimals of another.
+        notes: Lines about what else is worth knowing.
     """
     best: dict[str, dict[str, float]] = {}
     runs: dict[str, set[str]] = {}
-    notes = list[str]()
     for line in lines:
         runs.setdefault(line.arm, set()).add(line.run)
         if line.tuned is None or line.tuned.metric != metric:
@@ -153,13 +160,7 @@ def guided(
             continue
         of_arm, score = best.setdefault(line.arm, {}), line.tuned.fresh
         of_arm[line.run] = min(of_arm.get(line.run, score), score)
-    found = {}
-    for arm, values in best.items():
-        mean = statistics.fmean(values.values())
-        spread = number(statistics.stdev(values.values()), mean) if len(values) > 1 else ""
-        part = f", {len(values)} of {len(runs[arm])} runs" if len(values) < len(runs[arm]) else ""
-        found[arm] = number(mean) + (f" ± {spread}" if spread else "") + part
-    return found, notes
+    return {arm: Guided([*found.values()], len(runs[arm])) for arm, found in best.items()}
 
 
 def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
