@@ -106,6 +106,33 @@ def test_the_weak_pass_is_a_network_without_the_blocks(make: Callable, fqn: str)
             assert others == (4 if make is z_image else 0) and len(own) == 6
 
 
+@pytest.mark.parametrize("words", [5, 16], ids=["text", "text as long as the image"])
+@pytest.mark.parametrize(("make", "fqn"), [(ltx, "transformer_blocks"), (wan, "blocks")])
+def test_attention_to_the_text_is_left_alone(make: Callable, fqn: str, words: int):
+    """Perturbed blocks have values for scores in the attention of the image to itself alone."""
+    torch.manual_seed(0)
+    network, inputs = make()
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    inputs |= dict(encoder_hidden_states=noise(2, words, 16))
+    inputs |= dict(encoder_attention_mask=torch.ones(2, words)) if make is ltx else {}
+    network.eval()
+    guider = SegmentedGuidance(skip_layers=[2, 4], fqn=fqn, perturb=True)
+    strong, weak = passes(guider, network, inputs)
+    for i in (2, 4):
+        attention = getattr(network, fqn)[i].attn1
+
+        def values(hidden_states=None, *_: object, attention=attention, **__: object):
+            out = attention.to_v(hidden_states)
+            for layer in attention.to_out:
+                out = layer(out)
+            return out
+
+        attention.forward = values
+    expected = network(**inputs, return_dict=False)[0]
+    assert torch.allclose(weak, expected, atol=1e-5) and not torch.allclose(weak, strong, atol=1e-3)
+
+
 def test_blocks_that_diffusers_does_not_know():
     options = dict(num_layers=2, num_single_layers=2, attention_head_dim=16, in_channels=4)
     options |= dict(num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=8)

@@ -341,6 +341,34 @@ def test_a_start_without_an_image_claims_nothing(tmp_path: Path):
         kept.judge("brightness", "c")
 
 
+def test_a_record_of_many_images_is_written_now_and_then(tmp_path: Path, monkeypatch):
+    """By time, and at the end of what holds it, by an exception, too; other processes' stay."""
+    now = 0.0
+    monkeypatch.setattr("w2s_train.text2image.record.time.monotonic", lambda: now)
+    mine, other = ImageRecord(tmp_path / "images"), ImageRecord(tmp_path / "images")
+    mine.begin({"steps": 1})
+    mine._due = 5.0
+
+    def there() -> list[int]:
+        return [image["seed"] for image in record(tmp_path / "images")["images"]]
+
+    with pytest.raises(KeyboardInterrupt), mine.held():
+        for seed in range(3):
+            mine.add(Item(CAT, None, seed), evaluations=1.0, seconds=1.0)
+        assert there() == []
+        other.add(Item(CAT, None, 9), evaluations=1.0, seconds=1.0)
+        assert there() == [9]
+        now = 5.0
+        mine.score(Item(CAT, None, 1), "brightness", 2.0)
+        assert there() == [9, 0, 1, 2]
+        mine._due = 6.0
+        mine.add(Item(CAT, None, 3), evaluations=1.0, seconds=1.0)
+        raise KeyboardInterrupt
+    assert there() == [9, 0, 1, 2, 3]
+    scored = [image["scores"] for image in record(tmp_path / "images")["images"]]
+    assert scored == [{}, {}, {"brightness": 2.0}, {}, {}]
+
+
 def test_the_record_and_the_sheet(imagine, tmp_path: Path, monkeypatch, capfd):
     """Prompts are rows, seeds columns; each image is what it shows of that place."""
     monkeypatch.setattr("w2s_train.text2image.imagine.LINES", -1.0)

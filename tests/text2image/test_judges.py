@@ -381,9 +381,13 @@ def test_bad_arguments(
 ):
     with pytest.raises(UserError, match="prompts=1: must be as many as the images, which are 3"):
         judges["CLIPScore"].score(IMAGES, PROMPTS[:1])
-    with pytest.raises(UserError, match="device=gpu: must be a device of torch, such as cuda"):
+    with pytest.raises(UserError, match="device=gpu: must be a device of torch that is there"):
         CLIPScore(clip, device="gpu")
+    with pytest.raises(UserError, match="device=cuda:99: must be a device of torch that is there"):
+        HPSv21(hps, device="cuda:99")
     assert refused(HPSv21, hps, "ViT-H").endswith("a model of open_clip, such as ViT-H-14")
+    for model in ("coca_ViT-B-32", "convnext_base", "roberta-ViT-B-32", "EVA02-B-16"):
+        assert refused(HPSv21, hps, model).endswith("a plain CLIP of open_clip, such as ViT-H-14")
     for module, judge in {"transformers": (CLIPScore, clip), "open_clip": (HPSv21, hps)}.items():
         monkeypatch.setitem(sys.modules, module, None)
         assert "which cannot be imported" in refused(*judge)

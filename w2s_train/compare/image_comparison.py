@@ -19,6 +19,9 @@ HOW = (
     "a sweep is, for S of 3.0 4.5 6.0 7.5: lightning imagine -c configs/text2image/MODEL.yaml ... "
     "--guidance.init_args.guidance_scale S --output images/cfg_S"
 )
+HOW_SCORED = (
+    "the command of each folder again, with --scores, scores what is there (docs/imagine.md)"
+)
 SAMPLES = 4  # prompts on the page
 
 
@@ -270,11 +273,8 @@ def _note_left_out(table: Table, notes: list[str]) -> None:
 def _with_first(scores: list[str], metric: str | None, refused: list[str]) -> list[str]:
     """The scores, the one that decides first."""
     if not scores:
-        raise UserError(
-            "\n".join(
-                [*refused, "metric=null: must be a score that all folders have; there is none"]
-            )
-        )
+        last = "metric=null: must be a score that all folders have; there is none: " + HOW_SCORED
+        raise UserError("\n".join([*refused, last]))
     if metric is None:
         metric = next((name for name in PREFERRED if name in scores), scores[0])
     if metric not in scores:

@@ -137,7 +137,7 @@ class Stack:
             block.forward = block.block.forward
             forwards[self.first] = block.run_on_kept if self.perturb else block.resume
         pairs = [(self.blocks[i].block, forward) for i, forward in forwards.items()]
-        pairs += [(m, functools.partial(_attend_to_itself, m.forward)) for m in self.attentions]
+        pairs += [(m, functools.partial(_attend_to_itself, m, m.forward)) for m in self.attentions]
         try:
             with replaced(pairs):
                 return former(*args, **kwargs)
@@ -169,8 +169,14 @@ class Perturbation(AttentionScoreSkipFunctionMode):
         return output
 
 
-def _attend_to_itself(former: Forward, *args: Any, **kwargs: Any) -> Any:
-    """An attention whose every token sees its own value alone."""
+def _attend_to_itself(attention: nn.Module, former: Forward, *args: Any, **kwargs: Any) -> Any:
+    """An attention whose every token sees its own value alone; one that looks elsewhere as it is.
+
+    Joint attention gets the text's tokens, too, and has projections for them.
+    """
+    elsewhere = kwargs.get("encoder_hidden_states", (*args, None, None)[1])
+    if elsewhere is not None and getattr(attention, "added_kv_proj_dim", None) is None:
+        return former(*args, **kwargs)
     with Perturbation() as mode:
         output = former(*args, **kwargs)
     if not mode.found:

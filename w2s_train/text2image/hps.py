@@ -1,6 +1,7 @@
 """The human preference score, version 2.1."""
 
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class HPSv21(Judge):
         config = open_clip.get_model_config(model)
         if config is None:
             raise UserError(f"model={model}: must be a model of open_clip, such as ViT-H-14")
+        if not _is_plain(config, open_clip.CLIP):
+            raise UserError(f"model={model}: must be a plain CLIP of open_clip, such as ViT-H-14")
         self.config: dict[str, Any] = config
         self.size: int = config["vision_cfg"]["image_size"]
         self.tokens = open_clip.get_tokenizer(model)
@@ -80,3 +83,9 @@ class HPSv21(Judge):
         seen = self.network.encode_image(pixels, normalize=True)
         said = self.network.encode_text(tokens, normalize=True)
         return 100 * torch.sum(seen * said)
+
+
+def _is_plain(config: dict[str, Any], cls: type) -> bool:
+    """Two towers of open_clip's own."""
+    others = config["vision_cfg"].get("timm_model_name"), config["text_cfg"].get("hf_model_name")
+    return {*config} <= {*inspect.signature(cls).parameters} and not any(others)

@@ -20,6 +20,7 @@ from w2s_train.scores import git_commit
 from w2s_train.signals import PREEMPTION, REQUESTS
 from w2s_train.text2image.base import Guider
 from w2s_train.text2image.described import described, settings_of
+from w2s_train.text2image.device import computing_device
 from w2s_train.text2image.distance import Distance
 from w2s_train.text2image.folder import ModelFolder
 from w2s_train.text2image.judge import Judge
@@ -93,7 +94,7 @@ class Imagine:
             negative_prompt,
         )
         self.guidance, self.dtype, self.offload = guidance, dtype, offload
-        self.device = None if device is None else _device(device)
+        self.device = None if device is None else computing_device(device)
         if offload is not None and offload != "group" and self._on(0).type == "cpu":
             raise UserError(f"offload={offload}: must be null where the device is the CPU")
         self.scores = scores or []
@@ -178,7 +179,8 @@ class Imagine:
         painter = Painter(self.model, self.guidance, self.dtype, device, self.offload)
         done = total - len(missing)
         printed = began = time.monotonic()
-        with tqdm(total=total, initial=done, unit="image", disable=None if shown else True) as bar:
+        bar = tqdm(total=total, initial=done, unit="image", disable=None if shown else True)
+        with bar, self.record.held():
             for number, item in enumerate(missing, 1):
                 self._stop_if_asked(f"{done + number - 1} of {total} images are there")
                 made = painter.paint(item.prompt, item.seed, self.settings)
@@ -198,13 +200,14 @@ class Imagine:
         """What is missing of its scores."""
         self.record.judge(judge.name, judge.fingerprint)
         there = self.record.entries()
-        for item in items:
-            if judge.name in there[item.prompt, item.seed]["scores"]:
-                continue
-            self._stop_if_asked(f"images are there, scores of {judge.name} are missing")
-            image = read_image(self.record.folder / item.file)
-            (value,) = judge.score([image], [item.prompt]).tolist()
-            self.record.score(item, judge.name, value)
+        keys = ((item, there[item.prompt, item.seed]) for item in items)
+        missing = [item for item, entry in keys if judge.name not in entry["scores"]]
+        with self.record.held():
+            for item in missing:
+                self._stop_if_asked(f"images are there, scores of {judge.name} are missing")
+                image = read_image(self.record.folder / item.file)
+                (value,) = judge.score([image], [item.prompt]).tolist()
+                self.record.score(item, judge.name, value)
 
     def _measure(self, distance: Distance, items: Sequence[Item], device: torch.device) -> None:
         """What all images are together, unless the record has it; by whoever finishes last."""
@@ -235,12 +238,3 @@ class Imagine:
     @staticmethod
     def _item(prompt: Prompt, seed: int) -> Item:
         return Item(prompt.text, prompt.category, seed)
-
-
-def _device(name: str) -> torch.device:
-    if name.startswith("meta"):
-        raise UserError(f"device={name}: must be a device that computes")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name}: must be a device of torch that is there") from error

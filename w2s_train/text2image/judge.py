@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from w2s_train.errors import UserError, one_line
 from w2s_train.features.base import digest
+from w2s_train.text2image.device import computing_device
 
 
 class Judge(abc.ABC):
@@ -24,16 +25,15 @@ class Judge(abc.ABC):
     Args:
         weights: The file that the score comes from.
         device: Where the networks compute, as torch names it.
+
+    Raises:
+        UserError: There is no such device.
     """
 
     name: str = ""  # of the score, in tables and files
 
     def __init__(self, weights: Path, device: str) -> None:
-        self.weights = weights
-        try:
-            self.device = torch.device(device)
-        except RuntimeError as error:
-            raise UserError(f"device={device}: must be a device of torch, such as cuda") from error
+        self.weights, self.device = weights, computing_device(device)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -1,8 +1,10 @@
 """``imagine.json``: how the images of a folder came about, and what is known of each."""
 
+import contextlib
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +15,11 @@ from w2s_train.files import atomic_write, locked
 SCHEMA = 1
 NAME = "imagine.json"
 FREE = ("git_commit", "model.name")  # of the protocol, may change while a folder is filled
+SHARE = 20.0  # time between two writings over that of one
 SHORT = 100  # characters of a value in an error
+
+
+Change = Callable[[dict[str, Any]], None]
 
 
 class Item(NamedTuple):
@@ -46,6 +52,9 @@ class ImageRecord:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / NAME
+        self._changes: list[Change] = []
+        self._due = 0.0  # on the clock
+        self._held = False
 
     def begin(self, protocol: dict[str, Any]) -> None:
         """Take the folder for images of one protocol, whether there are some or not.
@@ -105,7 +114,7 @@ class ImageRecord:
             content["images"] = [e for e in content["images"] if (e["prompt"], e["seed"]) != key]
             content["images"].append(item._asdict() | {"file": item.file} | about | {"scores": {}})
 
-        self._update(change)
+        self._soon(change)
 
     def judge(self, name: str, fingerprint: str) -> None:
         """Scores of a judge are going to be added.
@@ -144,7 +153,7 @@ class ImageRecord:
                 if (entry["prompt"], entry["seed"]) == (item.prompt, item.seed):
                     entry["scores"][name] = value
 
-        self._update(change)
+        self._soon(change)
 
     def has_distance(self, about: dict[str, Any]) -> bool:
         """Whether the record has distances of these images, from this extractor and reference.
@@ -169,13 +178,37 @@ class ImageRecord:
 
         self._update(change)
 
-    def _update(self, change: Callable[[dict[str, Any]], None]) -> None:
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Images and scores may be written later, at the latest at the end of the context.
+
+        The whole file is written each time: of many images that is done rarely enough to take a
+        small share of the time. What a killed process had not written is made again.
+        """
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            if self._changes:
+                self._update()
+
+    def _soon(self, change: Change) -> None:
+        self._changes.append(change)
+        if not self._held or time.monotonic() >= self._due:
+            self._update()
+
+    def _update(self, *changes: Change) -> None:
+        began = time.monotonic()
         with locked(self.folder / ".imagine.lock"):
             content = self._read()
-            change(content)
+            for change in (*self._changes, *changes):
+                change(content)
             text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
             with atomic_write(self.path) as file:
                 file.write(text.encode() + b"\n")
+        self._changes.clear()
+        self._due = time.monotonic() + SHARE * (time.monotonic() - began)
 
     def _read(self) -> dict[str, Any]:
         if not self.path.is_file():
