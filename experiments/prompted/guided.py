@@ -12,16 +12,17 @@ guided/ARM-SEED.json of the study, and in guided.md.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import yaml
@@ -37,6 +38,7 @@ from w2s_train.scores import git_commit
 from w2s_train.tune.tuning import FRESH
 
 ROOT = Path(__file__).resolve().parents[2]
+BASE = "`none`, unguided"
 ALLOWED = "experiments.prompted"
 SETS = 3  # of fresh seeds
 BLOCKS = "[0],[1],[2],[1,2]"
@@ -56,6 +58,15 @@ GUIDANCES = {  # overlay, and what is searched
         ],
     ),
 }
+
+
+class Row(NamedTuple):
+    """Of one run; time over that of its unguided sampling."""
+
+    distance: float
+    agreement: float
+    evaluations: float
+    time: float
 
 
 def built(node: Any) -> Any:
@@ -111,7 +122,7 @@ class Measure:
         callbacks = config["trainer"]["callbacks"]
         (fid,) = [each["init_args"] for each in callbacks if each["class_path"].endswith(".FID")]
         self.images = int(config["data"]["num_generated"])
-        self.features = ClassifierFeatures(fid["features"]["init_args"]["weights"])
+        self.features: ClassifierFeatures = built(fid["features"])
         self.features.load()
         self.reference = Reference.load(ROOT / fid["reference"])
 
@@ -165,43 +176,64 @@ def record(run: Path, target: Path, images: int) -> None:
     target.write_text(json.dumps(about, indent=1) + "\n")
 
 
-def table(folder: Path) -> str:
-    """Arms and guidances; means and 95 % t intervals over training seeds."""
-    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    seeds, commits = set[str](), set[str]()
+def found_of(folder: Path) -> tuple[dict[str, dict[str, Row]], list[str]]:
+    """What was measured, by arm and guidance and by training seed; the commits."""
+    rows: dict[str, dict[str, Row]] = defaultdict(dict)
+    commits = set[str]()
     for path in sorted((folder / "guided").glob("*.json")):
         arm, _, seed = path.stem.rpartition("-")
         about = json.loads(path.read_text())
-        seeds.add(seed)
         commits.add((about["git_commit"] or "unknown")[:7])
         for name, entry in about["entries"].items():
-            row = values[f"`{arm}`, {name}"]
-            for key in ("distance", "agreement"):
-                row[key].append(statistics.fmean(entry[key]))
-            row["evaluations"].append(entry["evaluations"])
-            row["seconds"].append(entry["seconds"] / about["entries"]["unguided"]["seconds"])
-    lines = ["| training, sampling | distance | prompt followed | evaluations an image | time |"]
-    lines.append("|---" * 5 + "|")
-    for name, row in values.items():
-        cells = [_interval(row["distance"], 2), _interval(row["agreement"], 3)]
-        cells += [f"{statistics.fmean(row['evaluations']):.1f}"]
-        cells += [f"{statistics.fmean(row['seconds']):.2f}"]
+            rows[f"`{arm}`, {name}"][seed] = Row(
+                statistics.fmean(entry["distance"]),
+                statistics.fmean(entry["agreement"]),
+                entry["evaluations"],
+                entry["seconds"] / about["entries"]["unguided"]["seconds"],
+            )
+    order = sorted(rows, key=lambda name: (name != BASE, not name.startswith("`none`")))
+    return {name: rows[name] for name in order}, sorted(commits)
+
+
+def table(folder: Path) -> str:
+    """Arms and guidances; means and 95 % t intervals over training seeds."""
+    rows, commits = found_of(folder)
+    base = rows.get(BASE, {})
+    lines = [
+        "| training, sampling | distance | over that of the first row | prompt followed "
+        "| evaluations an image | time |"
+    ]
+    lines.append("|---" * 6 + "|")
+    for name, by_seed in rows.items():
+        both = [seed for seed in by_seed if seed in base]
+        logs = [math.log(by_seed[seed].distance / base[seed].distance) for seed in both]
+        cells = [
+            _interval([row.distance for row in by_seed.values()], 2),
+            "1" if name == BASE else _interval(logs, 2, math.exp) if logs else "–",
+            _interval([row.agreement for row in by_seed.values()], 3),
+            f"{statistics.fmean(row.evaluations for row in by_seed.values()):.1f}",
+            f"{statistics.fmean(row.time for row in by_seed.values()):.2f}",
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     text = (
         f"Fréchet distance, lower is better, and share of images in which the classifier finds the "
         f"digit of the prompt, of {SETS} sets of fresh seeds; mean and 95 % t interval over "
-        f"training seeds {', '.join(sorted(seeds))}. Evaluations in whole networks; processor time "
-        f"over that of unguided sampling of the same run. Commit {', '.join(sorted(commits))}."
+        f"training seeds {', '.join(sorted(base))}; ratios by training seed, their geometric mean. "
+        f"Evaluations in whole networks; processor time over that of unguided sampling of the same "
+        f"run. Commit {', '.join(commits)}."
     )
     return "\n".join([*lines, "", text]) + "\n"
 
 
-def _interval(values: list[float], decimals: int) -> str:
+def _interval(
+    values: list[float], decimals: int, of: Callable[[float], float] = lambda value: value
+) -> str:
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return f"{mean:.{decimals}f}"
+        return f"{of(mean):.{decimals}f}"
     width = half_width(statistics.stdev(values), len(values))
-    return f"{mean:.{decimals}f} ({mean - width:.{decimals}f} to {mean + width:.{decimals}f})"
+    low, high = of(mean - width), of(mean + width)
+    return f"{of(mean):.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ class Tuned:
         guidance: The winner, as scores name it.
         candidates: How many were tried.
         images: Generated for that.
-        metric: Of the next two.
+        metric: Of the next three.
+        tuning: Mean on tuning seeds, of the winner.
         fresh: Mean on fresh seeds, guided.
         unguided: On the same seeds.
         verdict: Of the difference.
@@ -37,6 +38,7 @@ class Tuned:
     candidates: int
     images: int
     metric: str
+    tuning: float
     fresh: float
     unguided: float
     verdict: str
@@ -61,6 +63,7 @@ class Tuned:
                 len(found["candidates"]),
                 int(found["images"]["used"]),
                 str(fresh["metric"]),
+                float(found["candidates"][0]["mean"]),
                 statistics.fmean(fresh["winner"]),
                 statistics.fmean(fresh["unguided"]),
                 str(fresh["verdict"]),
@@ -131,7 +134,11 @@ def tunings(arms: Sequence[Arm], guidance: str, notes: list[str]) -> list[Line]:
 
 @dataclass(frozen=True)
 class Guided:
-    """The best that tuning has found for some runs of an arm, on fresh seeds; ``runs`` are all."""
+    """What tuning has found for some runs of an arm, on fresh seeds; ``runs`` are all.
+
+    Of several tunings of a run it is the one that is best on tuning seeds: the best on fresh ones
+    would be ahead by chance.
+    """
 
     scores: list[float]
     runs: int
@@ -148,7 +155,7 @@ def guided(
         wanted: What a tuning must agree with: step, weights, sampler, steps, n.
         notes: Lines about what else is worth knowing.
     """
-    best: dict[str, dict[str, float]] = {}
+    best: dict[str, dict[str, Tuned]] = {}
     runs: dict[str, set[str]] = {}
     for line in lines:
         runs.setdefault(line.arm, set()).add(line.run)
@@ -158,9 +165,13 @@ def guided(
         if other := [f"{key} {has.get(key)}" for key in wanted if has.get(key) != wanted[key]]:
             notes.append(f"{line.run}: tuning {line.tuned.name} is of {', '.join(other)}, left out")
             continue
-        of_arm, score = best.setdefault(line.arm, {}), line.tuned.fresh
-        of_arm[line.run] = min(of_arm.get(line.run, score), score)
-    return {arm: Guided([*found.values()], len(runs[arm])) for arm, found in best.items()}
+        of_arm = best.setdefault(line.arm, {})
+        rivals = [line.tuned, *filter(None, [of_arm.get(line.run)])]
+        of_arm[line.run] = min(rivals, key=lambda each: each.tuning)
+    return {
+        arm: Guided([each.fresh for each in found.values()], len(runs[arm]))
+        for arm, found in best.items()
+    }
 
 
 def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
