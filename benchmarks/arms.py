@@ -5,7 +5,8 @@
 
 The step is that of step.py, on random data of the study's batch. Arms are timed in turn, round
 after round, in another order each time; a ratio is the median over rounds of an arm's time over
-that of the study's baseline. Writes experiments/STUDY/step_time.json, which experiments/remake.py
+that of the study's baseline. An arm that looks on at weak sources is timed without them, as the
+study's `timed` says. Writes experiments/STUDY/step_time.json, which experiments/remake.py
 reads, or the file that --json names. Nothing else may run meanwhile.
 """
 
@@ -38,7 +39,8 @@ def main() -> None:
     torch.set_num_threads(1)
     about_study = run.load(args.study)
     first = about_study.get("baseline", "none")
-    arms = {name: run.options_of(added, 0) for name, added in about_study["arms"].items()}
+    added = about_study["arms"] | about_study.get("timed", {})
+    arms = {name: run.options_of(words, 0) for name, words in added.items()}
     arms = {first: arms.pop(first), **arms}
     network, device = NETWORKS[args.network], torch.device("cpu")
     steps = args.steps or network.steps

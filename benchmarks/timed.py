@@ -53,6 +53,7 @@ def _study(name: str) -> Network:
 NETWORKS = {
     "mnist": _study("mnist"),
     "cifar10": _study("cifar10"),
+    "tiny_imagenet": _study("tiny_imagenet"),
     "tiny": Network(["-c", "configs/digits_w2s.yaml"], batch=320, steps=4, gpu_steps=20),
     "small": Network(
         _sized(None, input_size=16, hidden_size=192, depth=12, num_heads=6),
