@@ -25,6 +25,7 @@ from run_folders import ENTRY
 from scipy import stats
 
 from w2s_train.command import list_keys
+from w2s_train.errors import UserError
 from w2s_train.guidance import ClassifierFree
 from w2s_train.models import DiT, DiTOutput
 from w2s_train.sampler import Euler
@@ -32,6 +33,7 @@ from w2s_train.sampler import Euler
 sys.path.insert(0, str(ROOT / "experiments"))
 import remake
 import run
+from prompted.guidance import SkipLayer
 
 STUDIES = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/study.yaml"))
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)")
@@ -400,3 +402,35 @@ def test_a_study_stops_with_a_checkpoint_goes_on_and_says_which_run_failed(digit
         [*command, "--arms", "none"], env=environment, capture_output=True, text=True, check=False
     )
     assert (again.returncode, again.stdout) == (0, "tiny: 1 of 1 runs are done\n")
+
+
+def test_skip_layer_guidance_is_its_formula_and_costs_what_it_uses():
+    """Of experiments/prompted: as diffusers adds the two up, evaluated where a scale acts alone."""
+    torch.manual_seed(0)
+    sizes = dict(input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=3, num_heads=1)
+    network = DiT(**sizes, num_classes=2).eval()
+    for parameter in network.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x, y, t = torch.randn(2, 1, 4, 4), torch.tensor([0, 1]), torch.full((2,), 0.5)
+    null = torch.full_like(y, network.null_class)
+    v, v_null = network(x, t, y).velocity, network(x, t, null).velocity
+    v_skipped = network(x, t, y, skip_blocks=[1]).velocity
+    calls = list[int]()
+    for block in network.blocks:
+        block.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    for scale, skip_scale, start, expected, evaluated in (
+        (2.0, 0.5, 0.5, v_null + 2 * (v - v_null) + 0.5 * (v - v_skipped), 3 + 3 + 1),
+        (2.0, 0.5, 0.8, v_null + 2 * (v - v_null), 3 + 3),
+        (2.0, 0.0, 0.5, v_null + 2 * (v - v_null), 3 + 3),
+        (1.0, 0.5, 0.5, v + 0.5 * (v - v_skipped), 3 + 1),
+        (1.0, 0.5, 0.8, v, 3),
+    ):
+        guidance = SkipLayer(scale, skip_scale, [1], 0.3, 0.7)
+        guidance.bind(network, None)
+        calls.clear()
+        with torch.no_grad():
+            made = guidance.field(network, y, [1.0, 0.0])(x, 0.5, start)
+        assert torch.allclose(made, expected, atol=1e-6)
+        assert len(calls) == evaluated
+    with pytest.raises(UserError, match="skip_scale=-1.0: must be"):
+        SkipLayer(1.0, -1.0, [1], 0.3, 0.7)

@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
+from w2s_train.errors import require
 from w2s_train.guidance.base import (
     Guidance,
     VelocityField,
     check_scale,
-    evaluate_both,
+    evaluate,
     extrapolate,
     network_inputs,
     run_network,
@@ -21,7 +22,7 @@ class SkipLayer(Guidance):
     """v_null + scale (v - v_null), and while low <= t <= high + skip_scale (v - v_skipped).
 
     Two evaluations a step, and inside the interval what is left of the network behind the first
-    skipped block.
+    skipped block; one less where ``scale`` is 1, and nothing is skipped where ``skip_scale`` is 0.
 
     Args:
         scale: Of the null class.
@@ -38,7 +39,8 @@ class SkipLayer(Guidance):
         self, scale: float, skip_scale: float, blocks: list[int], low: float, high: float
     ) -> None:
         check_scale(scale)
-        check_scale(skip_scale, low, high)
+        check_scale(1.0, low, high)
+        require("skip_scale", skip_scale, "[0, inf)")
         self.scale, self.skip_scale, self.low, self.high = scale, skip_scale, low, high
         self.weak = LayerSkip(blocks)
 
@@ -47,16 +49,18 @@ class SkipLayer(Guidance):
 
     def field(self, network: Network, y: Tensor, times: list[float]) -> VelocityField:
         def velocity(x_t: Tensor, t: float, start: float) -> Tensor:
-            if not self.low <= start <= self.high:
-                v, v_null = evaluate_both(network, x_t, t, y)
-                return extrapolate(v_null, v, self.scale)
-            strong = run_network(network, x_t, t, y, keep_hidden=self.weak.keep_hidden)
-            v = strong.velocity.to(x_t.dtype)
-            seen, time = network_inputs(network, x_t, t)
-            skipped = self.weak.predict(network, NoisySample(seen, time, seen), y, strong)
-            null = y.new_full(y.shape, network.null_class)
-            v_null = run_network(network, x_t, t, null).velocity.to(x_t.dtype)
-            return extrapolate(v_null, v, self.scale) + self.skip_scale * (v - skipped.to(v.dtype))
+            inside = self.skip_scale > 0 and self.low <= start <= self.high
+            kept = self.weak.keep_hidden if inside else ()
+            strong = run_network(network, x_t, t, y, keep_hidden=kept)
+            v = guided = strong.velocity.to(x_t.dtype)
+            if self.scale != 1:
+                null = y.new_full(y.shape, network.null_class)
+                guided = extrapolate(evaluate(network, x_t, t, null), v, self.scale)
+            if inside:
+                seen, time = network_inputs(network, x_t, t)
+                skipped = self.weak.predict(network, NoisySample(seen, time, seen), y, strong)
+                guided = guided + self.skip_scale * (v - skipped.to(v.dtype))
+            return guided
 
         return velocity
 

@@ -3,11 +3,12 @@
     python -m experiments.prompted.guided prompted_digits            what is not recorded yet
     python -m experiments.prompted.guided prompted_digits --table    the table alone
 
-Runs without weak source are tuned by `lightning tune`, each guidance with as many images; what it
-finds, and unguided sampling, is measured on fresh seeds: distance, share of images whose class a
-classifier finds to be that of the prompt, network evaluations and processor time an image. Runs
-that were trained with weak targets are sampled unguided. What is found stands in
-guided/ARM-SEED.json of the study, and in guided.md.
+Recorded runs without weak source are tuned by `lightning tune`, each guidance with as many images
+and up to the same scale; what it finds, and unguided sampling, is measured on fresh seeds:
+distance, share of images whose class a classifier finds to be that of the prompt, network
+evaluations and processor time an image, for which all guidances take turns. Runs that were trained
+with weak targets are sampled unguided. What is found stands in guided/ARM-SEED.json of the study,
+and in guided.md.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -31,6 +33,8 @@ from torch import nn
 from w2s_train.compare.numbers import half_width
 from w2s_train.features import ClassifierFeatures
 from w2s_train.features.frechet import FeatureSums, Reference, frechet_distance
+from w2s_train.files import atomic_write
+from w2s_train.guidance import Unguided
 from w2s_train.imports import found
 from w2s_train.metrics import ClassAgreement
 from w2s_train.module import DiffusionModule
@@ -40,33 +44,37 @@ from w2s_train.tune.tuning import FRESH
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "`none`, unguided"
 ALLOWED = "experiments.prompted"
-SETS = 3  # of fresh seeds
+SETS = 3  # of seeds, in tuning and fresh
+SET_IMAGES = 250  # of a set in tuning
+ROUNDS = 5  # of the times, a block of images each
+MOST = {"prompted_digits": 1.5, "prompted_mnist": 4.0}  # scale; 1 is off
 BLOCKS = "[0],[1],[2],[1,2]"
-GUIDANCES = {  # overlay, and what is searched
-    "cfg": ("cfg", ["scale=1:4", "low=0:0.5", "high=0.5:1"]),
-    "slg": (
-        "experiments/prompted/slg.yaml",
-        ["scale=1:4", "skip_scale=0:3", "low=0:0.5", "high=0.5:1", f"blocks={BLOCKS}"],
-    ),
-    "segmented": (
-        "segmented",
-        [
-            "border=0.1:0.9",
-            "high_noise.scale=1:4",
-            "low_noise.scale=1:4",
-            f"low_noise.weak.blocks={BLOCKS}",
-        ],
-    ),
-}
+INTERVAL = ["low=0:0.9", "high=0.1:1"]  # the ones that are none are passed over
+
+
+def guidances(study: str) -> dict[str, tuple[str, list[str]]]:
+    """By name the overlay, and what is searched: all from off to the same scale."""
+    most = MOST[study]
+    scale, blocks = f"scale=1:{most:g}", f"blocks={BLOCKS}"
+    both = [f"high_noise.{scale}", f"low_noise.{scale}", f"low_noise.weak.{blocks}"]
+    skipped = [scale, f"skip_scale=0:{most - 1:g}", blocks]
+    return {
+        "cfg": ("cfg", [scale, *INTERVAL]),
+        "skip": ("experiments/prompted/skip.yaml", [scale, f"weak.{blocks}", *INTERVAL]),
+        "slg": ("experiments/prompted/slg.yaml", [*skipped, *INTERVAL]),
+        "segmented": ("segmented", ["border=0.1:0.9", *both]),
+    }
 
 
 class Row(NamedTuple):
-    """Of one run; time over that of its unguided sampling."""
+    """Of one run; ``time`` is over that of its unguided sampling."""
 
     distance: float
     agreement: float
     evaluations: float
     time: float
+    seconds: float
+    candidates: int | None
 
 
 def built(node: Any) -> Any:
@@ -80,13 +88,17 @@ def built(node: Any) -> Any:
 def tuned(run: Path, name: str, images: int) -> dict[str, Any]:
     """The result of `lightning tune`, which is run if there is none; an interrupted one goes on."""
     result = run / "tune" / name / "result.json"
+    overlay, searched = guidances(run.parent.name)[name]
     if not result.is_file():
-        overlay, searched = GUIDANCES[name]
         words = [sys.executable, "-m", "w2s_train", "tune", str(run), "--guidance", overlay]
         words += [word for each in searched for word in ("--search", each)]
-        words += ["--images", str(images), "--sets", str(SETS), "--name", name]
-        subprocess.run([*words, "--allow_imports", ALLOWED], check=True, cwd=ROOT)
-    return dict(json.loads(result.read_text()))
+        words += ["--images", str(images), "--set_images", str(SET_IMAGES), "--sets", str(SETS)]
+        subprocess.run([*words, "--name", name, "--allow_imports", ALLOWED], check=True, cwd=ROOT)
+    found: dict[str, Any] = json.loads(result.read_text())
+    asked = {"search": searched, "images": images, "set_images": SET_IMAGES, "sets": SETS}
+    if (has := {key: found["about"][key] for key in asked}) != asked:
+        sys.exit(f"error: {result.parent}: {has}: must be {asked}; move it away to tune anew")
+    return found
 
 
 @contextmanager
@@ -127,18 +139,15 @@ class Measure:
         self.reference = Reference.load(ROOT / fid["reference"])
 
     def __call__(self, guidance: Any) -> dict[str, Any]:
-        """Distance and agreement by set, evaluations and processor time of an image."""
+        """Distance and agreement by set, network evaluations of an image."""
         module, network = self.module, cast(Any, self.module.ema.module)
-        guidance.bind(network, module.objective)
-        module.guidances, module.scored_weights = [guidance], ["ema"]
-        distances, agreements, spent = [], [], 0.0
+        self._take(guidance)
+        distances, agreements = [], []
         with counted(network.blocks) as rows:
             for k in range(SETS):
                 first = FRESH + k * self.images
                 labels = [i % network.num_classes for i in range(self.images)]
-                began = time.process_time()
                 made = module.generate(list(range(first, first + self.images)), labels)
-                spent += time.process_time() - began
                 seen = self.features(made)
                 sums = FeatureSums(self.features.num_features)
                 sums.update(seen)
@@ -153,27 +162,46 @@ class Measure:
             "distance": distances,
             "agreement": agreements,
             "evaluations": sum(rows) / len(network.blocks) / images,
-            "seconds": spent / images,
         }
+
+    def _take(self, guidance: Any) -> None:
+        guidance.bind(cast(Any, self.module.ema.module), self.module.objective)
+        self.module.guidances, self.module.scored_weights = [guidance], ["ema"]
+
+    def seconds(self, guidances: dict[str, Any]) -> dict[str, list[float]]:
+        """Processor time of an image, by guidance and round, in turn."""
+        found: dict[str, list[float]] = {name: [] for name in guidances}
+        block, classes = self.module.generation_block, cast(Any, self.module.network).num_classes
+        labels = [i % classes for i in range(block)]
+        for _ in range(ROUNDS):
+            for name, guidance in guidances.items():
+                self._take(guidance)
+                began = time.process_time()
+                self.module.generate(list(range(FRESH, FRESH + block)), labels)
+                found[name].append((time.process_time() - began) / block)
+        return found
 
 
 def record(run: Path, target: Path, images: int) -> None:
     """Tune, measure and write down one run."""
-    measure, entries = Measure(run), {}
-    unguided = {"class_path": "w2s_train.guidance.Unguided"}
-    entries["unguided"] = measure(built(unguided))
+    measure, built_ones = Measure(run), {"unguided": Unguided()}
+    entries = {"unguided": measure(built_ones["unguided"])}
     if run.name.startswith("none-"):
-        for name in GUIDANCES:
+        for name in guidances(run.parent.name):
             result = tuned(run, name, images)
-            entries[name] = measure(built(result["settings"]))
+            built_ones[name] = built(result["settings"])
+            entries[name] = measure(built_ones[name])
             entries[name] |= {"images": result["images"], "candidates": len(result["candidates"])}
             again = statistics.fmean(entries[name]["distance"])
             said = statistics.fmean(result["fresh"]["winner"])
             if abs(again / said - 1) > 1e-3:
                 sys.exit(f"error: {run}: {name} measures {again:.5g}, tuning said {said:.5g}")
+    for name, seconds in measure.seconds(built_ones).items():
+        entries[name]["seconds"] = seconds
     target.parent.mkdir(exist_ok=True)
     about = {"git_commit": git_commit(), "entries": entries}
-    target.write_text(json.dumps(about, indent=1) + "\n")
+    with atomic_write(target) as file:
+        file.write(json.dumps(about, indent=1).encode() + b"\n")
 
 
 def found_of(folder: Path) -> tuple[dict[str, dict[str, Row]], list[str]]:
@@ -184,12 +212,16 @@ def found_of(folder: Path) -> tuple[dict[str, dict[str, Row]], list[str]]:
         arm, _, seed = path.stem.rpartition("-")
         about = json.loads(path.read_text())
         commits.add((about["git_commit"] or "unknown")[:7])
+        plain = about["entries"]["unguided"]["seconds"]
         for name, entry in about["entries"].items():
+            times = zip(entry["seconds"], plain, strict=True)
             rows[f"`{arm}`, {name}"][seed] = Row(
                 statistics.fmean(entry["distance"]),
                 statistics.fmean(entry["agreement"]),
                 entry["evaluations"],
-                entry["seconds"] / about["entries"]["unguided"]["seconds"],
+                statistics.median(ours / its for ours, its in times),
+                statistics.median(entry["seconds"]),
+                entry.get("candidates"),
             )
     order = sorted(rows, key=lambda name: (name != BASE, not name.startswith("`none`")))
     return {name: rows[name] for name in order}, sorted(commits)
@@ -199,6 +231,8 @@ def table(folder: Path) -> str:
     """Arms and guidances; means and 95 % t intervals over training seeds."""
     rows, commits = found_of(folder)
     base = rows.get(BASE, {})
+    tried = {str(row.candidates) for row in chain(*map(dict.values, rows.values()))} - {"None"}
+    seconds = 1000 * statistics.fmean([row.seconds for row in base.values()] or [math.nan])
     lines = [
         "| training, sampling | distance | over that of the first row | prompt followed "
         "| evaluations an image | time |"
@@ -212,15 +246,17 @@ def table(folder: Path) -> str:
             "1" if name == BASE else _interval(logs, 2, math.exp) if logs else "–",
             _interval([row.agreement for row in by_seed.values()], 3),
             f"{statistics.fmean(row.evaluations for row in by_seed.values()):.1f}",
-            f"{statistics.fmean(row.time for row in by_seed.values()):.2f}",
+            _interval([row.time for row in by_seed.values()], 2),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     text = (
         f"Fréchet distance, lower is better, and share of images in which the classifier finds the "
         f"digit of the prompt, of {SETS} sets of fresh seeds; mean and 95 % t interval over "
         f"training seeds {', '.join(sorted(base))}; ratios by training seed, their geometric mean. "
-        f"Evaluations in whole networks; processor time over that of unguided sampling of the same "
-        f"run. Commit {', '.join(commits)}."
+        f"Guidances are the best of {' or '.join(sorted(tried))} candidates each. Evaluations in "
+        f"whole networks; processor time over that of unguided sampling of the same run, the "
+        f"median of {ROUNDS} rounds in which all take turns, unguided {seconds:.1f} ms. Commit "
+        f"{', '.join(commits)}."
     )
     return "\n".join([*lines, "", text]) + "\n"
 
@@ -246,12 +282,11 @@ def main() -> None:
     options = parser.parse_args()
     os.chdir(ROOT)
     folder = ROOT / "experiments" / options.study
-    for run in (
-        [] if options.table else sorted((ROOT / "runs" / options.study).glob("*-[0-9][0-9]"))
-    ):
+    for scores in [] if options.table else sorted((folder / "runs").glob("*/scores.json")):
+        run = ROOT / "runs" / options.study / scores.parent.name  # one that ran to its end
         target = folder / "guided" / f"{run.name}.json"
         wanted = not options.seeds or run.name.rpartition("-")[2] in options.seeds
-        if wanted and run.is_dir() and not target.is_file():
+        if wanted and not target.is_file():
             record(run, target, options.images)
             print(f"{options.study} {run.name}: recorded", flush=True)
     (folder / "guided.md").write_text(table(folder))
