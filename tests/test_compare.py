@@ -110,7 +110,7 @@ def test_with_and_without_guidance_beside_each_other(make, compare, tmp_path: Pa
     """The tuning of each run that is best on tuning seeds; by another metric it does not count."""
 
     def tuned(
-        run: str, name: str, fresh: list[float], seen=1.0, metric: str = "fd_digits", **other
+        run: str, name: str, fresh: list[float], seen=1.0, size=500, metric="fd_digits", **other
     ) -> None:
         folder = tmp_path / "runs" / run / "tune" / name
         folder.mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_with_and_without_guidance_beside_each_other(make, compare, tmp_path: Pa
         about = {"schema": 1, "guidance": f"{name}(2)", "images": {"used": 9}}
         made = {"step": 300, "weights": "ema", "sampler": "Euler", "steps": 25} | other
         about["candidates"] = [{"mean": seen}, {"mean": 2.0}]
-        about["about"] = {"protocol": made, "num_generated": 1000}
+        about["about"] = {"protocol": made, "num_generated": 1000, "set_images": size}
         (folder / "result.json").write_text(json.dumps(about | {"fresh": scores}))
 
     for seed in (0, 1):
@@ -129,6 +129,7 @@ def test_with_and_without_guidance_beside_each_other(make, compare, tmp_path: Pa
     assert "guided" not in text.partition("## At step 300")[2].splitlines()[2]
     tuned("none-0", "cfg", [1.0, 1.2])
     tuned("none-0", "slow", [0.4, 0.6], seen=1.1)
+    tuned("none-0", "large", [0.8, 1.0], seen=0.9, size=250)
     tuned("none-1", "cfg", [1.3, 1.3])
     tuned("none-1", "other", [0.1], metric="kid")
     tuned("none-1", "early", [0.2], step=200)

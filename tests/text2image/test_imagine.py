@@ -1,6 +1,7 @@
 """`lightning imagine`: an image depends on its prompt and seed alone, and none is made twice."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -336,6 +337,8 @@ def test_a_start_without_an_image_claims_nothing(tmp_path: Path):
         kept.begin({"steps": 3})
     for fingerprint in ("a", "b"):
         kept.judge("brightness", fingerprint)
+    with pytest.raises(UserError, match="^scores=brightness: must be finite, is nan of a-red-cat"):
+        kept.score(item, "brightness", math.nan)
     kept.score(item, "brightness", 1.0)
     with pytest.raises(UserError, match="must come from weights b, as in .*; these are c"):
         kept.judge("brightness", "c")

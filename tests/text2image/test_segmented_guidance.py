@@ -122,6 +122,8 @@ class TestSD3:
         again = SegmentedGuidance.from_pretrained(tmp_path)
         assert again.describe() == guider.describe()
         assert again.skip_layers == BLOCKS and again.guidance_delta == 1
+        sgg(skip_layers=range(2, 4)).save_pretrained(tmp_path)
+        assert SegmentedGuidance.from_pretrained(tmp_path).skip_layers == (2, 3)
         ours = latents(modular(full, guider))
         assert torch.equal(ours, latents(modular(full, again)))
         assert torch.equal(ours, latents(modular(full, guider.new())))
@@ -134,6 +136,8 @@ class TestSD3:
         guider = sgg(weak=str(tmp_path), skip_layers=())
         ours = latents(modular(full, guider))
         assert torch.equal(ours, latents(modular(full, sgg())))
+        with pytest.raises(UserError, match="joint_attention_dim=64: must be 24, the network's"):
+            guider.check(transformer(joint_attention_dim=24))
         monkeypatch.setenv("HOME", str(tmp_path.parent))
         at_home = sgg(weak=f"~/{tmp_path.name}", skip_layers=())
         assert torch.equal(ours, latents(modular(full, at_home)))

@@ -72,8 +72,8 @@ class ImageRow:
         scale: If it is part of the sweep.
         scores: Means by score.
         differences: From the baseline, paired, by score.
-        crossed: Of an arm beside the sweep, the difference of the metric from the scale that is
-            best for the other half of the prompts.
+        crossed: The difference of the metric from the scale that is best for the other half of
+            the prompts; None of the baseline, and without a sweep.
         evaluations: An image, mean, in whole networks.
         seconds: An image, mean.
         median_seconds: An image.
@@ -385,7 +385,7 @@ def _row(
         {name: Estimate.of([*table.score(folder, name).values()]) for name in scores},
         {name: table.difference(folder, base.folder, name) for name in scores},
         table.crossed(folder, base.chosen, scores[0])
-        if base.chosen and folder not in sweep.folders
+        if base.chosen and folder is not base.folder
         else None,
         evaluations,
         seconds,

@@ -31,6 +31,7 @@ class Tuned:
         verdict: Of the difference.
         about: What all of that depends on: weights, step, sampler.
         n: Images of a fresh set.
+        size: Of a tuning set.
         name: Of the tuning.
     """
 
@@ -44,6 +45,7 @@ class Tuned:
     verdict: str
     about: dict[str, Any]
     n: int
+    size: int
     name: str
 
     @classmethod
@@ -69,6 +71,7 @@ class Tuned:
                 str(fresh["verdict"]),
                 dict(about["protocol"]),
                 int(about["num_generated"]),
+                int(about["set_images"]),
                 path.parent.name,
             )
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -136,8 +139,9 @@ def tunings(arms: Sequence[Arm], guidance: str, notes: list[str]) -> list[Line]:
 class Guided:
     """What tuning has found for some runs of an arm, on fresh seeds; ``runs`` are all.
 
-    Of several tunings of a run it is the one that is best on tuning seeds: the best on fresh ones
-    would be ahead by chance.
+    Of several tunings of a run it is the one that is best on tuning seeds, among those with the
+    largest sets, since distances fall with their size: the best on fresh ones would be ahead by
+    chance.
     """
 
     scores: list[float]
@@ -167,7 +171,7 @@ def guided(
             continue
         of_arm = best.setdefault(line.arm, {})
         rivals = [line.tuned, *filter(None, [of_arm.get(line.run)])]
-        of_arm[line.run] = min(rivals, key=lambda each: each.tuning)
+        of_arm[line.run] = min(rivals, key=lambda each: (-each.size, each.tuning))
     return {
         arm: Guided([each.fresh for each in found.values()], len(runs[arm]))
         for arm, found in best.items()

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,12 @@ from w2s_train.files import atomic_write, locked
 SCHEMA = 1
 NAME = "imagine.json"
 FREE = ("git_commit", "model.name")  # of the protocol, may change while a folder is filled
-SHARE = 20.0  # time between two writings over that of one
+SHARE, MOST = 20.0, 30.0  # time between two writings over that of one; and at most, in seconds
 SHORT = 100  # characters of a value in an error
 
 
-Change = Callable[[dict[str, Any]], None]
+Entries = dict[tuple[str, int], dict[str, Any]]  # by prompt and seed
+Change = Callable[[dict[str, Any], Entries], None]
 
 
 class Item(NamedTuple):
@@ -80,8 +82,8 @@ class ImageRecord:
         except OSError as error:
             raise UserError(f"output={self.folder}: must be a folder to write to") from error
 
-        def start(content: dict[str, Any]) -> None:
-            content["protocol"] = content["protocol"] if content["images"] else now
+        def start(content: dict[str, Any], entries: Entries) -> None:
+            content["protocol"] = content["protocol"] if entries else now
             self._compare(content["protocol"], now)
 
         self._update(start)
@@ -109,10 +111,10 @@ class ImageRecord:
             about: What is to be known of it.
         """
 
-        def change(content: dict[str, Any]) -> None:
-            key = (item.prompt, item.seed)
-            content["images"] = [e for e in content["images"] if (e["prompt"], e["seed"]) != key]
-            content["images"].append(item._asdict() | {"file": item.file} | about | {"scores": {}})
+        def change(_: dict[str, Any], entries: Entries) -> None:
+            entries.pop((item.prompt, item.seed), None)
+            made = item._asdict() | {"file": item.file} | about | {"scores": {}}
+            entries[item.prompt, item.seed] = made
 
         self._soon(change)
 
@@ -127,8 +129,8 @@ class ImageRecord:
             UserError: Images were scored by others of that name.
         """
 
-        def change(content: dict[str, Any]) -> None:
-            scored = any(name in entry["scores"] for entry in content["images"])
+        def change(content: dict[str, Any], entries: Entries) -> None:
+            scored = any(name in entry["scores"] for entry in entries.values())
             before = content["judges"].get(name) if scored else None
             content["judges"][name] = before or fingerprint
             if before not in (None, fingerprint):
@@ -146,12 +148,16 @@ class ImageRecord:
             item: Which image.
             name: Of the score.
             value: It.
-        """
 
-        def change(content: dict[str, Any]) -> None:
-            for entry in content["images"]:
-                if (entry["prompt"], entry["seed"]) == (item.prompt, item.seed):
-                    entry["scores"][name] = value
+        Raises:
+            UserError: It is no finite number.
+        """
+        if not math.isfinite(value):
+            raise UserError(f"scores={name}: must be finite, is {value} of {item.file}")
+
+        def change(_: dict[str, Any], entries: Entries) -> None:
+            if entry := entries.get((item.prompt, item.seed)):
+                entry["scores"][name] = value
 
         self._soon(change)
 
@@ -172,7 +178,7 @@ class ImageRecord:
             about: Which images, extractor and reference.
         """
 
-        def change(content: dict[str, Any]) -> None:
+        def change(content: dict[str, Any], _: Entries) -> None:
             named = {name: {"value": value} | about for name, value in values.items()}
             content["distances"] = content.get("distances", {}) | named
 
@@ -199,16 +205,19 @@ class ImageRecord:
             self._update()
 
     def _update(self, *changes: Change) -> None:
-        began = time.monotonic()
         with locked(self.folder / ".imagine.lock"):
+            began = time.monotonic()
             content = self._read()
+            entries = {(each["prompt"], each["seed"]): each for each in content["images"]}
             for change in (*self._changes, *changes):
-                change(content)
+                change(content, entries)
+            content["images"] = [*entries.values()]
             text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
             with atomic_write(self.path) as file:
                 file.write(text.encode() + b"\n")
         self._changes.clear()
-        self._due = time.monotonic() + SHARE * (time.monotonic() - began)
+        now = time.monotonic()
+        self._due = now + min(SHARE * (now - began), MOST)
 
     def _read(self) -> dict[str, Any]:
         if not self.path.is_file():

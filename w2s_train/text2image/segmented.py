@@ -75,6 +75,7 @@ class SegmentedGuidance(Guider):
         self.guidance_delta = require("guidance_delta", guidance_delta, f"[0, {guidance_scale}]")
         self.weak_delta = require("weak_delta", weak_delta, f"[0, {weak_scale}]")
         self.skip_layers = _numbers(skip_layers)
+        self.register_to_config(skip_layers=self.skip_layers)
         self.weak = None if weak is None else str(expanded("weak", weak))
         self.border, self.switch = _one_of(border, switch)
         self.fqn, self.share_prefix, self.perturb = fqn, share_prefix, perturb
@@ -84,7 +85,8 @@ class SegmentedGuidance(Guider):
                 raise UserError(f"{name}={getattr(self, name)}: must be 0 with border; give switch")
         self._stack: Stack | None = None
         self._weak_network: nn.Module | None = None
-        self._weak_read: str | None = None  # where that one is from
+        self._weak_read: tuple[Any, ...] | None = None  # where that one is from, and as what
+        self._weak_taken: tuple[Any, ...] | None = None  # where, and beside which network
 
     @property
     def all_high(self) -> bool:
@@ -130,7 +132,7 @@ class SegmentedGuidance(Guider):
         if idle:
             return
         if self.weak is not None:
-            if self._weak_read != self.weak:
+            if self._weak_taken != (self.weak, denoiser):
                 _check_weak(self.weak, denoiser)
             return
         asked = (self.fqn, tuple(self.skip_layers), self.share_prefix, self.perturb)
@@ -147,8 +149,9 @@ class SegmentedGuidance(Guider):
 
     def _other(self, denoiser: nn.Module) -> Forward:
         """The weaker network, read before its first pass."""
-        if self._weak_network is None or self._weak_read != self.weak:
-            own: Any = unwrap_module(denoiser)
+        own: Any = unwrap_module(denoiser)
+        asked = (self.weak, type(own), own.dtype)
+        if self._weak_network is None or self._weak_read != asked:
             try:
                 read = type(own).from_pretrained(self.weak, dtype=own.dtype, use_safetensors=True)
             except (OSError, ValueError, RuntimeError) as error:
@@ -156,7 +159,8 @@ class SegmentedGuidance(Guider):
                     f"weak={self.weak}: must be a folder that diffusers' {type(own).__name__} has "
                     f"saved ({one_line(error)[:200]})"
                 ) from error
-            self._weak_network, self._weak_read = read.eval(), self.weak
+            self._weak_network, self._weak_read = read.eval(), asked
+        self._weak_taken = (self.weak, denoiser)
         network = self._weak_network
 
         def run(former: Forward, *args: Any, **kwargs: Any) -> Any:
