@@ -48,7 +48,7 @@ SETS = 3  # of seeds, in tuning and fresh
 SET_IMAGES = 250  # of a set in tuning
 ROUNDS = 5  # of the times, a block of images each
 MOST = {"prompted_digits": 1.5, "prompted_mnist": 4.0}  # scale; 1 is off
-BLOCKS = "[0],[1],[2],[1,2]"
+BLOCKS = "[0],[1],[2],[1, 2]"
 INTERVAL = ["low=0:0.9", "high=0.1:1"]  # the ones that are none are passed over
 
 
