@@ -143,7 +143,7 @@ def test_recipes_share_memory(timed):
     [
         (
             ["--networks=huge"],
-            "networks=huge: must be of mnist, cifar10, tiny, small, s2, b2, l2, xl2",
+            "networks=huge: must be of mnist, cifar10, tiny_imagenet, tiny, small, s2, b2, l2, xl2",
         ),
         (["--precision=16"], "precision=16: must be of 32-true, bf16-mixed"),
         (["--compile=true"], "compile=true: must be of off, on, blocks"),
