@@ -265,7 +265,7 @@ def _interval(
     values: list[float], decimals: int, of: Callable[[float], float] = lambda value: value
 ) -> str:
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(values) < 2 or len({*values}) == 1:
         return f"{of(mean):.{decimals}f}"
     width = half_width(statistics.stdev(values), len(values))
     low, high = of(mean - width), of(mean + width)
@@ -275,7 +275,7 @@ def _interval(
 def main() -> None:
     """Parse; measure what is left, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=("prompted_digits", "prompted_mnist"))
+    parser.add_argument("study", choices=sorted(MOST))
     parser.add_argument("--images", type=int, default=20_000, help="of each tuning")
     parser.add_argument("--seeds", nargs="+", help="of training; all that there are")
     parser.add_argument("--table", action="store_true", help="measure nothing")
