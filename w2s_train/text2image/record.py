@@ -19,7 +19,6 @@ FREE = ("git_commit", "model.name")  # of the protocol, may change while a folde
 SHARE, MOST = 20.0, 30.0  # time between two writings over that of one; and at most, in seconds
 SHORT = 100  # characters of a value in an error
 
-
 Entries = dict[tuple[str, int], dict[str, Any]]  # by prompt and seed
 Change = Callable[[dict[str, Any], Entries], None]
 
