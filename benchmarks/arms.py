@@ -5,9 +5,10 @@
 
 The step is that of step.py, on random data of the study's batch. Arms are timed in turn, round
 after round, in another order each time; a ratio is the median over rounds of an arm's time over
-that of the study's baseline. An arm that looks on at weak sources is timed without them, as the
-study's `timed` says. Writes experiments/STUDY/step_time.json, which experiments/remake.py
-reads, or the file that --json names. Nothing else may run meanwhile.
+that of the study's baseline. The study's `timed_as` can give the options that an arm is timed with,
+if it looks on at weak sources in training, or name another arm of the same step. Writes
+experiments/STUDY/step_time.json, which experiments/remake.py reads, or the file that --json names.
+Nothing else may run meanwhile.
 """
 
 import argparse
@@ -39,8 +40,10 @@ def main() -> None:
     torch.set_num_threads(1)
     about_study = run.load(args.study)
     first = about_study.get("baseline", "none")
-    added = about_study["arms"] | about_study.get("timed", {})
-    arms = {name: run.options_of(words, 0) for name, words in added.items()}
+    timed_as = about_study.get("timed_as", {})
+    words = about_study["arms"] | {name: w for name, w in timed_as.items() if w.startswith("-")}
+    same = {name for name, other in timed_as.items() if other in words}
+    arms = {name: run.options_of(w, 0) for name, w in words.items() if name not in same}
     arms = {first: arms.pop(first), **arms}
     network, device = NETWORKS[args.network], torch.device("cpu")
     steps = args.steps or network.steps

@@ -9,8 +9,8 @@
 A study of trainings gets comparison/ (as `lightning compare` makes it, with the times of
 step_time.json), table.md and, if it has a `figure`, wall_clock.png; pairs.md, if its `pairs` say
 which arms are to be set against each other; one of guidance at sampling, or of runs with drawn
-scales (`separately` names runs with one recipe each), gets table.md. `baseline` is `none`, if it
-is not said.
+scales (`separately` names runs with one recipe each), or of runs at their end (`every_metric`),
+gets table.md. `baseline` is `none`, if it is not said.
 experiments/table.md has the recipes that README.md shows, docs/mnist.png the samples of two.
 Pages show tables between two comments,
 <!-- experiments/STUDY/table.md --> and <!-- end -->.
@@ -30,19 +30,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import finals
 import matplotlib.pyplot as plt
+from cells import evaluations, interval, interval_of, with_verdict
 from PIL import Image
 from run import ROOT, jobs, load
 
 from w2s_train.compare.charts import COLOURS
 from w2s_train.compare.comparison import Comparison, Options, Result, Row, compare
-from w2s_train.compare.numbers import Judgement, half_width, judge
+from w2s_train.compare.numbers import half_width, judge
 from w2s_train.compare.page import page
 from w2s_train.compare.protocol import commit_name
 from w2s_train.compare.report import files as reports
 from w2s_train.compare.runs import Run, read_all
 from w2s_train.errors import UserError
-from w2s_train.sampler import Euler
 from w2s_train.scores import Score, read_scores
 
 PAGES = ("README.md", "docs/*.md", "experiments/README.md", "experiments/*/README.md")
@@ -66,12 +67,6 @@ SUMMARY_NOTE = (
 )
 SMALL = 0.15  # distances below it are shown with three decimals, where one run is every recipe
 PAIR, GAP = ("none", "head_above"), 20  # arms of MNIST whose samples the picture shows; pixels
-
-
-def interval(mean: float, std: float, n: int, decimals: int = 2) -> str:
-    """Mean and its 95 % t interval over training seeds."""
-    width, d = half_width(std, n), decimals
-    return f"{mean:.{d}f} ({mean - width:.{d}f} to {mean + width:.{d}f})"
 
 
 def compared(study: str, *arms: str) -> Comparison:
@@ -124,7 +119,8 @@ def step_times(study: str) -> dict[str, float | None]:
     entries = {entry["recipe"]: entry for entry in measured_steps(study)}
     if not entries:
         return {}
-    same = {arm: about.get("timed_as", {}).get(arm, arm) for arm in about["arms"]}
+    named = {a: name for a, name in about.get("timed_as", {}).items() if not name.startswith("-")}
+    same = {arm: named.get(arm, arm) for arm in about["arms"]}
     alone = entries[baseline(study)]["seconds"]
     return {arm: alone * entries[name]["ratio"] for arm, name in same.items() if name in entries}
 
@@ -272,9 +268,9 @@ def settings_table(study: str) -> str:
     lines = [f"| chosen at sampling | {' | '.join(arms)} | trained separately |"]
     lines.append("|---" * (2 + len(arms)) + "|")
     for guidance, found in values.items():
-        cells = [_interval_of(found[arm]) for arm in arms]
+        cells = [_cell(found[arm]) for arm in arms]
         arm = separate["arms"].get(guidance)
-        cells.append(_interval_of(_final(separate["study"], arm)) + f" (`{arm}`)" if arm else "–")
+        cells.append(_cell(_final(separate["study"], arm)) + f" (`{arm}`)" if arm else "–")
         lines.append(f"| `{guidance}` | {' | '.join(cells)} |")
     (metric,), (count,) = {score.metric for score in scores}, {s.protocol.n for s in scores}
     text = (
@@ -289,28 +285,14 @@ def _commits(scores: Sequence[Score]) -> str:
     return f"Commit {', '.join(sorted(names))}."
 
 
-def _interval_of(values: Sequence[float]) -> str:
-    decimals = 3 if max(values, default=0.0) < SMALL else 2
-    if len(values) < 3:
-        return ", ".join(f"{value:.{decimals}f}" for value in values) or "–"
-    return interval(statistics.fmean(values), statistics.stdev(values), len(values), decimals)
+def _cell(values: Sequence[float]) -> str:
+    return interval_of(values, 3 if max(values, default=0.0) < SMALL else 2)
 
 
 def _final(study: str, arm: str) -> list[float]:
     """The last value of each run of an arm."""
     folders = sorted((ROOT / "experiments" / study / "runs").glob(f"{arm}-[0-9]*"))
     return [max(read_scores(folder), key=lambda s: s.step).value for folder in folders]
-
-
-def evaluations(guidance: str, steps: int) -> int:
-    """Network evaluations for one image: Euler's, and one more at each step that cfg guides."""
-    if guidance == "none":
-        return steps
-    found = re.fullmatch(r"cfg\(\S+, \[(\S+), (\S+)\]\)", guidance)
-    if not found:
-        sys.exit(f"error: guidance={guidance}: must be none or cfg(SCALE, [LOW, HIGH])")
-    low, high = map(float, found.groups())
-    return steps + sum(low <= t <= high for t in Euler(steps).times()[:-1])
 
 
 def summary(found: dict[str, Comparison]) -> str:
@@ -343,14 +325,6 @@ def marked(row: Row | None) -> str:
     return with_verdict(
         interval(result.mean, result.std or 0.0, len(result.seeds)), result.judgement
     )
-
-
-def with_verdict(text: str, judgement: Judgement) -> str:
-    """Better ones are bold, worse ones say so."""
-    mean, _, rest = text.partition(" ")
-    if judgement.verdict == "better":
-        return f"**{mean}** {rest}"
-    return f"{text}, worse" if judgement.verdict == "worse" else text
 
 
 def best_guidance(study: str, baseline: Row) -> tuple[str, int] | None:
@@ -420,7 +394,8 @@ def texts(study: str, comparison: Comparison | None) -> dict[Path, str]:
     """The files of a study that hold its numbers."""
     folder = ROOT / "experiments" / study
     if comparison is None:
-        table = settings_table if "separately" in load(study) else guidance_table
+        of_drawn = settings_table if "separately" in load(study) else guidance_table
+        table = finals.table if load(study).get("every_metric") else of_drawn
         return {folder / "table.md": table(study)}
     files = {folder / "comparison" / name: text for name, text in reports(comparison).items()}
     if "pairs" in load(study):
