@@ -123,5 +123,5 @@ def parse_seeds(seeds: str) -> range:
     """
     first, _, last = seeds.partition(":")
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise UserError(f"seeds={seeds}: must be FIRST:LAST with FIRST < LAST, such as 0:64")
+        raise UserError(f"seeds={seeds}: must be FIRST:LAST with 0 <= FIRST < LAST, such as 0:64")
     return range(int(first), int(last))

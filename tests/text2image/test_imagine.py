@@ -476,6 +476,7 @@ def test_no_blocks_are_shipped_for_the_large_model():
 
 
 CLIP = "w2s_train.text2image.clip_judges.CLIPScore"
+HPS = "w2s_train.text2image.hps.HPSv21"
 CLASS = "--guidance.class_path"
 BAD = {
     "no model": (["--model", "nowhere"], ["model=nowhere: must be a folder", "hf download"]),
@@ -505,6 +506,10 @@ BAD = {
         [f"--scores=[{{class_path: {CLIP}, init_args: {{weights: nowhere}}}}]"],
         ["error: weights=nowhere/config.json: must be an existing file"],
     ),
+    "no head of a score": (
+        [f"--scores=[{{class_path: {HPS}, init_args: {{weights: no.pt}}}}]"],
+        ["error: scores[0].init_args.weights=no.pt: must be an existing file"],
+    ),
     "dtype": (["--dtype", "int8"], ["dtype", "int8", "bfloat16"]),
     "device": (["--device", "gpu"], ["device=gpu: must be a device of torch"]),
     "no device to compute on": (["--device", "meta"], ["device=meta: must be a device that"]),
@@ -519,6 +524,19 @@ BAD = {
     "trainer's key": (["--trainer.devices", "3"], ["--trainer.devices; keys are model"]),
     "config": (["-c", "none.yaml"], ["config=none.yaml: must be an existing file"]),
 }
+
+
+@pytest.mark.parametrize(
+    "key", ["negative_prompt", "seeds", "output", "steps", "max_sequence_length", "dtype"]
+)
+def test_null_where_something_must_be_given(key: str, sd3_folder: Path, tmp_path: Path):
+    """A negative prompt that is null would turn guidance off, the others break later."""
+    config = tmp_path / "null.yaml"
+    config.write_text(f"{key}: null\n")
+    with pytest.raises(SystemExit) as stop:
+        command(sd3_folder, tmp_path / "images", "-c", str(config))
+    assert stop.value.code == f"error: {key}=null: must be given; see lightning imagine --help"
+    assert not (tmp_path / "images").exists()
 
 
 @pytest.mark.slow

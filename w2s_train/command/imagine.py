@@ -4,8 +4,8 @@ import argparse
 import re
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_loader
@@ -58,6 +58,7 @@ def _imagine(args: list[str]) -> None:
     parser = _parser(Imagine)
     config = parser.parse_args(args)
     check_numbers(config)
+    _check_nulls(config, Imagine.__init__)
     check_functions(config)
     names = [key for key in KEYS if key in config and key != "config"]
     try:
@@ -65,9 +66,16 @@ def _imagine(args: list[str]) -> None:
         imagine = Imagine(**{key: made[key] for key in names})
     except ValueError as error:
         line = locate(str(error), config)
-        named = re.match(r"[\w.]+=", line)  # diffusers' guiders name no key
+        named = re.match(r"[\w.[\]]+=", line)  # diffusers' guiders name no key
         raise UserError(line if named else f"guidance: {line}") from error
     imagine(*_place())
+
+
+def _check_nulls(config: Any, function: Callable[..., None]) -> None:
+    """The parser takes null for any key: without a negative prompt, say, nothing is guided."""
+    for key, kind in get_type_hints(function).items():
+        if key in config and config[key] is None and type(None) not in get_args(kind):
+            raise UserError(f"{key}=null: must be given; see lightning imagine --help")
 
 
 def _parser(cls: type) -> ArgumentParser:

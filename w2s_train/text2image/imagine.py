@@ -84,6 +84,8 @@ class Imagine:
         distances: list[Distance] | None = None,
     ) -> None:
         self.seeds = parse_seeds(seeds)
+        if negative_prompt is None:  # as diffusers takes it, and then guides nothing
+            raise UserError('negative_prompt=null: must be given; "" will do')
         self.model = ModelFolder(model)
         self.prompts = read_prompts(prompts)
         self.settings = Settings(

@@ -190,7 +190,8 @@ def _said(scale: float, delta: float) -> str:
 
 def _one_of(border: float | None, switch: float | None) -> tuple[float | None, float | None]:
     if (border is None) == (switch is None):
-        raise UserError(f"border={border}: must be given, or else switch, but not both")
+        named = "null" if border is None else border
+        raise UserError(f"border={named}: must be given, or else switch, but not both")
     if border is not None:
         return require("border", border, "[0, 1]"), None
     assert switch is not None
