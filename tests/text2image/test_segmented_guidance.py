@@ -347,7 +347,7 @@ def test_batches_from_a_block_state():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(border=None), "border=None: must be given, or else switch, but not both"),
+        (dict(border=None), "border=null: must be given, or else switch, but not both"),
         (dict(switch=0.5), "border=0.75: must be given, or else switch, but not both"),
         (dict(border=1.5), r"border=1.5: must be in \[0, 1\]"),
         (dict(border=None, switch=-0.1), r"switch=-0.1: must be in \[0, 1\]"),
