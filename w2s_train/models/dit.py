@@ -242,7 +242,8 @@ class DiT(ScaleInputs):
             scales: (B, K), see `add_scales`; None is 0.
             places: (B, n) int64, which ones the tokens of ``resume`` are; None is all, in order.
         """
-        done, h = resume or (-1, self.x_embedder(x_t) + self.pos_embed)
+        # Contiguous, or each norm copies them; and torch 2.15 compiles NaN of them (bf16, CPU).
+        done, h = resume or (-1, self.x_embedder(x_t).contiguous() + self.pos_embed)
         label = self.y_embedder(y)
         cond = self.t_embedder(self.time_scale * t + self.time_shift) + label
         told, context = self.told(cond, scales), self.context(label, places)
@@ -260,8 +261,7 @@ class DiT(ScaleInputs):
             hidden |= kept
         out = self.final_layer(h, told)
         velocity, rest = out[:, : self.in_channels], out[:, self.in_channels :]
-        velocity = to_velocity(self, velocity, x_t, t)
-        return DiTOutput(velocity, rest, hidden, cond)
+        return DiTOutput(to_velocity(self, velocity, x_t, t), rest, hidden, cond)
 
     def _run(
         self,
