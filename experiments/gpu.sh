@@ -6,8 +6,9 @@
 #   mkdir -p gpu && tar -czhf gpu/DATA.tar.gz data/DATA
 # and the commit in $COMMIT where git cannot tell it. In $OUT (gpu/out if not set) come back
 #   records.tar     of runs that were finished in this call: tar -xf records.tar in the checkout
-#   unfinished.tar  runs with their newest checkpoint, if that is small; as gpu/unfinished.tar they
-#                   are taken up by a call on another machine
+#   unfinished.*    runs with their newest checkpoint in parts of 15 MiB, if they have $LARGEST MiB
+#                   together (56) or less; as gpu/unfinished.* they are taken up by a call on another
+#                   machine
 #   logs.tar.gz
 # so few and small that they fit what such machines give back. --cpu tries it without a GPU.
 set -uo pipefail
@@ -23,7 +24,7 @@ fi
 if [ -n "${REFERENCE:-}" ] && [ ! -e "data/$data/$REFERENCE" ]; then # of configs that the study names
     "$python" -m w2s_train reference $REFERENCE_OF || exit 1
 fi
-if [ ! -e "runs/$study" ] && [ -e gpu/unfinished.tar ]; then tar -xf gpu/unfinished.tar || exit 1; fi
+if [ ! -e "runs/$study" ] && [ -e gpu/unfinished.aa ]; then cat gpu/unfinished.?? | tar -x || exit 1; fi
 out=${OUT:-gpu/out}
 mkdir -p "$out" "runs/$study"
 touch "runs/$study/.began"
@@ -36,6 +37,7 @@ mkdir -p "experiments/$study/runs"
 records=$(find "experiments/$study/runs" -name scores.json -newer "runs/$study/.began" -printf '%h\n')
 [ -z "$records" ] || tar -cf "$out/records.tar" $records || packed=1
 tar -czf "$out/logs.tar.gz" --ignore-failed-read "runs/$study/"*.log || packed=1
+rm -f "$out"/unfinished.??
 unfinished=()
 for newest in "runs/$study"/*/checkpoints/last.ckpt; do
     run=$(dirname "$(dirname "$newest")")
@@ -45,8 +47,8 @@ for newest in "runs/$study"/*/checkpoints/last.ckpt; do
     for other in "$run"/*; do [ "$other" = "$run/checkpoints" ] || unfinished+=("$other"); done
 done
 if [ ${#unfinished[@]} != 0 ]; then
-    if [ "$(du -cm "${unfinished[@]}" | tail -n 1 | cut -f 1)" -le "${LARGEST:-16}" ]; then
-        tar -cf "$out/unfinished.tar" "${unfinished[@]}" || packed=1
+    if [ "$(du -cm "${unfinished[@]}" | tail -n 1 | cut -f 1)" -le "${LARGEST:-56}" ]; then
+        tar -c "${unfinished[@]}" | split -b 15M - "$out/unfinished." || packed=1
     else
         echo "unfinished runs are too large to come back: they go on on this machine only"
     fi
