@@ -20,7 +20,7 @@ def scores_of(study: str) -> dict[tuple[str, str], dict[int, list[Score]]]:
             folder = ROOT / "experiments" / study / "runs" / f"{arm}-{seed}"
             for score in read_scores(folder) if folder.exists() else []:
                 found[arm, score.guidance][seed].append(score)
-    return found
+    return {row: found[row] for row in sorted(found, key=lambda row: row != BASE)}
 
 
 def table(study: str) -> str:

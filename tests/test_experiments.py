@@ -31,6 +31,7 @@ from w2s_train.models import DiT, DiTOutput
 from w2s_train.sampler import Euler
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import finals
 import remake
 import run
 from prompted.guidance import SkipLayer
@@ -334,6 +335,53 @@ def test_a_run_made_again_is_set_against_those_recorded(tmp_path, monkeypatch):
     assert "outside of their mean's interval" in run.against_record(job)
 
 
+def test_scores_at_the_end_by_every_metric(tmp_path, monkeypatch):
+    """Of runs there are so far; the verdict against the first row on the same training seeds."""
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(finals, "ROOT", tmp_path)
+    seeds = {"none": [1, 2, 3], "head": [1, 2, 3], "one": [2], "later": [1]}
+    study = {"command": "lightning validate", "seeds": seeds, "arms": dict.fromkeys(seeds, "")}
+    write(tmp_path / "experiments/s/study.yaml", yaml.safe_dump(study, sort_keys=False))
+    cfg = ClassifierFree(2.0, 0.2, 0.8).describe()
+
+    def scored(arm: str, seed: int, guidance: str, distance: float, recall: float) -> None:
+        path = tmp_path / f"experiments/s/runs/{arm}-{seed}/scores.json"
+        there = json.loads(path.read_text()) if path.is_file() else []
+        for metric, value in (("fd_digits", distance), ("recall_digits", recall)):
+            protocol = ENTRY["protocol"] | {"guidance": guidance}
+            there.append(ENTRY | {"metric": metric, "value": value, "guidance": guidance})
+            there[-1]["protocol"] = protocol
+        write(path, json.dumps(there))
+
+    for seed, distance in ((1, 10.0), (2, 10.2), (3, 9.9)):
+        scored("none", seed, "none", distance, 0.5)
+        scored("none", seed, cfg, 0.99 * distance, 0.25)
+        scored("head", seed, "none", 0.5 * distance, 0.75)
+    scored("one", 2, "none", 5.1, 0.125)
+    lines = finals.table("s").splitlines()
+    assert lines[0] == "| trained, sampled | fd | recall | evaluations | verdict |"
+    assert lines[2].startswith("| `none`, unguided | 10.03 (") and lines[2].endswith("baseline |")
+    assert lines[3].startswith(f"| `none`, `{cfg}` | 9.93 (")
+    assert lines[3].endswith(f"| {remake.evaluations(cfg, 25)} | inconclusive |")
+    assert lines[4].startswith("| `head`, unguided | 5.02 (") and lines[4].endswith("| better |")
+    assert "| 0.750 (0.750 to 0.750) | 25 |" in lines[4]
+    assert lines[5] == "| `one`, unguided | 5.10 | 0.125 | 25 | inconclusive, one seed |"
+    assert lines[6] == "" and "over training seeds 1, 2, 3" in lines[7]
+
+
+def test_times_of_an_arm_may_be_those_of_another_or_of_its_own_options(tmp_path, monkeypatch):
+    for module in (remake, run):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    remake.measured_steps.cache_clear()
+    same = {"none": "-c plain.yaml", "b": "a"}
+    about = {"command": "lightning fit", "seeds": [1], "arms": {"none": "", "a": "", "b": ""}}
+    write(tmp_path / "experiments/s/study.yaml", yaml.safe_dump(about | {"timed_as": same}))
+    steps = [{"recipe": "none", "seconds": 2.0, "ratio": 1.0}, {"recipe": "a", "ratio": 1.5}]
+    write(tmp_path / "experiments/s/step_time.json", json.dumps(steps))
+    assert remake.step_times("s") == {"none": 2.0, "a": 3.0, "b": 3.0}
+    remake.measured_steps.cache_clear()
+
+
 def write(path: Path, text: str) -> None:
     """A file, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -383,11 +431,13 @@ def test_a_study_stops_with_a_checkpoint_goes_on_and_says_which_run_failed(digit
     assert done.returncode == 75, done.stdout + done.stderr
     assert sorted(p.name for p in (tmp_path / "first").iterdir()) == [
         "logs.tar.gz",
-        "unfinished.tar",
+        "unfinished.aa",
     ]
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "gpu").mkdir()
-    shutil.move(tmp_path / "first/unfinished.tar", tmp_path / "gpu")
+    whole = (tmp_path / "first/unfinished.aa").read_bytes()  # as if it had two parts
+    for name, part in (("aa", whole[:5000]), ("ab", whole[5000:])):
+        (tmp_path / f"gpu/unfinished.{name}").write_bytes(part)
     done = gpu(OUT=str(tmp_path / "second"))
     assert done.returncode == 1 and "tiny wrong-3: status 1, see wrong-3.log" in done.stdout
     assert [entry["step"] for entry in json.loads(record.read_text())] == [200, 400]
