@@ -113,6 +113,9 @@ def test_a_run_brings_its_own_config(run: Path, tmp_path: Path, capsys):
     main(["validate", "--ckpt_path", str(step), "--model.sampler.init_args.steps=3"])
     last = read_scores(moved)[-1]
     assert (len(read_scores(moved)), last.step, last.protocol.steps) == (before + 1, 3, 3)
+    main(["validate", f"--ckpt_path={moved}", f"--trainer.default_root_dir={tmp_path}/elsewhere"])
+    assert [score.step for score in read_scores(tmp_path / "elsewhere")] == [6]
+    assert len(read_scores(moved)) == before + 1
     assert not run.exists()
 
 

@@ -136,7 +136,9 @@ def with_own_config(args: list[str]) -> list[str]:
             f"config.yaml, or come with a config: lightning {command} -c CONFIG --ckpt_path FILE"
         )
     added = [f"--config={run / 'config.yaml'}", f"--trainer.default_root_dir={run}"]
-    return [command, *added, *given, *(["--ckpt_path=last"] if whole else [])]
+    # The last one of the folder that is written to, unless that is another.
+    last = whole and not _last_value("--trainer.default_root_dir", given)
+    return [command, *added, *given, *(["--ckpt_path=last"] if last else [])]
 
 
 def _has_network(given: list[str]) -> bool:

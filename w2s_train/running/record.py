@@ -60,6 +60,8 @@ def find_checkpoint(
     check_local(ckpt_path, "ckpt_path")
     if ckpt_path == "last":
         return _last(folder / "checkpoints", subcommand)
+    if subcommand != "fit" and Path(ckpt_path).is_dir():
+        return _last(Path(ckpt_path) / "checkpoints", subcommand)
     if not Path(ckpt_path).is_file():
         raise UserError(f"ckpt_path={ckpt_path}: must be an existing file, or last")
     if problem := damage(Path(ckpt_path)):
