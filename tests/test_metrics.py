@@ -18,6 +18,7 @@ from w2s_train.metrics import (
     InceptionScore,
     KernelDistance,
     PrecisionRecall,
+    exact_distances,
     squared_mmd,
 )
 
@@ -105,6 +106,16 @@ def test_precision_and_recall_by_brute_force(k: int):
     found = PrecisionRecall(k).compute(x, y, Logits())
     assert found["precision"] == brute_force(x.double().numpy(), y.double().numpy(), k)
     assert found["recall"] == brute_force(y.double().numpy(), x.double().numpy(), k)
+
+
+def test_distances_are_exact_also_between_rows_that_are_nearly_equal():
+    """Where a matrix product would leave no digit: far from the origin, 1e-9 apart, or equal."""
+    y = 1e4 + torch.rand(300, 64, dtype=torch.float64)
+    x = torch.cat([y[:20], y[20:40] + 1e-9 * torch.randn(20, 64), y[40:60] + 1e-5, 1e4 + y[:40]])
+    one_by_one = torch.stack([(row - y).norm(dim=1) for row in x])
+    torch.testing.assert_close(exact_distances(x, y), one_by_one, rtol=1e-11, atol=0)
+    same = torch.full((100, 3), 7.0, dtype=torch.float64)
+    assert exact_distances(same, same).max() == 0
 
 
 def test_precision_and_recall_of_a_lost_mode():
