@@ -36,7 +36,8 @@ MODULE_HOOKS = ("measure", "accept", "configure_gradient_clipping", "on_train_ba
 PARTS_OF_RUN = {
     "guard": ("note", "judge", "out_of_patience"),
     "checkpoints": ("wish", "report", "save"),
-    "samples": ("note", "after_step"),
+    "samples": ("note", "too_many"),
+    "held_out": ("look",),
     "stop": ("take_time", "wishes"),
     "watch": ("begin", "at"),
     "blow_up": ("look",),

@@ -140,22 +140,26 @@ class Timed:
     def share(self, other: "Timed") -> None:
         """Use the memory of another one's network and its average, so that all fit on one device.
 
-        The time of a step does not depend on the values.
+        The time of a step does not depend on the values. What only one of them has is its own.
         """
-        for mine, theirs in zip(self._networks(), other._networks(), strict=True):
-            mine.data = theirs.data
+        theirs = other._networks()
+        for name, parameter in self._networks().items():
+            if name in theirs:
+                parameter.data = theirs[name].data
 
     def share_optimizer(self, other: "Timed") -> None:
         """The same for the optimizer's averages, once both have taken a step."""
         mine, theirs = self.trainer.optimizers[0].state, other.trainer.optimizers[0].state
-        networks = (self.module.network.parameters(), other.module.network.parameters())
-        for ours, his in zip(*networks, strict=True):
-            for name, value in theirs.get(his, {}).items():
+        others = other._networks()
+        for which, ours in self._networks().items():
+            for name, value in theirs.get(others.get(which, ours), {}).items():
                 if value.shape == ours.shape:  # and not a counter
                     mine[ours][name] = value
 
-    def _networks(self) -> list[nn.Parameter]:
-        return [*self.module.network.parameters(), *self.module.ema.parameters()]
+    def _networks(self) -> dict[str, nn.Parameter]:
+        network: Any = self.module.network
+        found = dict(network.named_parameters(prefix="network"))
+        return found | dict(self.module.ema.named_parameters(prefix="average"))
 
     def step(self) -> None:
         """One optimizer step, by the trainer's own loop: its precision, closure and clipping."""
