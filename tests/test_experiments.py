@@ -162,8 +162,11 @@ def test_a_record_is_of_the_run_that_the_study_describes(scores):
     entries = json.loads(scores.read_text())
     assert all(len(entry["protocol"]["git_commit"]) == 40 for entry in entries)  # and not dirty
     if command[1] == "validate":
-        wanted = json.loads(command[command.index("--model.guidance") + 1])
-        assert len({entry["guidance"] for entry in entries}) == len(entries) == len(wanted)
+        option = "--model.guidance"
+        wanted = json.loads(command[command.index(option) + 1]) if option in command else [None]
+        names, metrics = ({entry[key] for entry in entries} for key in ("guidance", "metric"))
+        assert len(names) == len(wanted) and len(entries) == len(wanted) * len(metrics)
+        assert option in command or names == {"none"}
         return
     expected: object = {}
     for path in overlays(command):
