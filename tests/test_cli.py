@@ -490,6 +490,7 @@ def test_checkpoints_must_fit(command, folder: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_advice_of_the_trainer_on_a_terminal(folder: Path):
     """A fit that goes on with other callbacks, and a validation: what is said is ours."""
     code = "import sys; sys.stdout.isatty = lambda: True; from w2s_train.cli import main; main()"

@@ -144,10 +144,8 @@ def test_no_graph_breaks_and_no_recompilations(monkeypatch, name: str, switches:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "switches",
-    [pytest.param({}, id="plain"), pytest.param(TODAY, id="today", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("switches", [{}, TODAY], ids=["plain", "today"])
 def test_compiled_and_eager_steps_agree(monkeypatch, switches: dict):
     """Losses of three steps agree to 1e-4, with the compiler that users get; names are the same."""
     losses, names = [], []

@@ -401,6 +401,7 @@ arms: {{none: "", wrong: --data.batch_size -1}}
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_study_stops_with_a_checkpoint_goes_on_and_says_which_run_failed(digits, tmp_path):
     (tmp_path / "experiments/tiny").mkdir(parents=True)
     (tmp_path / "data").symlink_to(ROOT / "data")

@@ -262,6 +262,7 @@ def test_results_are_written(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interruption_keeps_what_is_done(tmp_path):
     """Killed in its second network, it leaves the whole results of the first."""
     path = tmp_path / "out.json"
