@@ -1,11 +1,11 @@
-"""The table of a study that scores runs at their end, on fresh seeds, by every metric."""
+"""A study that scores runs at their end, on fresh seeds, by every metric."""
 
 from collections import defaultdict
 
-from cells import evaluations, interval_of
+from cells import evaluations, interval_of, with_verdict
 from run import ROOT, load
 
-from w2s_train.compare.numbers import judge
+from w2s_train.compare.numbers import Judgement, judge
 from w2s_train.compare.protocol import commit_name
 from w2s_train.scores import Score, higher_is_better, read_scores
 
@@ -58,14 +58,34 @@ def table(study: str) -> str:
     return "\n".join([*lines, "", text]) + "\n"
 
 
+def column(study: str) -> dict[tuple[str, str], tuple[str, int]]:
+    """By arm and guidance: the distance, as the summary shows it, and evaluations an image."""
+    found, shown = scores_of(study), dict[tuple[str, str], tuple[str, int]]()
+    metric = found[BASE][min(found[BASE])][0].metric
+    for row, by_seed in found.items():
+        scores = [s for scores in by_seed.values() for s in scores if s.metric == metric]
+        text = interval_of([score.value for score in scores], 0)
+        if row != BASE:
+            text = with_verdict(text, _judgement(metric, by_seed, found[BASE]))
+        shown[row] = text, evaluations(row[1], scores[0].protocol.steps)
+    return shown
+
+
 def _verdict(metric: str, ours: dict[int, list[Score]], plain: dict[int, list[Score]]) -> str:
     """Of a row against the baseline."""
     if ours is plain:
         return "baseline"
+    verdict = _judgement(metric, ours, plain).verdict.partition(":")[0]
+    return verdict if len(ours.keys() & plain.keys()) > 1 else f"{verdict}, one seed"
+
+
+def _judgement(
+    metric: str, ours: dict[int, list[Score]], plain: dict[int, list[Score]]
+) -> Judgement:
+    """On the training seeds that both have."""
     both = sorted(ours.keys() & plain.keys())
     samples = [[[s.value for s in x[k] if s.metric == metric] for k in both] for x in (ours, plain)]
-    verdict = judge(*samples, higher_is_better=higher_is_better(metric)).verdict.partition(":")[0]
-    return verdict if len(both) > 1 else f"{verdict}, one seed"
+    return judge(*samples, higher_is_better=higher_is_better(metric))
 
 
 def _seeds(found: dict[tuple[str, str], dict[int, list[Score]]]) -> str:
