@@ -1,6 +1,10 @@
 """A study that scores runs at their end, on fresh seeds, by every metric."""
 
+import statistics
+import sys
 from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
 
 from cells import evaluations, interval_of, with_verdict
 from run import ROOT, load
@@ -9,84 +13,134 @@ from w2s_train.compare.numbers import Judgement, judge
 from w2s_train.compare.protocol import commit_name
 from w2s_train.scores import Score, higher_is_better, read_scores
 
-BASE = ("none", "none")  # arm and guidance
+Row = tuple[str, str]  # arm and guidance
+Values = dict[Row, dict[str, dict[int, float]]]  # by row, metric and training seed
+BASE = ("none", "none")
+SAME = ("weights", "sampler", "steps", "step", "n", "extractor")  # in all scores of a table
+GUIDED = "guided at sampling"
 
 
-def scores_of(study: str) -> dict[tuple[str, str], dict[int, list[Score]]]:
-    """By arm and guidance, and by training seed; what has been scored so far."""
-    found: dict[tuple[str, str], dict[int, list[Score]]] = defaultdict(lambda: defaultdict(list))
+def scores_of(study: str) -> dict[Row, list[tuple[int, Score]]]:
+    """What has been scored so far, with training seeds, the baseline first.
+
+    Raises:
+        SystemExit: The baseline was not scored, or scores that cannot stand in one table.
+    """
+    found: dict[Row, list[tuple[int, Score]]] = defaultdict(list)
     for arm, seeds in load(study)["seeds"].items():
         for seed in seeds:
             folder = ROOT / "experiments" / study / "runs" / f"{arm}-{seed}"
             for score in read_scores(folder) if folder.exists() else []:
-                found[arm, score.guidance][seed].append(score)
+                found[arm, score.guidance].append((seed, score))
+    if BASE not in found:
+        sys.exit(f"error: {study}: must have scores of none, unguided, and has none of them")
+    every = [score for scores in found.values() for _, score in scores]
+    for key in SAME:
+        if len(values := {getattr(score.protocol, key) for score in every}) > 1:
+            sys.exit(f"error: {study}: {key} must be the same in all scores, is {values}")
     return {row: found[row] for row in sorted(found, key=lambda row: row != BASE)}
 
 
-def table(study: str) -> str:
-    """Arms and guidances, a column a metric; the verdict is on the first of them."""
-    found = scores_of(study)
-    every = [score for by_seed in found.values() for scores in by_seed.values() for score in scores]
-    names = list(dict.fromkeys(score.metric for score in every))
-    shared = names[0].partition("_")[2]  # of the extractor
-    values = {
+def values_of(found: dict[Row, list[tuple[int, Score]]]) -> Values:
+    """Of a run one value a metric, the mean where it was sampled more than once."""
+    several: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row, scores in found.items():
+        for seed, score in scores:
+            several[row][score.metric][seed].append(score.value)
+    return {
         row: {
-            name: [s.value for scores in by_seed.values() for s in scores if s.metric == name]
-            for name in names
+            metric: {seed: statistics.fmean(several[row][metric][seed]) for seed in by_seed}
+            for metric, by_seed in metrics.items()
         }
-        for row, by_seed in found.items()
+        for row, metrics in several.items()
     }
-    heads = [name.replace(f"_{shared}", "") for name in names]
+
+
+def table(study: str) -> str:
+    """Arms and guidances, a column a metric; the verdict is on the distance."""
+    found = scores_of(study)
+    values, scores = values_of(found), [score for one in found.values() for _, score in one]
+    first = _distance(values)
+    shared = first.partition("_")[2]  # of the extractor
+    names = [first, *sorted({name for row in values.values() for name in row} - {first})]
+    guided = {row[0]: _cell(values[row][first].values(), 2) for row in values if _is_guided(row)}
+    heads = [name.removesuffix(f"_{shared}") for name in names]
+    heads[1:1] = [f"{heads[0]}, {GUIDED}"] if guided else []
     lines = [f"| trained, sampled | {' | '.join(heads)} | evaluations | verdict |"]
-    lines.append("|---" * (len(names) + 3) + "|")
-    (steps,) = {score.protocol.steps for score in every}
+    lines.append("|---" * (len(heads) + 3) + "|")
     for (arm, guidance), of_row in values.items():
-        cells = [interval_of(of_row[name], 2 if name == names[0] else 3) for name in names]
-        cells.append(str(evaluations(guidance, steps)))
-        cells.append(_verdict(names[0], found[arm, guidance], found[BASE]))
+        cells = [_cell(of_row.get(name, {}).values(), 2 if name == first else 3) for name in names]
+        if guided:
+            cells.insert(1, guided.get(arm, "–") if guidance == "none" else "–")
+        cells.append(str(evaluations(guidance, scores[0].protocol.steps)))
+        cells.append(_verdict(first, of_row, values[BASE]))
         how = "unguided" if guidance == "none" else f"`{guidance}`"
         lines.append(f"| `{arm}`, {how} | {' | '.join(cells)} |")
-    (count,), (first,) = {s.protocol.n for s in every}, {s.protocol.seeds[0] for s in every}
-    commits = {commit_name(score.protocol.git_commit or "unknown") for score in every}
+    start = min(score.protocol.seeds[0] for score in scores)
+    commits = {commit_name(score.protocol.git_commit or "unknown") for score in scores}
     text = (
-        f"{count:,} images each of seeds from {first:,} on, features of `{shared}`; mean and "
-        f"95 % t interval over training seeds {_seeds(found)}, or the values of fewer than three. "
-        f"The verdict is on `{heads[0]}`, lower is better, against the first row on the same "
-        f"training seeds. Evaluations are the network's for an image. "
+        f"{scores[0].protocol.n:,} images each of seeds from {start:,} on, features of `{shared}`; "
+        f"mean and 95 % t interval over training seeds {_seeds(first, values)}, or the values of "
+        f"fewer than three. The verdict is on `{heads[0]}`, lower is better, against the first row "
+        f"on the same training seeds. Evaluations are the network's for an image. "
         f"Commit {', '.join(sorted(commits))}."
     )
     return "\n".join([*lines, "", text]) + "\n"
 
 
-def column(study: str) -> dict[tuple[str, str], tuple[str, int]]:
+def column(study: str) -> dict[Row, tuple[str, int]]:
     """By arm and guidance: the distance, as the summary shows it, and evaluations an image."""
-    found, shown = scores_of(study), dict[tuple[str, str], tuple[str, int]]()
-    metric = found[BASE][min(found[BASE])][0].metric
-    for row, by_seed in found.items():
-        scores = [s for scores in by_seed.values() for s in scores if s.metric == metric]
-        text = interval_of([score.value for score in scores], 0)
-        if row != BASE:
-            text = with_verdict(text, _judgement(metric, by_seed, found[BASE]))
-        shown[row] = text, evaluations(row[1], scores[0].protocol.steps)
+    found = scores_of(study)
+    values, shown = values_of(found), dict[Row, tuple[str, int]]()
+    first = _distance(values)
+    for row, of_row in values.items():
+        text = _cell(of_row[first].values(), 0)
+        if row != BASE and (judgement := _judgement(first, of_row, values[BASE])):
+            text = with_verdict(text, judgement)
+        shown[row] = text, evaluations(row[1], found[row][0][1].protocol.steps)
     return shown
 
 
-def _verdict(metric: str, ours: dict[int, list[Score]], plain: dict[int, list[Score]]) -> str:
+def _is_guided(row: Row) -> bool:
+    """By further evaluations of the network, not by its inputs."""
+    return row[1].startswith("cfg(")
+
+
+def _distance(values: Values) -> str:
+    """The Fréchet distance among the metrics."""
+    return next(name for name in values[BASE] if name.startswith("fd_"))
+
+
+def _cell(values: Iterable[float], decimals: int) -> str:
+    return interval_of(list(values), decimals)
+
+
+def _verdict(metric: str, ours: dict[str, Any], plain: dict[str, Any]) -> str:
     """Of a row against the baseline."""
     if ours is plain:
         return "baseline"
-    verdict = _judgement(metric, ours, plain).verdict.partition(":")[0]
-    return verdict if len(ours.keys() & plain.keys()) > 1 else f"{verdict}, one seed"
+    if not (judgement := _judgement(metric, ours, plain)):
+        return "–"
+    verdict = judgement.verdict.partition(":")[0]
+    return (
+        verdict if len(ours[metric].keys() & plain[metric].keys()) > 1 else f"{verdict}, one seed"
+    )
 
 
-def _judgement(
-    metric: str, ours: dict[int, list[Score]], plain: dict[int, list[Score]]
-) -> Judgement:
-    """On the training seeds that both have."""
-    both = sorted(ours.keys() & plain.keys())
-    samples = [[[s.value for s in x[k] if s.metric == metric] for k in both] for x in (ours, plain)]
-    return judge(*samples, higher_is_better=higher_is_better(metric))
+def _judgement(metric: str, ours: dict[str, Any], plain: dict[str, Any]) -> Judgement | None:
+    """On the training seeds that both have, if there are any."""
+    both = sorted(ours[metric].keys() & plain[metric].keys())
+    samples = [[[x[metric][seed]] for seed in both] for x in (ours, plain)]
+    return judge(*samples, higher_is_better=higher_is_better(metric)) if both else None
 
 
-def _seeds(found: dict[tuple[str, str], dict[int, list[Score]]]) -> str:
-    return ", ".join(map(str, sorted(found[BASE])))
+def _seeds(metric: str, values: Values) -> str:
+    """The baseline's, and of the rows that have others theirs."""
+    common = sorted(values[BASE][metric])
+    others: dict[str, list[str]] = defaultdict(list)
+    for (arm, _), of_row in values.items():
+        if (seeds := sorted(of_row[metric])) != common:
+            names = others[", ".join(map(str, seeds))]
+            names += [] if f"`{arm}`" in names else [f"`{arm}`"]
+    parts = [f"of {', '.join(names)} {seeds}" for seeds, names in others.items()]
+    return "; ".join([", ".join(map(str, common)), *parts])

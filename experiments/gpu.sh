@@ -30,7 +30,8 @@ mkdir -p "$out" "runs/$study"
 touch "runs/$study/.began"
 
 status=0
-"$python" experiments/run.py "$study" --jobs "$at_a_time" --limit "$limit" || status=$?
+left=$((limit > SECONDS + 1 ? limit - SECONDS : 1)) # less what packages, data and reference took
+"$python" experiments/run.py "$study" --jobs "$at_a_time" --limit "$left" || status=$?
 
 packed=0
 mkdir -p "experiments/$study/runs"

@@ -10,7 +10,7 @@ A study of trainings gets comparison/ (as `lightning compare` makes it, with the
 step_time.json), table.md and, if it has a `figure`, wall_clock.png; pairs.md, if its `pairs` say
 which arms are to be set against each other; one of guidance at sampling, or of runs with drawn
 scales (`separately` names runs with one recipe each), or of runs at their end (`every_metric`),
-gets table.md. `baseline` is `none`, if it is not said.
+gets table.md. guideability.json gives guideability.md. `baseline` is `none`, if it is not said.
 experiments/table.md has the recipes that README.md shows, docs/mnist.png the samples of two.
 Pages show tables between two comments,
 <!-- experiments/STUDY/table.md --> and <!-- end -->.
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import finals
+import guideability
 import matplotlib.pyplot as plt
 from cells import evaluations, interval, interval_of, with_verdict
 from PIL import Image
@@ -405,6 +406,8 @@ def texts(study: str, comparison: Comparison | None) -> dict[Path, str]:
     files = {folder / "comparison" / name: text for name, text in reports(comparison).items()}
     if "pairs" in load(study):
         files[folder / "pairs.md"] = pairs_table(study)
+    if (folder / guideability.STORED).is_file():
+        files[folder / "guideability.md"] = guideability.table(study)
     return {folder / "table.md": training_table(study, comparison), **files}
 
 

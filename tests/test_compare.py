@@ -85,6 +85,36 @@ def test_epochs_until_a_score_is_reached(make, compare, tmp_path: Path):
     assert [each["needed"] for each in never["arms"]] == [{"0": None, "1": None}] * 2
 
 
+def test_scores_that_rise_are_reached_from_below(make, compare, tmp_path: Path):
+    """By default the worst end of the baseline; what is only a bound decides nothing by itself."""
+
+    def rising(name: str, seed: int, *values: float, **options: object) -> None:
+        path = make(f"{name}-{seed}", seed, values=values, **options) / "scores.json"
+        path.write_text(path.read_text().replace('"fd_digits"', '"agreement_toy"'))
+
+    rising("none", 0, 0.29, 0.5, 0.6)
+    rising("none", 1, 0.1, 0.2, 0.3)
+    rising("branch", 0, 0.3, 0.5, 0.5, segments=BRANCH)
+    rising("branch", 1, 0.01, 0.2, 0.31, segments=BRANCH)
+    which = (tmp_path / "runs" / "*", "--metric", "agreement_toy")
+    found, _ = compare(*which)
+    (only,) = found["reached"]
+    report = (tmp_path / "out" / "comparison.md").read_text()
+    assert only["score"] == 0.3 and "until agreement_toy rises to 0.3" in report
+    base, arm = only["arms"]
+    first = 64 * (100 + 100 * math.log(0.3 / 0.29) / math.log(0.5 / 0.29))
+    assert base["needed"] == {"0": pytest.approx(first), "1": 64 * 300}
+    second = 64 * (200 + 100 * math.log(0.3 / 0.2) / math.log(0.31 / 0.2))
+    assert arm["needed"] == {"0": 6400.0, "1": pytest.approx(second)} and arm["at_first"] == [0]
+    assert arm["ratio_to_baseline"] < 1 and arm["verdict"] is None
+
+    found, _ = compare(*which, "--reach", "0.05,0.05")
+    (early,) = found["reached"]
+    base, arm = early["arms"]
+    assert (base["at_first"], arm["at_first"]) == ([0, 1], [0])
+    assert arm["ratio_to_baseline"] is arm["verdict"] is None
+
+
 def test_what_the_baseline_ends_with_is_reached_by_all_its_runs(make, compare, tmp_path: Path):
     """The worst of its last scores; in images where a run does not say what an epoch is."""
     for seed, last in ((0, 2.0), (1, 2.1)):

@@ -32,6 +32,7 @@ from w2s_train.sampler import Euler
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import finals
+import guideability
 import remake
 import run
 from prompted.guidance import SkipLayer
@@ -362,14 +363,53 @@ def test_scores_at_the_end_by_every_metric(tmp_path, monkeypatch):
         scored("head", seed, "none", 0.5 * distance, 0.75)
     scored("one", 2, "none", 5.1, 0.125)
     lines = finals.table("s").splitlines()
-    assert lines[0] == "| trained, sampled | fd | recall | evaluations | verdict |"
-    assert lines[2].startswith("| `none`, unguided | 10.03 (") and lines[2].endswith("baseline |")
-    assert lines[3].startswith(f"| `none`, `{cfg}` | 9.93 (")
+    head = "| trained, sampled | fd | fd, guided at sampling | recall | evaluations | verdict |"
+    assert lines[0] == head
+    guided = re.fullmatch(
+        r".*, unguided \| 10\.03 \(.*\) \| (.*) \| 0.500 .* baseline \|", lines[2]
+    )
+    assert guided and guided[1].startswith("9.93 (")
+    assert lines[3].startswith(f"| `none`, `{cfg}` | {guided[1]} | – |")
     assert lines[3].endswith(f"| {remake.evaluations(cfg, 25)} | inconclusive |")
     assert lines[4].startswith("| `head`, unguided | 5.02 (") and lines[4].endswith("| better |")
     assert "| 0.750 (0.750 to 0.750) | 25 |" in lines[4]
-    assert lines[5] == "| `one`, unguided | 5.10 | 0.125 | 25 | inconclusive, one seed |"
-    assert lines[6] == "" and "over training seeds 1, 2, 3" in lines[7]
+    assert lines[5] == "| `one`, unguided | 5.10 | – | 0.125 | 25 | inconclusive, one seed |"
+    assert lines[6] == "" and "over training seeds 1, 2, 3; of `one` 2, or" in lines[7]
+    summary = finals.column("s")
+    assert summary["head", "none"] == ("**5** (5 to 5)", 25)
+    assert summary["one", "none"] == ("5", 25)
+
+    scored("later", 1, "none", 4.0, 0.5)  # sampled twice: one value, the mean
+    scored("later", 1, "none", 6.0, 0.5)
+    assert "| `later`, unguided | 5.00 | – | 0.500 |" in finals.table("s")
+    path = tmp_path / "experiments/s/runs/later-1/scores.json"
+    path.write_text(path.read_text().replace('"step": ', '"step": 1'))
+    with pytest.raises(SystemExit, match="error: s: step must be the same in all scores"):
+        finals.table("s")
+    shutil.rmtree(tmp_path / "experiments/s/runs")
+    scored("head", 1, "none", 4.0, 0.5)
+    with pytest.raises(SystemExit, match="error: s: must have scores of none, unguided"):
+        finals.table("s")
+
+
+def test_the_table_of_guideability_is_of_the_last_entries(tmp_path, monkeypatch):
+    """Means of the last five of six, and the root of the sum of their squared errors over five."""
+    keys = [
+        f"held_out/{s}/{r}guideability" for s in guideability.SOURCES for r in guideability.RANGES
+    ]
+    lines = [",".join(["step", *keys, *(f"{key}_error" for key in keys)])]
+    for step, value in enumerate((9.0, 0.1, 0.2, 0.3, 0.4, 0.5)):
+        lines.append(",".join(map(str, [step, *[value] * len(keys), *[0.1] * len(keys)])))
+        lines.append(f"{step}{',' * 2 * len(keys)}")  # of another logger
+    write(tmp_path / "none-1/metrics.csv", "\n".join(lines))
+    write(tmp_path / "experiments/s/study.yaml", "")
+    monkeypatch.setattr(guideability, "ROOT", tmp_path)
+    words = ["guideability.py", str(tmp_path / "none-1"), "--keep", "s"]
+    monkeypatch.setattr(sys, "argv", words)
+    guideability.main()
+    rows = guideability.table("s").splitlines()
+    assert rows[2] == "| all | +0.300 ± 0.045 | +0.300 ± 0.045 | +0.300 ± 0.045 |"
+    assert rows[12].startswith("| 0.9 to 1.0 | +0.300 ± 0.045 |") and len(rows) == 15
 
 
 def test_times_of_an_arm_may_be_those_of_another_or_of_its_own_options(tmp_path, monkeypatch):

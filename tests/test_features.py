@@ -342,8 +342,11 @@ def test_timm_features_know_size_and_normalization(tmp_path: Path):
         TimmFeatures("test_vit", size=0)
     with pytest.raises(ValueError, match="model=none: must be a model of timm"):
         TimmFeatures("none")
-    with pytest.raises(ValueError, match="must be three numbers each"):
-        TimmFeatures("test_vit", std=[])
+    for wrong in ([], [1.0, 1.0]):
+        with pytest.raises(ValueError, match="must be three numbers each"):
+            TimmFeatures("test_vit", std=wrong)
+    with pytest.raises(ValueError, match="model=test_vit.nosuch: must be a model of timm"):
+        TimmFeatures("test_vit.nosuch")
     with pytest.raises(ValueError, match="must be weights of test_vit"):
         TimmFeatures("test_vit", weights).load()
 
@@ -372,6 +375,16 @@ def test_a_network_without_a_linear_last_layer_has_no_classes(tmp_path: Path):
         assert not extractor.has_probabilities
     with pytest.raises(ValueError, match="inception_score: needs an extractor with class prob"):
         extractor.probabilities(torch.zeros(1, extractor.num_features))
+
+
+def test_a_network_that_adds_to_its_last_layer_has_no_classes(tmp_path: Path, monkeypatch):
+    """As VOLO does, which looks at its tokens once more: that layer alone gives other classes."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    weights, real = random_weights("test_vit", tmp_path), VisionTransformer.forward
+    assert loaded(TimmFeatures("test_vit", weights)).has_probabilities
+    monkeypatch.setattr(VisionTransformer, "forward", lambda self, x: real(self, x) + x.std())
+    assert not loaded(TimmFeatures("test_vit", weights)).has_probabilities
 
 
 @pytest.mark.slow

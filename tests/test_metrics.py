@@ -176,7 +176,7 @@ def test_agreement_among_the_data_sets_classes(tmp_path: Path):
     metric.check_classes(3, Named())
     found = metric.compute(features, NONE, Named(), torch.tensor([0, 1, 2, 2]))
     assert found == {"agreement": pytest.approx(3 / 4)}
-    with pytest.raises(ValueError, match="must tell the data set's 4 classes apart, it knows 3"):
+    with pytest.raises(ValueError, match="must have 4 lines, one a class, has 3"):
         metric.check_classes(4, Named())
     with pytest.raises(ValueError, match="needs an extractor of ImageNet's 1,000 classes"):
         metric.check_classes(3, Logits())

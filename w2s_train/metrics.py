@@ -249,6 +249,8 @@ class ImageNetAgreement(ClassAgreement):
 
     def check_classes(self, classes: int, extractor: FeatureExtractor) -> None:
         self.columns = self._read()
+        if (n := len(self.columns)) != classes:
+            raise UserError(f"classes={self.path}: must have {classes} lines, one a class, has {n}")
         super().check_classes(classes, extractor)
 
     def _read(self) -> list[int]:

@@ -72,9 +72,8 @@ def thresholds(
     """
     sizes = [one.run.training_samples for arm in arms for one in arm.series]
     known = all(sizes)
-    scores = list(wanted) or [_worst_end(baseline, higher)]
     found = []
-    for score in scores:
+    for score in dict.fromkeys(wanted) or [_worst_end(baseline, higher)]:
         reached = [_reach(arm, score, higher, known) for arm in arms]
         base = next(each for each in reached if each.arm == baseline.name)
         if all(len(each.at_first) == len(each.needed) for each in reached):
@@ -145,7 +144,8 @@ def lines(threshold: Threshold) -> list[list[str]]:
     """A line an arm: name, what it needed, ratio to the baseline's, verdict."""
 
     def number(value: float) -> str:
-        return f"{value:.2f}" if threshold.unit == "epochs" else f"{value:,.0f}"
+        few = 2 if threshold.arms[0].last >= 1 else 5
+        return f"{value:.{few}f}" if threshold.unit == "epochs" else f"{value:,.0f}"
 
     made = []
     for each in threshold.arms:

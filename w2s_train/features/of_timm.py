@@ -57,7 +57,7 @@ class TimmFeatures(FeatureExtractor):
         import timm  # late: seconds
 
         super().__init__(weights)
-        if not timm.is_model(model):
+        if not timm.is_model(model) or ("." in model and not timm.is_model_pretrained(model)):
             raise UserError(f"model={model}: must be a model of timm; timm.list_models() has all")
         known: Any = timm.get_pretrained_cfg(model)
         self.model = model
@@ -68,8 +68,7 @@ class TimmFeatures(FeatureExtractor):
         )
         if {len(each) for each in self.numbers} != {3} or min(self.numbers[1]) <= 0:
             raise UserError(f"mean={mean}, std={std}: must be three numbers each, of std above 0")
-        plain = model.partition(".")[0]
-        self.metric = f"fd_{name or f'{plain}_{self.size}'}"
+        self.metric = "fd_" + (name or f"{model.partition('.')[0]}_{self.size}")
 
     def check_files(self) -> None:
         super().check_files()
@@ -91,6 +90,11 @@ class TimmFeatures(FeatureExtractor):
         last = self.network.get_classifier()
         fits = isinstance(last, nn.Linear) and last.in_features == self.num_features
         self.has_probabilities = type(self).has_probabilities and fits
+        if self.has_probabilities:  # as far as that layer is all that makes classes of them
+            images = torch.arange(3072).view(1, 3, 32, 32).to(torch.uint8)
+            with torch.no_grad():
+                whole, ours = self.network(self._pixels(images)), last(self.features(images))
+            self.has_probabilities = isinstance(whole, Tensor) and whole.allclose(ours, 1e-3, 1e-4)
 
     def _tried(self) -> int:
         """The number of features of an image, once the network takes images of this size.
@@ -123,15 +127,11 @@ class TimmFeatures(FeatureExtractor):
             return timm.create_model(
                 self.model, pretrained=self.weights is None, checkpoint_path=path, **options
             )
-        except OSError as error:  # of the network
+        except (OSError, RuntimeError, SafetensorError) as error:
+            local = "a local file where they cannot be fetched, " * isinstance(error, OSError)
             raise UserError(
-                f"weights={self.weights}: must be a local file where {self.model} cannot be "
-                f"fetched ({error})"
-            ) from error
-        except (RuntimeError, SafetensorError) as error:
-            given = path or "null"
-            raise UserError(
-                f"weights={given}: must be weights of {self.model} ({one_line(error)[:200]})"
+                f"weights={path or 'null'}: must be {local}weights of {self.model} "
+                f"({one_line(error)[:200]})"
             ) from error
 
     def _sized(self, published: Any) -> nn.Module:
