@@ -63,7 +63,8 @@ def table(study: str) -> str:
     first = _distance(values)
     shared = first.partition("_")[2]  # of the extractor
     names = [first, *sorted({name for row in values.values() for name in row} - {first})]
-    guided = {row[0]: _cell(values[row][first].values(), 2) for row in values if _is_guided(row)}
+    with_cfg = [row for row in reversed(values) if is_guided(row)]  # of several the first
+    guided = {row[0]: _cell(values[row][first].values(), 2) for row in with_cfg}
     heads = [name.removesuffix(f"_{shared}") for name in names]
     heads[1:1] = [f"{heads[0]}, {GUIDED}"] if guided else []
     lines = [f"| trained, sampled | {' | '.join(heads)} | evaluations | verdict |"]
@@ -101,7 +102,7 @@ def column(study: str) -> dict[Row, tuple[str, int]]:
     return shown
 
 
-def _is_guided(row: Row) -> bool:
+def is_guided(row: Row) -> bool:
     """By further evaluations of the network, not by its inputs."""
     return row[1].startswith("cfg(")
 

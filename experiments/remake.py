@@ -315,7 +315,8 @@ def summary(found: dict[str, Comparison]) -> str:
         took = " to ".join(dict.fromkeys(f"{time:.2f}" for time in (min(times), max(times))))
         lines.append(f"| `{recipe}` | {what} | {' | '.join(cells)} | {took} | {steps} |")
     best = [best_guidance(f"{study}_guidance", rows[study]["none"]) for study in SETS]
-    best.append(next((many[row] for row in many if row[0] == "none" != row[1]), None))
+    of_many = [many[row] for row in many if row[0] == "none" and finals.is_guided(row)]
+    best.append(of_many[0] if of_many else None)
     cells = [each[0] if each else "–" for each in best]
     counts = ", ".join(str(each[1]) for each in best if each)
     head = "| `none`, guided | null class, while sampling |"
