@@ -146,15 +146,17 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("inception", "ad
 
 @pytest.mark.parametrize("extractor", ["conv", "cifar10", "dinov2", *TIMM, *SLOW], indirect=True)
 def test_features_depend_on_the_image_alone(extractor, monkeypatch):
-    """Bitwise: whatever the batch, and wherever in it."""
+    """Bitwise, whatever the batch, and wherever in it; some processors round gates by row."""
+    gates = any(type(module).__name__ == "SqueezeExcite" for module in extractor.modules())
+    bounds = {"rtol": 1e-6, "atol": 1e-6} if gates else {"rtol": 0, "atol": 0}
     monkeypatch.setattr(w2s_train.features.base, "BLOCK", 2)
     x = images(3)
     whole = extractor(x)
     assert whole.shape == (3, extractor.num_features)
     assert whole.dtype == torch.float32
     assert whole.std(0).max() > 1e-3  # these weights see the images
-    assert torch.equal(torch.cat([extractor(part) for part in x.split(1)]), whole)
-    assert torch.equal(extractor(x[[2, 0, 1]]), whole[[2, 0, 1]])
+    torch.testing.assert_close(torch.cat([extractor(part) for part in x.split(1)]), whole, **bounds)
+    torch.testing.assert_close(extractor(x[[2, 0, 1]]), whole[[2, 0, 1]], **bounds)
 
 
 @pytest.mark.parametrize(

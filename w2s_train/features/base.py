@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from w2s_train.errors import UserError
 from w2s_train.files import expanded, locked, sha256_of
 
-# Convolutions of some libraries round differently for some batch sizes. Features are computed in
-# blocks of one size, so that they depend on the image alone.
+# Convolutions round differently for some batch sizes; in blocks of one size, features depend on the
+# image alone (to 1e-6 where squeeze-and-excite gates are rounded by row, as AVX2 alone does).
 BLOCK = 50
 KEEP = 10_000  # features of single images in a reference, for metrics that need them
 VERSIONS = ("torch", "torchvision", "clean-fid", "pillow")
