@@ -162,8 +162,9 @@ def keep(job: Job) -> None:
 
 
 def last_value(folder: Path) -> float:
-    """The last score of a run."""
-    return read_scores(folder)[-1].value
+    """The last score of a run by the first of its metrics, whichever others it has beside that."""
+    scores = read_scores(folder)
+    return [score for score in scores if score.metric == scores[0].metric][-1].value
 
 
 def against_record(job: Job) -> str:
