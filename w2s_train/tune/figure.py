@@ -89,7 +89,7 @@ def _panels(outcome: Outcome, names: Sequence[str]) -> Figure:
 
 
 def _label(outcome: Outcome) -> str:
-    return f"{outcome.metric}, first set of seeds"
+    return f"{outcome.metric}\nfirst set of seeds"
 
 
 def _shown(value: Any) -> Any:
