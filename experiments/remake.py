@@ -35,7 +35,7 @@ import guideability
 import matplotlib.pyplot as plt
 from cells import evaluations, interval, interval_of, with_verdict
 from PIL import Image
-from run import ROOT, jobs, load
+from run import ROOT, jobs, last_value, load
 
 from w2s_train.compare.charts import COLOURS
 from w2s_train.compare.comparison import Comparison, Options, Result, Row, compare
@@ -273,7 +273,9 @@ def settings_table(study: str) -> str:
     for guidance, found in values.items():
         cells = [_cell(found[arm]) for arm in arms]
         arm = separate["arms"].get(guidance)
-        cells.append(_cell(_final(separate["study"], arm)) + f" (`{arm}`)" if arm else "–")
+        same = jobs(separate["study"], [arm]) if arm else []
+        ends = [last_value(job.record) for job in same if job.is_recorded]
+        cells.append(f"{_cell(ends)} (`{arm}`)" if arm else "–")
         lines.append(f"| `{guidance}` | {' | '.join(cells)} |")
     (metric,), (count,) = {score.metric for score in scores}, {s.protocol.n for s in scores}
     text = (
@@ -290,12 +292,6 @@ def _commits(scores: Sequence[Score]) -> str:
 
 def _cell(values: Sequence[float]) -> str:
     return interval_of(values, 3 if max(values, default=0.0) < SMALL else 2)
-
-
-def _final(study: str, arm: str) -> list[float]:
-    """The last value of each run of an arm."""
-    folders = sorted((ROOT / "experiments" / study / "runs").glob(f"{arm}-[0-9]*"))
-    return [max(read_scores(folder), key=lambda s: s.step).value for folder in folders]
 
 
 def summary(found: dict[str, Comparison]) -> str:

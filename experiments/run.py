@@ -162,9 +162,10 @@ def keep(job: Job) -> None:
 
 
 def last_value(folder: Path) -> float:
-    """The last score of a run by the first of its metrics, whichever others it has beside that."""
+    """The last score of a run by the first of its metrics and guidances, whichever follow."""
     scores = read_scores(folder)
-    return [score for score in scores if score.metric == scores[0].metric][-1].value
+    first = (scores[0].metric, scores[0].guidance)
+    return [score for score in scores if (score.metric, score.guidance) == first][-1].value
 
 
 def against_record(job: Job) -> str:

@@ -129,13 +129,18 @@ class TestSD3:
         assert torch.equal(ours, latents(modular(full, guider.new())))
 
     def test_another_network_as_the_weaker(self, full, tmp_path, monkeypatch):
-        """Autoguidance by a network with those blocks deleted is skip-layer guidance."""
+        """Autoguidance by a network with those blocks deleted is skip-layer guidance.
+
+        But for rounding: weights are mapped from the two files, whose alignment in memory differs.
+        """
         weaker = less(full.transformer, BLOCKS)
         weaker.register_to_config(num_layers=3)
         weaker.save_pretrained(tmp_path)
         guider = sgg(weak=str(tmp_path), skip_layers=())
         ours = latents(modular(full, guider))
-        assert torch.equal(ours, latents(modular(full, sgg())))
+        skipping = latents(modular(full, sgg()))
+        torch.testing.assert_close(ours, skipping, rtol=0, atol=1e-5)
+        assert (ours - latents(modular(full, sgg(skip_layers=[4])))).abs().max() > 1e-2
         with pytest.raises(UserError, match="joint_attention_dim=64: must be 24, the network's"):
             guider.check(transformer(joint_attention_dim=24))
         monkeypatch.setenv("HOME", str(tmp_path.parent))
