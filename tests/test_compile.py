@@ -114,9 +114,7 @@ def compiled_by(monkeypatch, backend: str) -> None:
 TODAY = dict(rope=True, swiglu=True, rmsnorm=True, qk_norm=True, class_tokens=2, data_on="linear")
 WITH_TODAY = [pytest.param(name, {}, id=name) for name in RECIPES]
 WITH_TODAY += [
-    pytest.param(
-        name, TODAY, marks=[] if name in ("drawn", "ema") else pytest.mark.long, id=f"{name}-today"
-    )
+    pytest.param(name, TODAY, marks=[] if name == "drawn" else pytest.mark.long, id=f"{name}-today")
     for name in RECIPES
 ]
 
@@ -171,6 +169,7 @@ def test_compiled_and_eager_steps_agree(monkeypatch, switches: dict):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiled_blocks_compute_what_eager_ones_do_in_bf16():
     """By the real compiler, which made NaN of tokens that lay by channel (torch 2.15, CPU)."""
     torch.manual_seed(0)

@@ -199,8 +199,11 @@ def test_the_small_examples_have_the_segments_that_the_studies_favour(config: st
 
 
 @pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize(
+    "overlay",
+    [pytest.param(name, marks=pytest.mark.long) for name in OVERLAYS if name != "sgg_paper"]
+    + ["sgg_paper"],
+)
 def test_dit_b_takes_steps_with_every_overlay(tmp_path: Path, latents: str, overlay: str):
     """The reference run with thin blocks: two optimisation steps."""
     options = ["--trainer.max_steps=2", "--trainer.devices=1", "--trainer.accelerator=cpu"]
@@ -332,6 +335,7 @@ def test_compiled_networks_take_steps(command):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_dit_b_takes_a_step(tmp_path: Path, latents: str):
     """One real optimisation step of the reference run, on latents: all weights move."""
     options = ["--trainer.max_steps=1", "--trainer.devices=1", "--trainer.accelerator=cpu"]

@@ -204,6 +204,7 @@ def test_a_fit_finishes_the_evaluation_it_was_stopped_in(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_the_middle_and_resumed_on_two_processes(command, metrics: Path):
     """SIGKILL, then two processes go on: the same scores."""
     folder = command("fit", "-c", str(metrics))

@@ -327,7 +327,7 @@ def test_a_run_with_it_is_the_run_without(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", quick([[], TWO]))
+@pytest.mark.parametrize("more", [pytest.param([], marks=pytest.mark.long), TWO])
 def test_it_goes_on_where_it_was(command: Callable[..., Path], tmp_path: Path, more: list[str]):
     """Bit for bit, what it learns and what it sees included."""
     whole = command("fit", *OVERLAY, *LONGER, *more, folder="whole")

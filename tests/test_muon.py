@@ -136,7 +136,7 @@ def test_other_optimizers_get_what_they_got():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_run_goes_on_bit_for_bit(command, devices: int):
     options = [*OVERLAY, f"--trainer.devices={devices}", "--trainer.gradient_clip_val=1.0"]
     options += ["--trainer.strategy=ddp_fork"] * (devices > 1)

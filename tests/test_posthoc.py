@@ -156,7 +156,7 @@ def files(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_run_goes_on_bit_for_bit(command, devices: int):
     """With the snapshots that it makes after."""
     options = [*OPTIONS, f"--trainer.devices={devices}", "--checkpoint.every_n_train_steps=5"]

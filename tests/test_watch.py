@@ -146,7 +146,7 @@ def test_ranks(command, tmp_path: Path, fault: str, rank: int, status: int, line
 @pytest.mark.parametrize(
     ("fault", "status", "line"),
     [
-        ("kill", PEER_LOST, SILENT % 0),
+        pytest.param("kill", PEER_LOST, SILENT % 0, marks=pytest.mark.long),
         ("early", 1, "ended with status 1 before the processes met"),
     ],
 )

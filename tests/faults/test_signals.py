@@ -55,13 +55,14 @@ def optimizer_steps(content: dict) -> set[int]:
     return {int(state["step"]) for state in content["optimizer_states"][0]["state"].values()}
 
 
-def test_signals_to_any_process(command, tmp_path: Path, tally):
-    """Row 6: SIGUSR1 and SIGTERM, to one of two processes or both, 12 times at random moments.
+@pytest.mark.parametrize("trials", [6, pytest.param(12, marks=pytest.mark.long)])
+def test_signals_to_any_process(command, tmp_path: Path, tally, trials: int):
+    """Row 6: SIGUSR1 and SIGTERM, to one of two processes or both, in turn at random moments.
 
     All end with status 75, at the same step, one step after the signal; the file holds the step
     that it says; and in the end the weights are those of a run that nobody disturbed.
     """
-    steps, rng = 240, random.Random(0)
+    steps, rng = 20 * trials, random.Random(0)
     options = [f"--trainer.max_steps={steps}", "--trainer.val_check_interval=1000", *TWO]
     options += [f"--model.objective.init_args.total_steps={steps}", "--data.num_workers=1"]
     options += ["--trainer.log_every_n_steps=50", "--checkpoint.every_n_train_steps=1000"]
@@ -78,7 +79,7 @@ def test_signals_to_any_process(command, tmp_path: Path, tally):
         command("fit", *options, "--ckpt_path=last", folder="part")
 
     before = 0
-    for trial in range(12):
+    for trial in range(trials):
         number = (signal.SIGUSR1, signal.SIGTERM)[trial % 2]
         for path in tmp_path.glob("at.*"):
             path.unlink()
