@@ -64,7 +64,8 @@ SUMMARY_NOTE = (
     "Fréchet distances, **not** FID; lower is better: mean and 95 % t interval over training "
     "seeds, or the values of fewer than three; of 1,000 images in features of small classifiers, "
     "of Tiny ImageNet 5,000 on fresh seeds in those of one of ImageNet. Unguided but for the last "
-    "row, the best of eight scales and intervals on these very seeds. **Bold** is better than "
+    "row: the best of eight scales and intervals on these very seeds, of Tiny ImageNet what "
+    "`lightning tune` chose on one run, fresh seeds again. **Bold** is better than "
     "`none` beyond the noise of seeds. Time is relative to `none`, evaluations are the network's "
     "for an image; – was not run."
 )
