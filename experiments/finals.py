@@ -23,15 +23,18 @@ GUIDED = "guided at sampling"
 def scores_of(study: str) -> dict[Row, list[tuple[int, Score]]]:
     """What has been scored so far, with training seeds, the baseline first.
 
+    An arm of the study's ``same_runs`` has another guidance for runs of the arm that it names.
+
     Raises:
         SystemExit: The baseline was not scored, or scores that cannot stand in one table.
     """
-    found: dict[Row, list[tuple[int, Score]]] = defaultdict(list)
-    for arm, seeds in load(study)["seeds"].items():
+    about, found = load(study), defaultdict[Row, list[tuple[int, Score]]](list)
+    for arm, seeds in about["seeds"].items():
+        shown = about.get("same_runs", {}).get(arm, arm)
         for seed in seeds:
             folder = ROOT / "experiments" / study / "runs" / f"{arm}-{seed}"
             for score in read_scores(folder) if folder.exists() else []:
-                found[arm, score.guidance].append((seed, score))
+                found[shown, score.guidance].append((seed, score))
     if BASE not in found:
         sys.exit(f"error: {study}: must have scores of none, unguided, and has none of them")
     every = [score for scores in found.values() for _, score in scores]
@@ -139,9 +142,10 @@ def _seeds(metric: str, values: Values) -> str:
     """The baseline's, and of the rows that have others theirs."""
     common = sorted(values[BASE][metric])
     others: dict[str, list[str]] = defaultdict(list)
-    for (arm, _), of_row in values.items():
+    for row, of_row in values.items():
         if (seeds := sorted(of_row[metric])) != common:
             names = others[", ".join(map(str, seeds))]
-            names += [] if f"`{arm}`" in names else [f"`{arm}`"]
+            name = f"`{row[0]}`, guided" if is_guided(row) else f"`{row[0]}`"
+            names += [] if name in names else [name]
     parts = [f"of {', '.join(names)} {seeds}" for seeds, names in others.items()]
     return "; ".join([", ".join(map(str, common)), *parts])

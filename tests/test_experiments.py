@@ -344,8 +344,9 @@ def test_scores_at_the_end_by_every_metric(tmp_path, monkeypatch):
     """Of runs there are so far; the verdict against the first row on the same training seeds."""
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(finals, "ROOT", tmp_path)
-    seeds = {"none": [1, 2, 3], "head": [1, 2, 3], "one": [2], "later": [1]}
+    seeds = {"none": [1, 2, 3], "head": [1, 2, 3], "head_guided": [3], "one": [2], "later": [1]}
     study = {"command": "lightning validate", "seeds": seeds, "arms": dict.fromkeys(seeds, "")}
+    study["same_runs"] = {"head_guided": "head"}
     write(tmp_path / "experiments/s/study.yaml", yaml.safe_dump(study, sort_keys=False))
     cfg = ClassifierFree(2.0, 0.2, 0.8).describe()
 
@@ -376,6 +377,11 @@ def test_scores_at_the_end_by_every_metric(tmp_path, monkeypatch):
     assert "| 0.750 (0.750 to 0.750) | 25 |" in lines[4]
     assert lines[5] == "| `one`, unguided | 5.10 | – | 0.125 | 25 | inconclusive, one seed |"
     assert lines[6] == "" and "over training seeds 1, 2, 3; of `one` 2, or" in lines[7]
+    scored("head_guided", 3, cfg, 4.9, 0.5)
+    lines = finals.table("s").splitlines()
+    assert re.search(r"`head`, unguided \| 5.02 \(.*\) \| 4.90 \| 0.750", lines[4])
+    assert lines[5].startswith(f"| `head`, `{cfg}` | 4.90 | – | 0.500 |")
+    assert "1, 2, 3; of `head`, guided 3; of `one` 2, or" in lines[-1]
     summary = finals.column("s")
     assert summary["head", "none"] == ("**5** (5 to 5)", 25)
     assert summary["one", "none"] == ("5", 25)
