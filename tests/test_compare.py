@@ -126,6 +126,12 @@ def test_what_the_baseline_ends_with_is_reached_by_all_its_runs(make, compare, t
     base, arm = only["arms"]
     assert base["needed"]["1"] == 64 * 300 and 64 * 200 < base["needed"]["0"] < 64 * 300
     assert arm["needed"]["1"] == 64 * 200
+    for run in (tmp_path / "runs").iterdir():  # scored on other seeds at its end
+        entries = json.loads((run / "scores.json").read_text())
+        again = copy.deepcopy(entries[-1]) | {"value": 1.5 * entries[-1]["value"]}
+        again["protocol"]["seeds"] = [3_000_000, 3_000_999]
+        (run / "scores.json").write_text(json.dumps([*entries, again]))
+    assert compare(tmp_path / "runs" / "*")[0]["reached"] == [only]
     early, _ = compare(tmp_path / "runs" / "*", "--reach", "9")
     assert "reached" not in early
     assert any("reach=9: the first scores of all runs" in note for note in early["notes"])
@@ -146,9 +152,11 @@ def test_with_and_without_guidance_beside_each_other(make, compare, tmp_path: Pa
         folder.mkdir(parents=True)
         scores = {"metric": metric, "winner": fresh, "unguided": [2.0], "verdict": "better"}
         about = {"schema": 1, "guidance": f"{name}(2)", "images": {"used": 9}}
-        made = {"step": 300, "weights": "ema", "sampler": "Euler", "steps": 25} | other
+        known = ("weights", "sampler", "steps", "autoencoder", "precision")
+        made = {"step": 300} | {key: ENTRY["protocol"].get(key) for key in known} | other
         about["candidates"] = [{"mean": seen}, {"mean": 2.0}]
         about["about"] = {"protocol": made, "num_generated": 1000, "set_images": size}
+        about["about"]["features"] = made.pop("features", ENTRY["protocol"]["extractor"])
         (folder / "result.json").write_text(json.dumps(about | {"fresh": scores}))
 
     for seed in (0, 1):
@@ -164,6 +172,10 @@ def test_with_and_without_guidance_beside_each_other(make, compare, tmp_path: Pa
     tuned("none-1", "other", [0.1], metric="kid")
     tuned("none-1", "early", [0.2], step=200)
     tuned("none-1", "live", [0.2], weights="raw")
+    tuned("none-1", "judge", [0.2], features="another judge")
+    tuned("none-1", "half", [0.2], precision="16-true")
+    tuned("none-1", "endless", [math.inf])
+    tuned("none-1", "unknown", [0.2], seen=math.nan)
     tuned("branch-0", "cfg", [1.5])
     found, _ = compare(tmp_path / "runs" / "*")
     text = (tmp_path / "out" / "comparison.md").read_text()
@@ -175,6 +187,15 @@ def test_with_and_without_guidance_beside_each_other(make, compare, tmp_path: Pa
     ]
     assert any("tuning early is of step 200, left out" in note for note in found["notes"])
     assert any("tuning live is of weights raw, left out" in note for note in found["notes"])
+    assert any("tuning judge is of extractor another judge, left" in n for n in found["notes"])
+    assert any("tuning half is of precision 16-true, left out" in note for note in found["notes"])
+    for name in ("endless", "unknown"):
+        assert any(f"{name}/result.json: cannot be read" in note for note in found["notes"])
+    assert any("tuned equally hard; not tuned: branch in part" in note for note in found["notes"])
+    none, branch = (arm.pop("guided") for arm in found["arms"])
+    assert none == {"scores": [pytest.approx(1.1), pytest.approx(1.3)], "runs": 2}
+    assert branch == {"scores": [1.5], "runs": 2}
+    assert [arm.pop("guided") for arm in plain["arms"]] == [None, None]
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "Guided at sampling" in page and "1.200 ± 0.141" in page
     assert found["arms"] == plain["arms"]

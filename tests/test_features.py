@@ -1,6 +1,7 @@
 """Feature extractors against the libraries whose protocols they follow, offline."""
 
 import itertools
+import math
 import tarfile
 import urllib.error
 from pathlib import Path
@@ -340,6 +341,12 @@ def test_timm_features_know_size_and_normalization(tmp_path: Path):
         TimmFeatures("test_vit", mean=[0.5])
     with pytest.raises(ValueError, match="must be three numbers each"):
         TimmFeatures("test_vit", std=[0.0, 0.1, 0.1])
+    for wrong in ({"mean": [123.7, 116.3, 103.5]}, {"std": [math.inf] * 3}):
+        with pytest.raises(ValueError, match="must be three numbers each, of values in"):
+            TimmFeatures("test_vit", **wrong)
+    for wrong in ("fid", "", "a b", "a/b"):
+        with pytest.raises(ValueError, match=f"name={wrong}: must be of a-z, 0-9 and _"):
+            TimmFeatures("test_vit", name=wrong)
     with pytest.raises(ValueError, match="size=0"):
         TimmFeatures("test_vit", size=0)
     with pytest.raises(ValueError, match="model=none: must be a model of timm"):
@@ -351,6 +358,29 @@ def test_timm_features_know_size_and_normalization(tmp_path: Path):
         TimmFeatures("test_vit.nosuch")
     with pytest.raises(ValueError, match="must be weights of test_vit"):
         TimmFeatures("test_vit", weights).load()
+
+
+def test_a_classifier_of_other_classes(tmp_path: Path):
+    """By the number that its last layer has; damaged weights are no classifier."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_efficientnet", num_classes=7)
+    weights = str(tmp_path / "seven.safetensors")
+    save_file(network.state_dict(), weights)
+    seven = loaded(TimmFeatures("test_efficientnet", weights, num_classes=7))
+    x = images(2)
+    with torch.no_grad():
+        theirs = network.eval()(seven._pixels(x)).softmax(1)
+    torch.testing.assert_close(seven.probabilities(seven(x)), theirs)
+    with pytest.raises(ValueError, match="must be weights of test_efficientnet"):
+        TimmFeatures("test_efficientnet", weights).load()
+    with pytest.raises(ValueError, match="num_classes=0"):
+        TimmFeatures("test_efficientnet", weights, num_classes=0)
+    with pytest.raises(ValueError, match="num_classes=7: must be null unless weights are given"):
+        TimmFeatures("test_efficientnet", num_classes=7)
+    network.conv_stem.weight.data.fill_(math.nan)
+    save_file(network.state_dict(), weights)
+    with pytest.raises(ValueError, match="must give finite features"):
+        TimmFeatures("test_efficientnet", weights, num_classes=7).load()
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ class ImageNetAgreement(ClassAgreement):
         if not path.is_file():
             raise UserError(f"classes={path}: must be an existing file")
         try:
-            lines = path.read_text("utf-8").splitlines()
+            lines = path.read_text("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise UserError(f"classes={path}: must be a text in UTF-8") from error
         ids = [(line.replace(",", " ").split() or [""])[0] for line in lines]
@@ -267,7 +267,7 @@ class ImageNetAgreement(ClassAgreement):
         if wrong := [name for name in ids if name not in known]:
             raise UserError(
                 f"classes={path}: must have a WordNet id of ImageNet's in each line, "
-                f"{wrong[0] or 'an empty line'} is none"
+                f"{wrong[0][:40] or 'an empty line'} is none"
             )
         if len(set(ids)) < len(ids):
             raise UserError(f"classes={path}: must name each class once")

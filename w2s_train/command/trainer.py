@@ -16,13 +16,7 @@ from w2s_train.autoencoder import Vectors
 from w2s_train.datamodule import ReferenceImages, ShardDataModule
 from w2s_train.errors import UserError, require
 from w2s_train.evaluation.fid import FID
-from w2s_train.evaluation.images import (
-    GridWriter,
-    ImageWriter,
-    NpzWriter,
-    SampleWriter,
-    TarWriter,
-)
+from w2s_train.evaluation.images import GridWriter, ImageWriter, NpzWriter, SampleWriter, TarWriter
 from w2s_train.evaluation.reference import ReferenceWriter
 from w2s_train.features import KEEP
 from w2s_train.generation import parse_seeds

@@ -28,6 +28,7 @@ from w2s_train.compare.tuned import Guided, Line, guided, tunings
 from w2s_train.errors import UserError
 from w2s_train.scores import higher_is_better
 
+GUIDED_ALIKE = ("sampler", "steps", "n", "extractor", "precision", "autoencoder")
 BASELINE = Judgement(1.0, None, 0.0, None, "baseline")
 
 
@@ -169,10 +170,6 @@ def compare(findings: Findings, options: Options) -> Comparison:
     arms.sort(key=lambda arm: order.index(arm.name))
     grids = choose(arms, step, selection, notes)
     lines = tunings(arms, selection.guidance, notes)
-    more = (
-        _reached(arms, baseline, options, notes, higher),
-        _guided(lines, selection, step, rules, notes),
-    )
     return Comparison(
         selection,
         {key: value for key, value in rules.facts.items() if (key, value) != ("labels", None)},
@@ -186,17 +183,10 @@ def compare(findings: Findings, options: Options) -> Comparison:
         differences(arms),
         grids,
         lines,
-        *more,
+        # Where the guidances of a run are arms, no training reaches anything.
+        [] if options.settings else thresholds(arms, baseline, options.reach, notes, higher=higher),
+        _guided(lines, selection, step, rules, notes),
     )
-
-
-def _reached(
-    arms: list[Arm], baseline: Arm, options: Options, notes: list[str], higher: bool
-) -> list[Threshold]:
-    """Of training; where the guidances of a run are arms, there is nothing to reach."""
-    if options.settings:
-        return []
-    return thresholds(arms, baseline, options.reach, notes, higher=higher)
 
 
 def _guided(
@@ -205,7 +195,7 @@ def _guided(
     if selection.guidance != "none":
         return {}
     wanted = {"step": step, "weights": selection.weights}
-    wanted |= {key: rules.facts.get(key) for key in ("sampler", "steps", "n")}
+    wanted |= {key: rules.facts[key] for key in GUIDED_ALIKE if rules.facts.get(key) is not None}
     return guided(lines, selection.metric, wanted, notes)
 
 

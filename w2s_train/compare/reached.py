@@ -93,11 +93,14 @@ def _worst_end(baseline: Arm, higher: bool) -> float:
 
 
 def _curve(one: Series) -> list[tuple[float, float]]:
-    """Training images and mean score, at the steps scored with all the run's sampling seeds."""
-    steps = set.intersection(*(set(curve) for curve in one.values.values()))
+    """Training images and mean score of the sampling seeds that scored the most steps."""
+    most = max(map(len, one.values.values()))
+    curves = [curve for curve in one.values.values() if len(curve) == most]
+    steps = set.intersection(*map(set, curves))  # of as many steps, but not the same: the first
+    curves = curves if steps else curves[:1]
     return [
-        (float(one.images[step]), statistics.fmean(one.at_step(step).values()))
-        for step in sorted(steps or one.images)
+        (float(one.images[step]), statistics.fmean(curve[step] for curve in curves))
+        for step in sorted(steps or curves[0])
     ]
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -219,7 +220,7 @@ def to_json(comparison: Comparison) -> str:
 
 
 def _arm(row: Row, comparison: Comparison) -> dict[str, Any]:
-    at_step = _result(row.at_step)
+    at_step, guided = _result(row.at_step), comparison.guided.get(row.name)
     timed = None
     if row.at_seconds is not None:
         timed = {"seconds": comparison.seconds} | _result(row.at_seconds)
@@ -233,6 +234,7 @@ def _arm(row: Row, comparison: Comparison) -> dict[str, Any]:
         "seconds_per_step": row.seconds_per_step,
         "time_ratio": row.time_ratio,
         "curve": [_point(point) for point in row.curve],
+        "guided": None if guided is None else asdict(guided),
     }
 
 

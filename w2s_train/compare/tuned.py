@@ -1,6 +1,7 @@
 """What ``lightning tune`` has left in run folders: which guidance was tuned, and how hard."""
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Tuned:
         fresh: Mean on fresh seeds, guided.
         unguided: On the same seeds.
         verdict: Of the difference.
-        about: What all of that depends on: weights, step, sampler.
+        about: What all of that depends on: weights, step, sampler, extractor.
         n: Images of a fresh set.
         size: Of a tuning set.
         name: Of the tuning.
@@ -60,16 +61,19 @@ class Tuned:
             if found["schema"] != SCHEMA:
                 raise UserError(f"{path}: schema={found['schema']}: must be {SCHEMA}")
             fresh, about = found["fresh"], found["about"]
+            numbers = [found["candidates"][0]["mean"], *fresh["winner"], *fresh["unguided"]]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError("scores must be finite")
             return cls(
                 str(found["guidance"]),
                 len(found["candidates"]),
                 int(found["images"]["used"]),
                 str(fresh["metric"]),
-                float(found["candidates"][0]["mean"]),
+                float(numbers[0]),
                 statistics.fmean(fresh["winner"]),
                 statistics.fmean(fresh["unguided"]),
                 str(fresh["verdict"]),
-                dict(about["protocol"]),
+                about["protocol"] | {"extractor": about["features"]},
                 int(about["num_generated"]),
                 int(about["set_images"]),
                 path.parent.name,
@@ -129,8 +133,9 @@ def tunings(arms: Sequence[Arm], guidance: str, notes: list[str]) -> list[Line]:
     if guidance == "none" and not any(line.tuned for line in lines):
         return []
     if len(set(effort.values())) > 1:
-        plain = [name for name, tried in effort.items() if (0, 0) in tried]
-        which = f"; {NOT_TUNED}: {', '.join(plain)}" if plain else ""
+        plain = {name: len(tried) > 1 for name, tried in effort.items() if (0, 0) in tried}
+        named = ", ".join(name + " in part" * partly for name, partly in plain.items())
+        which = f"; {NOT_TUNED}: {named}" if plain else ""
         notes.append(f"tuning: guidance of the arms was not tuned equally hard{which}")
     return lines
 
@@ -156,7 +161,7 @@ def guided(
     Args:
         lines: Of the comparison.
         metric: That it is about.
-        wanted: What a tuning must agree with: step, weights, sampler, steps, n.
+        wanted: What a tuning must agree with: step, weights, sampler, extractor and the like.
         notes: Lines about what else is worth knowing.
     """
     best: dict[str, dict[str, Tuned]] = {}

@@ -1,6 +1,7 @@
 """Features of the networks of timm: pooled, as their last layer makes classes of them."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,12 +36,14 @@ class TimmFeatures(FeatureExtractor):
         model: Of timm, such as ``tf_efficientnet_lite0``.
         weights: Of it (``.safetensors``), in timm's names; timm downloads them if None.
         size: Height and width in pixels that images are resized to; None: those of its training.
-        name: Names the distance, "fd_<name>"; None: model and size do.
+        name: Names the distance, "fd_<name>", of a-z, 0-9 and _; None: model and size do.
         mean: Three numbers, subtracted from values in [0, 1]; None: those of its training.
         std: Three numbers, which these are divided by; the same.
+        num_classes: Of weights whose last layer has another number than the published ones.
 
     Raises:
-        UserError: No such model, a size below 1, or not three numbers, stds above 0.
+        UserError: No such model or name, a size or number below 1, not three numbers around 0 ... 1
+            and stds above 0, or a number of classes without weights.
     """
 
     has_tokens, has_probabilities = True, True
@@ -53,6 +56,7 @@ class TimmFeatures(FeatureExtractor):
         name: str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        num_classes: int | None = None,
     ) -> None:
         import timm  # late: seconds
 
@@ -66,9 +70,19 @@ class TimmFeatures(FeatureExtractor):
             tuple(known.mean if mean is None else mean),
             tuple(known.std if std is None else std),
         )
-        if {len(each) for each in self.numbers} != {3} or min(self.numbers[1]) <= 0:
-            raise UserError(f"mean={mean}, std={std}: must be three numbers each, of std above 0")
+        if {len(each) for each in self.numbers} != {3} or not all(
+            -10 < m < 10 and 0 < s < 10 for m, s in zip(*self.numbers, strict=True)
+        ):
+            rule = "must be three numbers each, of values in [0, 1], and std above 0"
+            raise UserError(f"mean={mean}, std={std}: {rule}")
+        if name is not None and (name == "fid" or not re.fullmatch("[a-z0-9_]+", name)):
+            raise UserError(f"name={name}: must be of a-z, 0-9 and _, and not fid")
         self.metric = "fd_" + (name or f"{model.partition('.')[0]}_{self.size}")
+        self.options = dict[str, Any]()
+        if num_classes is not None:
+            if weights is None:
+                raise UserError(f"num_classes={num_classes}: must be null unless weights are given")
+            self.options = {"num_classes": require("num_classes", num_classes, "[1, inf)")}
 
     def check_files(self) -> None:
         super().check_files()
@@ -109,6 +123,8 @@ class TimmFeatures(FeatureExtractor):
                 features = self.features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{rule} images ({one_line(error)[:200]})") from error
+        if not features.isfinite().all():
+            raise UserError(f"weights={self.weights}: must give finite features, are damaged")
         if features.ndim != 2:
             raise UserError(f"{rule} images and pools them, gives {tuple(features.shape)}")
         return features.shape[1]
@@ -122,7 +138,7 @@ class TimmFeatures(FeatureExtractor):
         import timm
 
         path = "" if self.weights is None else str(self.weights)
-        options: dict[str, Any] = {} if type(self).has_probabilities else {"num_classes": 0}
+        options = self.options if type(self).has_probabilities else {"num_classes": 0}
         try:
             return timm.create_model(
                 self.model, pretrained=self.weights is None, checkpoint_path=path, **options

@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from w2s_train.errors import UserError, require
-from w2s_train.guidance.base import (
-    Guidance,
-    VelocityField,
-    check_scale,
-    network_inputs,
-)
+from w2s_train.guidance.base import Guidance, VelocityField, check_scale, network_inputs
 from w2s_train.inbuilt.laws import Drawn
 from w2s_train.models import Network, as_output
 from w2s_train.objective import Objective

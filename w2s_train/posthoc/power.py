@@ -30,11 +30,6 @@ def exponent_of(std: float) -> float:
     return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
 
 
-def std_of(exponent: Any) -> Any:
-    """The std of an e above -1."""
-    return ((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3))) ** 0.5
-
-
 def share(exponent: float, images: Any, seen: Any) -> Any:
     """1 - beta: what the weights after a step get in the average.
 
