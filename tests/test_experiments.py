@@ -469,6 +469,7 @@ def test_a_study_stops_with_a_checkpoint_goes_on_and_says_which_run_failed(digit
         said, _ = process.communicate(timeout=90)
     assert process.returncode == 75, said
     assert "0 of 2 runs are done" in said and "tiny none-3: status 75" in said
+    assert "runs are left, for a call with the time to start them" in said
     assert not record.exists()
 
     # Back from a machine and to another one.

