@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import quick
 from imagined_folders import cfg, change, segmented, write_images
 from scipy import stats
 
@@ -111,7 +112,7 @@ def test_the_best_of_the_sweep_is_the_baseline(tmp_path: Path):
     assert [row.name for row in found.rows][:2] == ["cfg_4", "rescaled"]
 
 
-@pytest.mark.parametrize("peak", [0.0, 0.09])
+@pytest.mark.parametrize("peak", quick([0.0, 0.09]))
 def test_equal_arms_are_seldom_called_something(tmp_path: Path, peak: float):
     """Seven scales, equal or with a peak, and an arm like the best: of 30 one or two by chance.
 
