@@ -112,7 +112,11 @@ def compiled_by(monkeypatch, backend: str) -> None:
 
 
 TODAY = dict(rope=True, swiglu=True, rmsnorm=True, qk_norm=True, class_tokens=2, data_on="linear")
-WITH_TODAY = [pytest.param(name, {}, id=name) for name in RECIPES]
+LATER = ("sgg_release", "layer_skip", "separate", "dropped_tokens")
+WITH_TODAY = [
+    pytest.param(name, {}, marks=pytest.mark.long if name in LATER else [], id=name)
+    for name in RECIPES
+]
 WITH_TODAY += [
     pytest.param(name, TODAY, marks=[] if name == "drawn" else pytest.mark.long, id=f"{name}-today")
     for name in RECIPES

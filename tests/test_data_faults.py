@@ -76,6 +76,7 @@ def test_too_many_skips_stop_the_run(command, tmp_path: Path, data: str, options
 
 @pytest.mark.slow
 @pytest.mark.fault("11  unreadable samples")
+@pytest.mark.long
 def test_skips_are_counted_across_stops(command, tmp_path: Path, data: str):
     """Faults row 11: a run that stops at every step meets the limit where one start meets it.
 

@@ -150,6 +150,7 @@ def scores(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_leaves_score_alike_on_any_number_of_processes_and_unconditionally(fit):
     """Batches of another size, and labels that stand for nothing."""
     folder = fit("fit")

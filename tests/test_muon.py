@@ -163,6 +163,7 @@ def test_settings_apply_where_a_run_goes_on(command, caplog):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_host_waits(command, monkeypatch):
     """And a host that learns late of bad steps changes no digit."""
     bad_loss(dict.fromkeys((2, 5), math.nan), patch=monkeypatch.setattr)

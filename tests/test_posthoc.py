@@ -176,6 +176,7 @@ def test_a_run_goes_on_bit_for_bit(command, devices: int):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_host_waits(command, monkeypatch):
     """And a host that learns late of bad steps changes no digit, nor does the callback one."""
     bad_loss(dict.fromkeys((0, 2, 5), math.nan), patch=monkeypatch.setattr)

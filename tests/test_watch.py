@@ -162,6 +162,7 @@ def test_local(digits: None, tmp_path: Path, fault: str, status: int, line: str)
 
 @pytest.mark.slow
 @pytest.mark.fault("14  a process dies or hangs")
+@pytest.mark.long
 def test_torchrun(digits: None, tmp_path: Path):
     """Its own status is always 1; the processes say the rest."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]

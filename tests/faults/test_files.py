@@ -85,6 +85,7 @@ def kill_at(module, name: str, number: int) -> None:
     setattr(module, name, counting)
 
 
+@pytest.mark.long
 def test_kills_in_saves_of_a_run(command, tmp_path: Path, tally):
     """Row 3: a fit is killed inside a save, 12 times, and ends with the weights of one that never
     was; at most one save interval is lost each time.
