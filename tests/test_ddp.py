@@ -48,8 +48,9 @@ def bad_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CASES = [pytest.param(recipe, 1, id=recipe, marks=pytest.mark.long) for recipe in OVERLAYS]
-CASES += [pytest.param("drawn", 1, id="drawn-1")]
-CASES += [pytest.param("sgg_reversed", 2, id="sgg_reversed-2")]
+CASES += [
+    pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in (("drawn", 1), ("sgg_reversed", 2))
+]
 
 
 @pytest.mark.slow

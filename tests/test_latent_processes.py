@@ -70,8 +70,8 @@ def test_two_processes_equal_one(place: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
 def test_an_interrupt_ends_at_once(long: Path, tmp_path: Path, processes: int):
     process = start(long, tmp_path, "--processes", processes)
     wait_for_a_shard(process, tmp_path)

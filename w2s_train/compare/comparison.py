@@ -28,7 +28,6 @@ from w2s_train.compare.tuned import Guided, Line, guided, tunings
 from w2s_train.errors import UserError
 from w2s_train.scores import higher_is_better
 
-GUIDED_ALIKE = ("sampler", "steps", "n", "extractor", "precision", "autoencoder")
 BASELINE = Judgement(1.0, None, 0.0, None, "baseline")
 
 
@@ -195,7 +194,7 @@ def _guided(
     if selection.guidance != "none":
         return {}
     wanted = {"step": step, "weights": selection.weights}
-    wanted |= {key: rules.facts[key] for key in GUIDED_ALIKE if rules.facts.get(key) is not None}
+    wanted |= {key: value for key, value in rules.facts.items() if value is not None}
     return guided(lines, selection.metric, wanted, notes)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w2s_train.compare.protocol import Arm
+from w2s_train.compare.protocol import Arm, clashes
 from w2s_train.errors import UserError
 
 RESULT = "result.json"
@@ -161,7 +161,8 @@ def guided(
     Args:
         lines: Of the comparison.
         metric: That it is about.
-        wanted: What a tuning must agree with: step, weights, sampler, extractor and the like.
+        wanted: What a tuning must agree with as far as it says it: step, weights, and the facts of
+            the comparison.
         notes: Lines about what else is worth knowing.
     """
     best: dict[str, dict[str, Tuned]] = {}
@@ -171,7 +172,7 @@ def guided(
         if line.tuned is None or line.tuned.metric != metric:
             continue
         has = line.tuned.about | {"n": line.tuned.n}
-        if other := [f"{key} {has.get(key)}" for key in wanted if has.get(key) != wanted[key]]:
+        if other := [f"{key} {has[key]}" for key in clashes(has, wanted)]:
             notes.append(f"{line.run}: tuning {line.tuned.name} is of {', '.join(other)}, left out")
             continue
         of_arm = best.setdefault(line.arm, {})
