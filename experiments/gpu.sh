@@ -10,7 +10,8 @@
 #                   together (56) or less; as gpu/unfinished.* they are taken up by a call on another
 #                   machine
 #   logs.tar.gz
-# so few and small that they fit what such machines give back. --cpu tries it without a GPU.
+# so few and small that they fit what such machines give back. --cpu tries all that without a GPU:
+# one seed, a few steps of a few images, in runs/cpu.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,25 +25,26 @@ fi
 if [ -n "${REFERENCE:-}" ] && [ ! -e "data/$data/$REFERENCE" ]; then # of configs that the study names
     timeout "$limit" "$python" -m w2s_train reference $REFERENCE_OF || exit 1
 fi
-if [ ! -e "runs/$study" ] && [ -e gpu/unfinished.aa ]; then cat gpu/unfinished.?? | tar -x || exit 1; fi
+runs=runs/$study records=experiments/$study/runs trial=()
+[ "$mode" != --cpu ] || { runs=runs/cpu/$study records=runs/cpu/$study/records trial=(--cpu); }
+if [ ! -e "$runs" ] && [ -e gpu/unfinished.aa ]; then cat gpu/unfinished.?? | tar -x || exit 1; fi
 out=${OUT:-gpu/out}
-mkdir -p "$out" "runs/$study"
-touch "runs/$study/.began"
+mkdir -p "$out" "$runs" "$records"
+touch "$runs/.began"
 
 status=0
 left=$((limit > SECONDS + 1 ? limit - SECONDS : 1)) # less what packages, data and reference took
-"$python" experiments/run.py "$study" --jobs "$at_a_time" --limit "$left" || status=$?
+"$python" experiments/run.py "$study" "${trial[@]}" --jobs "$at_a_time" --limit "$left" || status=$?
 
 packed=0
-mkdir -p "experiments/$study/runs"
-records=$(find "experiments/$study/runs" -name scores.json -newer "runs/$study/.began" -printf '%h\n')
-[ -z "$records" ] || tar -cf "$out/records.tar" $records || packed=1
-tar -czf "$out/logs.tar.gz" --ignore-failed-read "runs/$study/"*.log || packed=1
+recorded=$(find "$records" -name scores.json -newer "$runs/.began" -printf '%h\n')
+[ -z "$recorded" ] || tar -cf "$out/records.tar" $recorded || packed=1
+tar -czf "$out/logs.tar.gz" --ignore-failed-read "$runs/"*.log || packed=1
 rm -f "$out"/unfinished.??
 unfinished=()
-for newest in "runs/$study"/*/checkpoints/last.ckpt; do
+for newest in "$runs"/*/checkpoints/last.ckpt; do
     run=$(dirname "$(dirname "$newest")")
-    [ -e "$newest" ] && [ ! -e "experiments/$study/runs/$(basename "$run")/scores.json" ] || continue
+    [ -e "$newest" ] && [ ! -e "$records/$(basename "$run")/scores.json" ] || continue
     named=$(basename "$(readlink -f "$newest")")
     unfinished+=("$newest" "$run/checkpoints/$named" "$run/checkpoints/$named".*)
     for other in "$run"/*; do [ "$other" = "$run/checkpoints" ] || unfinished+=("$other"); done

@@ -4,12 +4,14 @@
     python experiments/run.py mnist --arms none head_above --seeds 10 --jobs 2
     python experiments/run.py mnist --limit 500     stop after as many seconds
     python experiments/run.py mnist --arms none --seeds 10 --again    from scratch, as a check
+    python experiments/run.py mnist_gpu --cpu       every arm once in a few steps, to try it
     python experiments/run.py mnist --commands      only print the commands
 
 Runs live in runs/STUDY/ARM-SEED and leave what experiments/remake.py needs in
 experiments/STUDY/runs/ARM-SEED: config, environment and scores. Ctrl-C or the limit stops them with
 a checkpoint each, and the same command goes on; the status is then 75. With --again they live in
-runs/again and are compared with what is recorded, which stays.
+runs/again and are compared with what is recorded, which stays. With --cpu they live in runs/cpu, as
+do their records, and have the words that the study adds as `cpu`.
 """
 
 import argparse
@@ -53,6 +55,7 @@ class Job:
         seed: ``seed_everything``.
         command: Words of the command, to be run in the root of the checkout.
         folder: Where it runs.
+        records: Folder of what its study's runs have left.
     """
 
     study: str
@@ -60,6 +63,7 @@ class Job:
     seed: int
     command: list[str]
     folder: Path
+    records: Path
 
     @property
     def name(self) -> str:
@@ -69,7 +73,7 @@ class Job:
     @property
     def record(self) -> Path:
         """Where its scores are kept."""
-        return ROOT / "experiments" / self.study / "runs" / self.name
+        return self.records / self.name
 
     @property
     def is_recorded(self) -> bool:
@@ -119,22 +123,33 @@ def chosen(name: str, wanted: Sequence[Any] | None, allowed: Sequence[Any]) -> S
 
 
 def jobs(
-    study: str, arms: list[str] | None = None, seeds: list[int] | None = None, again: bool = False
+    study: str,
+    arms: list[str] | None = None,
+    seeds: list[int] | None = None,
+    again: bool = False,
+    cpu: bool = False,
 ) -> list[Job]:
-    """Its runs, all arms of a seed before the next seed.
+    """Its runs, all arms of a seed before the next seed; to try it on a CPU, of the first alone.
 
     Raises:
-        SystemExit: There is no such study, arm or seed.
+        SystemExit: There is no such study, arm or seed, or it has no words for a CPU.
     """
     about = load(study)
     own: dict[str, list[int]] = about["seeds"]
+    base = Path("runs", *(["again"] if again else ["cpu"] if cpu else []), study)
+    records = Path("experiments", study, "runs")
+    if cpu:
+        if "cpu" not in about:
+            sys.exit(f"error: cpu={study}: must be a study whose study.yaml has `cpu`")
+        own, records = {arm: had[:1] for arm, had in own.items()}, base / "records"
     arms = list(chosen("arms", arms, list(own)))
     found = []
     for seed in chosen("seeds", seeds, sorted(set().union(*own.values()))):
         for arm in (arm for arm in arms if seed in own[arm]):
-            place = Path("runs", *(["again"] if again else []), study, f"{arm}-{seed}")
+            place = base / f"{arm}-{seed}"
             words = command(about["command"], about["arms"][arm], seed, place)
-            found.append(Job(study, arm, seed, words, ROOT / place))
+            words += shlex.split(about["cpu"]) if cpu else []
+            found.append(Job(study, arm, seed, words, ROOT / place, ROOT / records))
     return found
 
 
@@ -256,10 +271,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--limit", type=float, help="seconds after which everything is stopped")
-    parser.add_argument("--again", action="store_true", help="check recorded results from scratch")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--again", action="store_true", help="check recorded results from scratch")
+    kind.add_argument("--cpu", action="store_true", help="try it in a few steps; for a GPU's study")
     parser.add_argument("--commands", action="store_true", help="print the commands, run nothing")
     options = parser.parse_args()
-    found = jobs(options.study, options.arms, options.seeds, options.again)
+    found = jobs(options.study, options.arms, options.seeds, options.again, options.cpu)
     if options.commands:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as `| head` expects
         print("\n".join(f"OMP_NUM_THREADS=1 {shlex.join(job.command)}" for job in found))

@@ -260,6 +260,7 @@ def plain(config: object) -> object:
     [
         (["nothing"], "error: study=nothing: must be one of "),
         (["mnist", "--arms", "gss"], "error: arms=gss: must be one of none, sgg_reversed, "),
+        (["mnist", "--cpu"], "error: cpu=mnist: must be a study whose study.yaml has `cpu`"),
         (["mnist", "--seeds", "9"], "error: seeds=9: must be one of 10, 11, 12"),
     ],
 )
@@ -442,7 +443,8 @@ TINY = """
 command: >-
   lightning fit -c {root}/configs/digits_baseline.yaml --trainer.max_steps 400
   --trainer.val_check_interval 200 --data.num_generated 64 --checkpoint.every_n_train_steps 50
-seeds: [3]
+cpu: --data.num_generated 32
+seeds: [3, 4]
 arms: {{none: "", wrong: --data.batch_size -1}}
 """
 
@@ -456,11 +458,11 @@ def test_a_study_stops_with_a_checkpoint_goes_on_and_says_which_run_failed(digit
     for name in ("experiments/run.py", "experiments/gpu.sh", "launch/gpu.sh"):
         shutil.copyfile(ROOT / name, tmp_path / name)
     (tmp_path / "experiments/tiny/study.yaml").write_text(TINY.format(root=ROOT))
-    command = [sys.executable, str(tmp_path / "experiments/run.py"), "tiny"]
+    command = [sys.executable, str(tmp_path / "experiments/run.py"), "tiny", "--cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    record = tmp_path / "experiments/tiny/runs/none-3/scores.json"
+    record = tmp_path / "runs/cpu/tiny/records/none-3/scores.json"
 
-    checkpoints = tmp_path / "runs/tiny/none-3/checkpoints"
+    checkpoints = tmp_path / "runs/cpu/tiny/none-3/checkpoints"
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         while not list(checkpoints.glob("step-*.ckpt")):
             assert process.poll() is None
@@ -492,13 +494,15 @@ def test_a_study_stops_with_a_checkpoint_goes_on_and_says_which_run_failed(digit
         (tmp_path / f"gpu/unfinished.{name}").write_bytes(part)
     done = gpu(OUT=str(tmp_path / "second"))
     assert done.returncode == 1 and "tiny wrong-3: status 1, see wrong-3.log" in done.stdout
-    assert [entry["step"] for entry in json.loads(record.read_text())] == [200, 400]
+    scores = json.loads(record.read_text())
+    assert [(score["step"], score["protocol"]["n"]) for score in scores] == [(200, 32), (400, 32)]
+    assert not (tmp_path / "experiments/tiny/runs").exists()  # nothing that was tried is recorded
     environments = json.loads((record.parent / "environment.json").read_text())
     assert len(environments) == 2  # it was started twice, and went on
     with tarfile.open(tmp_path / "second/records.tar") as packed:
         stored = packed.extractfile(str(record.relative_to(tmp_path)))
         assert stored is not None and stored.read() == record.read_bytes()
-    assert "data.batch_size=-1" in (tmp_path / "runs/tiny/wrong-3.log").read_text()
+    assert "data.batch_size=-1" in (tmp_path / "runs/cpu/tiny/wrong-3.log").read_text()
 
     again = subprocess.run(
         [*command, "--arms", "none"], env=environment, capture_output=True, text=True, check=False

@@ -8,4 +8,7 @@
 #   bash experiments/tiny_imagenet_gpu/run_gpu.sh [--cpu]
 here=experiments/tiny_imagenet_gpu
 export REFERENCE=reference_ten_shards.npz REFERENCE_OF="-c configs/tiny_imagenet_w2s.yaml -c $here/s2.yaml"
+if [ "${1:-}" = --cpu ]; then # of one shard
+    REFERENCE=reference_cpu.npz REFERENCE_OF="$REFERENCE_OF -c experiments/cpu.yaml -c $here/cpu.yaml"
+fi
 exec bash "$(dirname "$0")/../gpu.sh" tiny_imagenet_gpu tiny_imagenet 1 "$@"
