@@ -104,7 +104,9 @@ def test_skips_are_counted_across_stops(command, tmp_path: Path, data: str):
 
 @pytest.mark.slow
 @pytest.mark.fault("13  few shards")
-@pytest.mark.parametrize("counts", [[20, 20, 20], [30], [1, 1]])
+@pytest.mark.parametrize(
+    "counts", [[20, 20, 20], [1, 1], pytest.param([30], marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_few_shards(command, tmp_path: Path, counts: list[int], processes: int):
     """Faults row 13: 3 shards on 2 ranks, 1 shard on 2 ranks x 2 workers, tiny ones: they train."""

@@ -125,7 +125,7 @@ def test_last_says_what_it_found(tiny_run: Path, caplog):
 
 @pytest.mark.slow
 @pytest.mark.fault("1   stop and resume")
-@pytest.mark.parametrize("stop", [2, 3, 5])
+@pytest.mark.parametrize("stop", [2, 3, pytest.param(5, marks=pytest.mark.long)])
 @pytest.mark.parametrize("overlay", ["sgg_reversed", "separate"])
 def test_resumed_anywhere(command, overlay: str, stop: int):
     """Stop between two evaluations, at one, and after one; with accumulation."""
