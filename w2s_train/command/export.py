@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from w2s_train.checkpoint_file import check_local, damage, newest_first, read_checkpoint
 from w2s_train.command.to_diffusers import write_pipeline
@@ -49,7 +49,7 @@ def export(
             name = "w2s_train.json"
         else:
             state = {key: value.contiguous() for key, value in network.state_dict().items()}
-            save_file(state, partial / "model.safetensors")
+            (partial / "model.safetensors").write_bytes(save(state))
             name = "config.json"
         (partial / name).write_text(json.dumps(about, indent=1) + "\n")
         os.replace(partial, output)

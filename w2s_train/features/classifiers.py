@@ -2,17 +2,17 @@
 
 import abc
 import json
-import os
 import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2s_train.errors import UserError
 from w2s_train.features.base import FeatureExtractor, digest
+from w2s_train.files import atomic_write
 
 
 class Classifier(nn.Module, abc.ABC):
@@ -48,9 +48,8 @@ class Classifier(nn.Module, abc.ABC):
     def write(self, path: Path) -> None:
         """Write weights and layout, whole or not at all; same weights, same bytes."""
         state = {key: value.contiguous() for key, value in self.state_dict().items()}
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        save_file(state, partial, metadata=self.layout())
-        partial.replace(path)
+        with atomic_write(path) as file:
+            file.write(save(state, metadata=self.layout()))
 
 
 class ConvClassifier(Classifier):

@@ -5,12 +5,13 @@ are those of `w2s_train.guidance.learned`, with a prompt's pooled embedding in t
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from w2s_train.errors import UserError, require
@@ -104,7 +105,7 @@ class PromptScales(nn.Module):
 
     def save(self, path: str) -> None:
         """Write the scale network for `LearnedGuidance`."""
-        save_file(self.scales.state_dict(), path)
+        Path(path).write_bytes(save(self.scales.state_dict()))
 
 
 class LearnedGuidance(Guider):
