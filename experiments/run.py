@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -126,19 +126,21 @@ def jobs(
     study: str,
     arms: list[str] | None = None,
     seeds: list[int] | None = None,
-    again: bool = False,
-    cpu: bool = False,
+    kind: Literal["", "again", "cpu"] = "",
 ) -> list[Job]:
-    """Its runs, all arms of a seed before the next seed; to try it on a CPU, of the first alone.
+    """Its runs, all arms of a seed before the next seed; of kind "cpu" those of the first seed.
+
+    "again" checks recorded results from scratch, "cpu" tries a GPU's study in a few steps; each
+    has folders of its own.
 
     Raises:
         SystemExit: There is no such study, arm or seed, or it has no words for a CPU.
     """
     about = load(study)
     own: dict[str, list[int]] = about["seeds"]
-    base = Path("runs", *(["again"] if again else ["cpu"] if cpu else []), study)
+    base = Path("runs", kind, study)
     records = Path("experiments", study, "runs")
-    if cpu:
+    if kind == "cpu":
         if "cpu" not in about:
             sys.exit(f"error: cpu={study}: must be a study whose study.yaml has `cpu`")
         own, records = {arm: had[:1] for arm, had in own.items()}, base / "records"
@@ -148,7 +150,7 @@ def jobs(
         for arm in (arm for arm in arms if seed in own[arm]):
             place = base / f"{arm}-{seed}"
             words = command(about["command"], about["arms"][arm], seed, place)
-            words += shlex.split(about["cpu"]) if cpu else []
+            words += shlex.split(about["cpu"]) if kind == "cpu" else []
             found.append(Job(study, arm, seed, words, ROOT / place, ROOT / records))
     return found
 
@@ -271,19 +273,24 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--limit", type=float, help="seconds after which everything is stopped")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--again", action="store_true", help="check recorded results from scratch")
-    kind.add_argument("--cpu", action="store_true", help="try it in a few steps; for a GPU's study")
+    kinds = parser.add_mutually_exclusive_group()
+    for kind, meaning in (
+        ("again", "check recorded results from scratch"),
+        ("cpu", "try it in a few steps; for a GPU's study"),
+    ):
+        kinds.add_argument(f"--{kind}", action="store_const", dest="kind", const=kind, help=meaning)
+    parser.set_defaults(kind="")
     parser.add_argument("--commands", action="store_true", help="print the commands, run nothing")
     options = parser.parse_args()
-    found = jobs(options.study, options.arms, options.seeds, options.again, options.cpu)
+    found = jobs(options.study, options.arms, options.seeds, options.kind)
     if options.commands:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as `| head` expects
         print("\n".join(f"OMP_NUM_THREADS=1 {shlex.join(job.command)}" for job in found))
         return
-    left = [job for job in found if options.again or not job.is_recorded]
+    again = options.kind == "again"
+    left = [job for job in found if again or not job.is_recorded]
     print(f"{options.study}: {len(found) - len(left)} of {len(found)} runs are done", flush=True)
-    runner = Runner(options.limit, options.again)
+    runner = Runner(options.limit, again)
     with ThreadPoolExecutor(options.jobs) as pool:
         statuses = list(pool.map(runner.train, left))
     if waiting := statuses.count(PREEMPTED):

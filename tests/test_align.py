@@ -307,6 +307,7 @@ def test_the_judge_is_refused_as_encoder(tmp_path: Path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_tokens_stored_beside_latents_are_those_of_the_encoder(tmp_path: Path):
     path = classifier(tmp_path)
     vae = save_vae(tmp_path / "vae", in_channels=1, out_channels=1)

@@ -209,6 +209,7 @@ def test_the_command_refuses(digits: None, tmp_path: Path, variables):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_and_devices(digits: None, tmp_path: Path):
     """Two processes, each of which takes itself for the only one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

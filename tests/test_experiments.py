@@ -103,7 +103,7 @@ def test_commands_name_files_that_are_there_and_folders_that_are_not_shared(stud
         assert all((ROOT / path).is_file() for path in overlays(words)) and overlays(words)
         assert words[words.index("--seed_everything") + 1] == str(job.seed)
         assert words[words.index("--trainer.default_root_dir") + 1] == f"runs/{study}/{job.name}"
-        assert run.jobs(study, [job.arm], [job.seed], again=True)[0].folder != job.folder
+        assert run.jobs(study, [job.arm], [job.seed], "again")[0].folder != job.folder
 
 
 def overlays(words: list[str]) -> list[str]:
@@ -326,7 +326,7 @@ def test_a_run_made_again_is_set_against_those_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     study = {"command": "lightning fit", "seeds": [1, 2, 3], "arms": {"none": ""}}
     write(tmp_path / "experiments/s/study.yaml", yaml.safe_dump(study))
-    (job,) = run.jobs("s", seeds=[1], again=True)
+    (job,) = run.jobs("s", seeds=[1], kind="again")
     beside = ENTRY | {"metric": "recall_digits", "value": 0.01}  # newer runs have more metrics
     write(job.folder / "scores.json", json.dumps([ENTRY | {"value": 4.0}, beside]))
     assert run.against_record(job) == "4; recorded: nothing"

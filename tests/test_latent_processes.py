@@ -86,6 +86,7 @@ def test_an_interrupt_ends_at_once(long: Path, tmp_path: Path, processes: int):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_dead_process_is_an_error(long: Path, tmp_path: Path):
     """As the kernel kills one when memory runs out; its neighbour is ended, too."""
     settings = Settings(str(long / "vae"), None, "float16", True, "float32", 1, 0.0, (32, 32))

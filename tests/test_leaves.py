@@ -65,6 +65,7 @@ def test_the_optimal_velocity_follows_from_the_score(interpolant, null: bool):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_scores_of_true_points():
     """1 % outliers, nearly full coverage, no distance; and no error for the optimal field."""
     leaves, y = Leaves(4, 3), torch.arange(8000) % 4

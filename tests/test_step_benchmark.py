@@ -235,6 +235,7 @@ def test_an_option_that_the_command_does_not_know_is_one_line():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_results_are_written(tmp_path):
     path = tmp_path / "out.json"
     options = ["--recipes=branch", "--rounds=3", "--batch=10", "--steps=1", f"--json={path}"]

@@ -151,7 +151,10 @@ class TestSD3:
             (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"half of it")
             latents(modular(full, sgg(weak=str(tmp_path), skip_layers=())))
 
-    @pytest.mark.parametrize("case", ["adapter", "offload", "compile", "compile_blocks"])
+    @pytest.mark.parametrize(
+        "case",
+        ["adapter", "offload", pytest.param("compile", marks=pytest.mark.long), "compile_blocks"],
+    )
     def test_beside_what_changes_networks(self, sd3_folder, full, case):
         pipeline = classic(sd3_folder)
         network = pipeline.transformer
