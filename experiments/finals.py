@@ -67,7 +67,10 @@ def table(study: str) -> str:
     shared = first.partition("_")[2]  # of the extractor
     names = [first, *sorted({name for row in values.values() for name in row} - {first})]
     with_cfg = [row for row in reversed(values) if is_guided(row)]  # of several the first
-    guided = {row[0]: _cell(values[row][first].values(), 2) for row in with_cfg}
+    guided = {}
+    for row in with_cfg:
+        part = len(values[row][first]) < len(values[row[0], "none"][first])
+        guided[row[0]] = _cell(values[row][first].values(), 2) + ", fewer seeds" * part
     heads = [name.removesuffix(f"_{shared}") for name in names]
     heads[1:1] = [f"{heads[0]}, {GUIDED}"] if guided else []
     lines = [f"| trained, sampled | {' | '.join(heads)} | evaluations | verdict |"]

@@ -43,6 +43,7 @@ from w2s_train.compare.numbers import half_width, judge
 from w2s_train.compare.page import page
 from w2s_train.compare.protocol import commit_name
 from w2s_train.compare.report import files as reports
+from w2s_train.compare.report import guided as tuned_scores
 from w2s_train.compare.runs import Run, read_all
 from w2s_train.errors import UserError
 from w2s_train.scores import Score, read_scores
@@ -150,14 +151,30 @@ def with_times(run: Run, times: dict[str, float | None]) -> Run:
 def training_table(study: str, comparison: Comparison) -> str:
     """Arms in the order of the study's description; at equal time, too, if there are times."""
     order, timed = list(load(study)["arms"]), comparison.seconds is not None
+    with_guidance, source = guided_at_sampling(study, comparison)
     head = [f"step {comparison.step:,}", "verdict"]
+    head += [finals.GUIDED] if with_guidance else []
     head += [f"{comparison.seconds:.0f} s", "verdict", "time per step"] if timed else []
     lines = [f"| arm | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     for row in sorted(comparison.rows, key=lambda row: order.index(row.name)):
         cells = _cells(row.at_step)
+        cells += [with_guidance.get(row.name, "–")] if with_guidance else []
         cells += [*_cells(row.at_seconds), f"{row.time_ratio:.2f}"] if timed else []
         lines.append(f"| `{row.name}` | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _footnote(study, comparison, timed)]) + "\n"
+    return "\n".join([*lines, "", _footnote(study, comparison, timed) + source]) + "\n"
+
+
+def guided_at_sampling(study: str, comparison: Comparison) -> tuple[dict[str, str], str]:
+    """What arms score with guidance at sampling, where it was tried, and how that was chosen."""
+    if tuned := tuned_scores(comparison):
+        return tuned, " Guided at sampling: found by `lightning tune`, on fresh seeds."
+    (base,) = [row for row in comparison.rows if row.name == comparison.baseline]
+    if best := best_guidance(f"{study}_guidance", base):
+        return {base.name: best[0]}, (
+            f" Guided at sampling: the best setting of `{study}_guidance` on these very seeds, for "
+            f"{best[1]} evaluations an image."
+        )
+    return {}, ""
 
 
 def pairs_table(study: str) -> str:
@@ -317,7 +334,8 @@ def summary(found: dict[str, Comparison]) -> str:
     of_many = [many[row] for row in many if row[0] == "none" and finals.is_guided(row)]
     best.append(of_many[0] if of_many else None)
     cells = [each[0] if each else "–" for each in best]
-    counts = ", ".join(str(each[1]) for each in best if each)
+    names = [*SETS.values(), OF_MANY.partition(",")[0]]
+    counts = ", ".join(f"{n} {each[1]}" for n, each in zip(names, best, strict=True) if each)
     head = "| `none`, guided | null class, while sampling |"
     lines.append(f"{head} {' | '.join(cells)} | 1.00 | {counts} |")
     return "\n".join([*lines, "", SUMMARY_NOTE]) + "\n"

