@@ -66,7 +66,7 @@ SUMMARY_NOTE = (
     "seeds, or the values of fewer than three; of 1,000 images in features of small classifiers, "
     "of Tiny ImageNet 5,000 on fresh seeds in those of one of ImageNet. Unguided but for the last "
     "row: the best of eight scales and intervals on these very seeds, of Tiny ImageNet what "
-    "`lightning tune` chose on one run, fresh seeds again. **Bold** is better than "
+    "`lightning tune` chose on one run up to scale 4, fresh seeds again. **Bold** is better than "
     "`none` beyond the noise of seeds. Time is relative to `none`, evaluations are the network's "
     "for an image; – was not run."
 )

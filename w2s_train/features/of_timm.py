@@ -29,8 +29,8 @@ class TimmFeatures(FeatureExtractor):
     """What a network of timm has before its last layer; a linear one gives probabilities as well.
 
     Images are resized to one size, grey ones spread over three channels, and normalized as the
-    network was trained. A network that was trained on other images than those it judges, such as
-    an ImageNet classifier, is independent of them; distances in its features are not FID.
+    network was trained. One that was trained on other images than those it judges is independent
+    of them, as ImageNet's are but of ImageNet itself; distances in its features are not FID.
 
     Args:
         model: Of timm, such as ``tf_efficientnet_lite0``.
