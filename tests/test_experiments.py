@@ -409,7 +409,7 @@ def test_scores_at_the_end_by_every_metric(tmp_path, monkeypatch):
     assert lines[6] == "" and "over training seeds 1, 2, 3; of `one` 2, or" in lines[7]
     scored("head_guided", 3, cfg, 4.9, 0.5)
     lines = finals.table("s").splitlines()
-    assert re.search(r"`head`, unguided \| 5.02 \(.*\) \| 4.90, fewer seeds \| 0.750", lines[4])
+    assert re.search(r"`head`, unguided \| 5.02 \(.*\) \| 4.90, 1 of 3 runs \| 0.750", lines[4])
     assert lines[5].startswith(f"| `head`, `{cfg}` | 4.90 | – | 0.500 |")
     assert "1, 2, 3; of `head`, guided 3; of `one` 2, or" in lines[-1]
     summary = finals.column("s")

