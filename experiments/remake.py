@@ -173,8 +173,8 @@ def guided_at_sampling(study: str, comparison: Comparison) -> tuple[dict[str, st
             for line in comparison.tuned
             if line.tuned
         ]
-        text = f" Guided at sampling: found by `lightning tune`, fresh seeds: {'; '.join(found)} an image."
-        return scores, text
+        how = "found by `lightning tune`, fresh seeds"
+        return scores, f" Guided at sampling: {how}: {'; '.join(found)} an image."
     (base,) = [row for row in comparison.rows if row.name == comparison.baseline]
     if best := best_guidance(f"{study}_guidance", base):
         return {base.name: best[0]}, (
